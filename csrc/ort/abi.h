@@ -1,0 +1,144 @@
+// The slice of ONNX Runtime's C ABI that the custom operators use, and nothing else of it.
+//
+// The Python wheels of ONNX Runtime ship no headers, so building against them would mean downloading a release archive
+// that matches. There is no need to: the ABI is a table of function pointers (`OrtApi`) that only ever grows at its end,
+// so the position of an entry, its slot, is fixed for good from the version that added it. The slots below are
+// zero-based positions in that table; abi_check.cc compares them with the official header wherever one is found.
+#ifndef ONNX_QUAROT_ORT_ABI_H
+#define ONNX_QUAROT_ORT_ABI_H
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(_WIN32) && !defined(_WIN64)
+#error "ONNX Runtime's functions are __stdcall on 32-bit Windows; these declarations are for one calling convention only."
+#endif
+
+namespace onnx_quarot::ort {
+
+// The version of the table that is asked for: the first one with all slots below (1.17 brought shape inference and
+// ParallelFor to custom operators). Every later ONNX Runtime serves it too.
+inline constexpr std::uint32_t kApiVersion = 17;
+
+// Opaque to us. A Status* of null is success; any other has one owner, who releases it.
+struct Status;
+struct Value;
+struct TensorInfo;  // OrtTensorTypeAndShapeInfo
+struct SessionOptions;
+struct CustomOpDomain;
+struct KernelInfo;
+struct KernelContext;
+struct ShapeInferContext;
+struct Attribute;  // OrtOpAttr
+struct Api;        // OrtApi: read through Entry only
+
+struct ApiBase {
+  const Api* (*GetApi)(std::uint32_t version);  // null if this ONNX Runtime is older than `version`
+  const char* (*GetVersionString)();
+};
+
+enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
+
+// ONNXTensorElementDataType, which is also onnx.TensorProto.DataType for these.
+enum ElementType : int { kFloat = 1, kInt8 = 3, kFloat16 = 10, kDouble = 11, kBFloat16 = 16 };
+
+enum AttributeType : int { kAttributeInt = 1, kAttributeFloat = 3 };
+
+enum Characteristic : int { kRequired = 0, kOptional = 1 };
+
+enum MemoryType : int { kDefaultMemory = 0 };
+
+struct CustomOp;
+
+// One entry of the table: called with the table first, Entry<...>{}(api, arguments...).
+template <std::size_t Slot, class Signature>
+struct Entry;
+
+template <std::size_t Slot, class Result, class... Arguments>
+struct Entry<Slot, Result(Arguments...)> {
+  static constexpr std::size_t slot = Slot;
+
+  Result operator()(const Api* api, Arguments... arguments) const {
+    Result (*function)(Arguments...);
+    std::memcpy(&function, reinterpret_cast<const char*>(api) + Slot * sizeof(function), sizeof(function));
+    return function(arguments...);
+  }
+};
+
+// Registration. CreateStatus is in every version of the table, so that "too old" itself can be reported.
+inline constexpr Entry<0, Status*(ErrorCode, const char* message)> CreateStatus{};
+inline constexpr Entry<93, void(Status*)> ReleaseStatus{};
+inline constexpr Entry<26, Status*(const char* domain, CustomOpDomain** out)> CreateCustomOpDomain{};
+inline constexpr Entry<27, Status*(CustomOpDomain*, const CustomOp*)> CustomOpDomain_Add{};
+inline constexpr Entry<28, Status*(SessionOptions*, CustomOpDomain*)> AddCustomOpDomain{};
+inline constexpr Entry<101, void(CustomOpDomain*)> ReleaseCustomOpDomain{};
+
+// Making a kernel. An absent attribute and one of another type both come back as a failure.
+inline constexpr Entry<85, Status*(const KernelInfo*, const char* name, float* out)> KernelInfoGetAttribute_float{};
+inline constexpr Entry<86, Status*(const KernelInfo*, const char* name, std::int64_t* out)> KernelInfoGetAttribute_int64{};
+inline constexpr Entry<230, Status*(const KernelInfo*, std::size_t* out)> KernelInfo_GetInputCount{};
+// *value stays null and *constant zero when the input is not an initializer. The value belongs to the session.
+inline constexpr Entry<249, Status*(const KernelInfo*, std::size_t index, int* constant, const Value** value)>
+    KernelInfoGetConstantInput_tensor{};
+
+// Running it. Inputs and outputs belong to the context; *input is null for an optional input left out.
+inline constexpr Entry<88, Status*(const KernelContext*, std::size_t* out)> KernelContext_GetInputCount{};
+inline constexpr Entry<90, Status*(const KernelContext*, std::size_t index, const Value** input)> KernelContext_GetInput{};
+inline constexpr Entry<91, Status*(KernelContext*, std::size_t index, const std::int64_t* dims, std::size_t rank, Value** out)>
+    KernelContext_GetOutput{};
+// Calls function(data, i) for i in [0, total) on the session's intra-op threads and returns when all are done.
+// batches 0: each i is a task of its own.
+inline constexpr Entry<274, Status*(const KernelContext*, void (*function)(void* data, std::size_t i), std::size_t total,
+                                    std::size_t batches, void* data)>
+    KernelContext_ParallelFor{};
+
+// Tensors. GetTensorTypeAndShape makes a TensorInfo that the caller releases.
+inline constexpr Entry<51, Status*(Value*, void** data)> GetTensorMutableData{};
+inline constexpr Entry<65, Status*(const Value*, TensorInfo** out)> GetTensorTypeAndShape{};
+inline constexpr Entry<99, void(TensorInfo*)> ReleaseTensorTypeAndShapeInfo{};
+inline constexpr Entry<61, Status*(const TensorInfo*, std::size_t* rank)> GetDimensionsCount{};
+// -1 stands for a dimension that is not known yet.
+inline constexpr Entry<62, Status*(const TensorInfo*, std::int64_t* dims, std::size_t rank)> GetDimensions{};
+
+// Shape inference. The TensorInfo and the Attribute belong to the context. An unknown rank reads as rank 0.
+inline constexpr Entry<267, Status*(const ShapeInferContext*, std::size_t* out)> ShapeInferContext_GetInputCount{};
+inline constexpr Entry<268, Status*(const ShapeInferContext*, std::size_t index, TensorInfo** out)>
+    ShapeInferContext_GetInputTypeShape{};
+inline constexpr Entry<269, Status*(const ShapeInferContext*, const char* name, const Attribute** out)>
+    ShapeInferContext_GetAttribute{};
+inline constexpr Entry<270, Status*(const ShapeInferContext*, std::size_t index, const TensorInfo*)>
+    ShapeInferContext_SetOutputTypeShape{};
+inline constexpr Entry<272, Status*(const Attribute*, AttributeType, void* data, std::size_t bytes, std::size_t* read)>
+    ReadOpAttr{};
+
+// OrtCustomOp as of version 17: ONNX Runtime reads no field beyond those of the version stated in the first one.
+struct CustomOp {
+  std::uint32_t version;
+  void* (*CreateKernel)(const CustomOp*, const Api*, const KernelInfo*);  // superseded by CreateKernelV2
+  const char* (*GetName)(const CustomOp*);
+  const char* (*GetExecutionProviderType)(const CustomOp*);  // null: CPU
+  ElementType (*GetInputType)(const CustomOp*, std::size_t index);
+  std::size_t (*GetInputTypeCount)(const CustomOp*);
+  ElementType (*GetOutputType)(const CustomOp*, std::size_t index);
+  std::size_t (*GetOutputTypeCount)(const CustomOp*);
+  void (*KernelCompute)(void* kernel, KernelContext*);  // superseded by KernelComputeV2
+  void (*KernelDestroy)(void* kernel);
+  Characteristic (*GetInputCharacteristic)(const CustomOp*, std::size_t index);
+  Characteristic (*GetOutputCharacteristic)(const CustomOp*, std::size_t index);
+  MemoryType (*GetInputMemoryType)(const CustomOp*, std::size_t index);
+  int (*GetVariadicInputMinArity)(const CustomOp*);
+  int (*GetVariadicInputHomogeneity)(const CustomOp*);
+  int (*GetVariadicOutputMinArity)(const CustomOp*);
+  int (*GetVariadicOutputHomogeneity)(const CustomOp*);
+  Status* (*CreateKernelV2)(const CustomOp*, const Api*, const KernelInfo*, void** kernel);
+  Status* (*KernelComputeV2)(void* kernel, KernelContext*);
+  Status* (*InferOutputShapeFn)(const CustomOp*, ShapeInferContext*);
+  int (*GetStartVersion)(const CustomOp*);
+  int (*GetEndVersion)(const CustomOp*);
+};
+static_assert(sizeof(CustomOp) == 22 * sizeof(void*), "OrtCustomOp has 22 fields in version 17");
+
+}  // namespace onnx_quarot::ort
+
+#endif
