@@ -1,0 +1,100 @@
+#include "cpu.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "fwht.h"
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace onnx_quarot {
+namespace {
+
+constexpr const char* kVariable = "ONNX_QUAROT_ISA";
+
+struct Candidate {
+  const Kernels* kernels;
+  bool runs;
+};
+
+// Every kernel of this build, fastest first.
+std::vector<Candidate> candidates() {
+  std::vector<Candidate> found;
+  const CpuFeatures cpu = detect_cpu();
+#if defined(__x86_64__)
+  found.push_back({&avx512_kernels, cpu.avx512});
+  found.push_back({&avx2_kernels, cpu.avx2});
+#elif defined(__aarch64__)
+  found.push_back({&neon_kernels, cpu.neon});
+#endif
+  found.push_back({&baseline_kernels, true});
+  return found;
+}
+
+// `source` says who asked, for the message.
+const Kernels& choose(const std::string& name, const char* source) {
+  for (const Candidate& candidate : candidates()) {
+    if (name != candidate.kernels->name) continue;
+    if (candidate.runs) return *candidate.kernels;
+    throw std::invalid_argument(std::string(source) + " is '" + name + "', which this CPU cannot run");
+  }
+  std::string known;
+  for (const Candidate& candidate : candidates()) known += (known.empty() ? "" : ", ") + std::string(candidate.kernels->name);
+  throw std::invalid_argument(std::string(source) + " is '" + name + "'; this build knows " + known);
+}
+
+const Kernels& choose_from_environment() {
+  const char* forced = std::getenv(kVariable);
+  if (forced != nullptr && *forced != '\0') return choose(forced, kVariable);
+  for (const Candidate& candidate : candidates()) {
+    if (candidate.runs) return *candidate.kernels;
+  }
+  return baseline_kernels;
+}
+
+}  // namespace
+
+CpuFeatures detect_cpu() {
+  CpuFeatures features;
+#if defined(__x86_64__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (__get_cpuid(1, &a, &b, &c, &d) == 0) return features;
+  const bool fma = (c & bit_FMA) != 0, f16c = (c & bit_F16C) != 0, avx = (c & bit_AVX) != 0;
+  if ((c & bit_OSXSAVE) == 0 || !avx) return features;
+  unsigned saved = 0, high = 0;  // XCR0: the register states that the system saves on a context switch
+  __asm__ volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return features;
+  constexpr unsigned ymm = 0x6, zmm = 0xe6;
+  features.avx2 = (saved & ymm) == ymm && fma && f16c && (b & bit_AVX2) != 0;
+  const unsigned wanted = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
+  features.avx512 = features.avx2 && (saved & zmm) == zmm && (b & wanted) == wanted;
+#elif defined(__aarch64__)
+  features.neon = true;
+#endif
+  return features;
+}
+
+const Kernels& active_kernels() {
+  static const Kernels& chosen = choose_from_environment();
+  return chosen;
+}
+
+const Kernels& find_kernels(const char* name) { return choose(name, "isa"); }
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Candidate& candidate : candidates()) {
+    if (candidate.runs) names.emplace_back(candidate.kernels->name);
+  }
+  return names;
+}
+
+std::string active_isa() { return active_kernels().name; }
+
+}  // namespace onnx_quarot

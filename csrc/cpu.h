@@ -1,0 +1,17 @@
+// What this CPU and its operating system can run. Compiled without instruction-set flags.
+#ifndef ONNX_QUAROT_CPU_H
+#define ONNX_QUAROT_CPU_H
+
+namespace onnx_quarot {
+
+struct CpuFeatures {
+  bool avx2 = false;   // AVX2, FMA, F16C, and 256-bit registers saved by the system
+  bool avx512 = false; // AVX-512 F, BW, DQ, VL, and 512-bit registers saved by the system
+  bool neon = false;   // 64-bit Arm: always there
+};
+
+CpuFeatures detect_cpu();
+
+}  // namespace onnx_quarot
+
+#endif

@@ -1,0 +1,139 @@
+#include "fwht.h"
+
+#include <cmath>
+#include <memory>
+#include <new>
+
+#include "kernels.h"
+#include "orders.h"
+#include "scratch.h"
+
+namespace onnx_quarot {
+namespace {
+
+std::string number(std::size_t value) { return std::to_string(value); }
+
+// Scratch of ordinary sizes lives on the stack: a malloc would be a large part of a short call.
+constexpr std::size_t kStackScratch = 32768;
+
+struct AlignedDelete {
+  void operator()(unsigned char* p) const { ::operator delete[](p, std::align_val_t{kScratchAlignment}); }
+};
+
+}  // namespace
+
+std::size_t element_size(DType dtype) {
+  switch (dtype) {
+    case DType::float16:
+    case DType::bfloat16:
+      return 2;
+    case DType::float64:
+      return 8;
+    case DType::float32:
+      break;
+  }
+  return 4;
+}
+
+Factors factorize(std::size_t n) {
+  if (n == 0) throw UnsupportedOrder("size 0 has no Hadamard matrix: it must be at least 1");
+  std::size_t odd = n;
+  unsigned twos = 0;
+  for (; odd % 2 == 0; odd /= 2) ++twos;
+  if (odd == 1) return {1, twos};
+  for (unsigned used = 2; used <= twos; ++used) {
+    const std::size_t k = odd << used;
+    if (k >> used != odd) break;
+    if (order_exists(k)) return {k, twos - used};
+  }
+  throw UnsupportedOrder("size " + number(n) + " = " + number(odd) + " * 2^" + std::to_string(twos) +
+                         " has no Hadamard matrix here: it must be K * 2^m for a supported order K; a block_size that "
+                         "divides it can be used instead");
+}
+
+bool has_order(std::size_t n) {
+  try {
+    factorize(n);
+    return true;
+  } catch (const UnsupportedOrder&) {
+    return false;
+  }
+}
+
+Transform::Transform(const TransformSpec& spec)
+    : dtype_(spec.dtype),
+      transpose_(spec.transpose),
+      size_(spec.size),
+      block_(spec.block_size == 0 ? spec.size : spec.block_size),
+      signs_length_(spec.signs_length),
+      power_(0),
+      order_(nullptr),
+      scale_(0),
+      kernels_(spec.isa.empty() ? &active_kernels() : &find_kernels(spec.isa.c_str())) {
+  if (size_ == 0) throw std::invalid_argument("the last axis has length 0: it must be at least 1");
+  if (size_ % block_ != 0) {
+    throw std::invalid_argument("block_size is " + number(block_) + ": it must divide the last axis, of length " +
+                                number(size_));
+  }
+  if (signs_length_ != 0 && signs_length_ != block_ && signs_length_ != size_) {
+    throw std::invalid_argument("signs has length " + number(signs_length_) + ": it must be the block size (" +
+                                number(block_) + ") or the last axis (" + number(size_) + ")");
+  }
+  const Factors factors = factorize(block_);
+  power_ = std::size_t{1} << factors.log2_power;
+  if (factors.order > 1) order_ = &order(factors.order);
+  scale_ = spec.scale.value_or(1.0 / std::sqrt(static_cast<double>(block_)));
+  if (!std::isfinite(scale_)) throw std::invalid_argument("scale is " + std::to_string(scale_) + ": it must be finite");
+}
+
+void Transform::rows(const void* in, void* out, std::size_t rows, std::ptrdiff_t in_stride, std::ptrdiff_t out_stride,
+                     const float* signs) const {
+  if ((signs != nullptr) != (signs_length_ != 0)) {
+    throw std::invalid_argument("signs: given if and only if the transform was made with a signs_length");
+  }
+  if (rows == 0) return;
+  Job job{};
+  job.in = in;
+  job.out = out;
+  job.rows = rows;
+  job.blocks = size_ / block_;
+  job.in_stride = in_stride;
+  job.out_stride = out_stride;
+  job.order = order_ == nullptr ? 1 : order_->k;
+  job.power = power_;
+  if (order_ != nullptr) job.codes = transpose_ ? order_->codes_transposed.data() : order_->codes.data();
+  job.signs = signs;
+  job.sign_step = signs_length_ == size_ ? block_ : 0;
+  job.transpose = transpose_;
+  job.scale = scale_;
+
+  const std::size_t compute_size = dtype_ == DType::float64 ? sizeof(double) : sizeof(float);
+  const std::size_t needed =
+      scratch_layout(job.order, job.power, element_size(dtype_), compute_size, kernels_->vector_bytes).total;
+  alignas(kScratchAlignment) unsigned char local[kStackScratch];
+  std::unique_ptr<unsigned char[], AlignedDelete> heap;
+  job.scratch = local;
+  if (needed > sizeof(local)) {
+    heap.reset(static_cast<unsigned char*>(::operator new[](needed, std::align_val_t{kScratchAlignment})));
+    job.scratch = heap.get();
+  }
+  switch (dtype_) {
+    case DType::float32:
+      return kernels_->float32(job);
+    case DType::float16:
+      return kernels_->float16(job);
+    case DType::bfloat16:
+      return kernels_->bfloat16(job);
+    case DType::float64:
+      return kernels_->float64(job);
+  }
+}
+
+void Transform::range(const void* in, void* out, std::size_t first, std::size_t count, const float* signs) const {
+  const std::size_t offset = first * size_ * element_size(dtype_);
+  const auto stride = static_cast<std::ptrdiff_t>(size_);
+  rows(static_cast<const unsigned char*>(in) + offset, static_cast<unsigned char*>(out) + offset, count, stride, stride,
+       signs);
+}
+
+}  // namespace onnx_quarot

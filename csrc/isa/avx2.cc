@@ -1,0 +1,9 @@
+// AVX2 with FMA and F16C. 64 floats in 8 of the 16 registers.
+#if defined(__AVX2__)
+#define ONNX_QUAROT_VECTOR_BYTES 32
+#define ONNX_QUAROT_BLOCK_VECTORS 8
+#define ONNX_QUAROT_MAX_RADIX 16
+#include "kernel-inl.h"
+
+ONNX_QUAROT_KERNELS(avx2_kernels, "avx2")
+#endif

@@ -1,0 +1,9 @@
+// 64-bit Arm. 64 floats in 16 of the 32 registers.
+#if defined(__aarch64__)
+#define ONNX_QUAROT_VECTOR_BYTES 16
+#define ONNX_QUAROT_BLOCK_VECTORS 16
+#define ONNX_QUAROT_MAX_RADIX 16
+#include "kernel-inl.h"
+
+ONNX_QUAROT_KERNELS(neon_kernels, "neon")
+#endif

@@ -1,0 +1,121 @@
+// From a Job to the passes: rows, blocks, signs, and blocks shorter than a vector. Included by kernel-inl.h.
+
+namespace onnx_quarot {
+namespace {
+
+// Blocks at least a vector wide in their power of two.
+template <class T, bool SignIn, bool SignOut>
+void wide_blocks(const Job& job) {
+  using C = typename Compute<T>::Scalar;
+  using V = typename Compute<T>::Vector;
+  constexpr bool direct = sizeof(T) == sizeof(C);  // values can be kept in the output
+  constexpr Finish finish = SignOut ? Finish::scale_and_sign : Finish::scale;
+  const ScratchLayout layout = scratch_layout(job.order, job.power, sizeof(T), sizeof(C), kVectorBytes);
+  char* scratch = static_cast<char*>(job.scratch);
+  const V one = opaque<V>(1.0f);
+  const V scale = V{} + static_cast<C>(job.scale);
+  const std::size_t block = job.order * job.power;
+
+  // Adjacent rows are one long row of blocks, unless signs tell them apart.
+  std::size_t rows = job.rows, blocks = job.blocks;
+  const auto row = static_cast<std::ptrdiff_t>(blocks * block);
+  if (job.in_stride == row && job.out_stride == row && (job.sign_step == 0 || blocks == 1)) {
+    blocks *= rows;
+    rows = 1;
+  }
+  const std::size_t sign_step = blocks == 1 || job.blocks == 1 ? 0 : job.sign_step;
+  for (std::size_t r = 0; r < rows; ++r) {
+    const T* in = static_cast<const T*>(job.in) + static_cast<std::ptrdiff_t>(r) * job.in_stride;
+    T* out = static_cast<T*>(job.out) + static_cast<std::ptrdiff_t>(r) * job.out_stride;
+    if (job.order == 1) {
+      C* values = direct ? reinterpret_cast<C*>(out) : reinterpret_cast<C*>(scratch + layout.values);
+      rows_of_power(Source<T, SignIn>{in, job.signs}, values, direct ? block : 0, Sink<T, finish>{out, job.signs, scale},
+                    blocks, sign_step, block, one);
+      continue;
+    }
+    for (std::size_t b = 0; b < blocks; ++b, in += block, out += block) {
+      const float* signs = job.signs + b * sign_step;
+      C* values = direct ? reinterpret_cast<C*>(out) : reinterpret_cast<C*>(scratch + layout.values);
+      rows_of_power(Source<T, SignIn>{in, signs}, values, job.power, Sink<C, Finish::none>{values, nullptr, one},
+                    job.order, job.power, job.power, one);
+      order_step(values, job.power, job.order, job.codes, job.transpose, scratch + layout.table, scale, one);
+      if constexpr (!direct || SignOut) {
+        const Sink<T, finish> sink{out, signs, one};
+        for (std::size_t i = 0; i < block; i += kLanes<T>) sink.put(i, load(values + i));
+      }
+    }
+  }
+}
+
+// Blocks whose power of two is shorter than a vector: as many as fill one are packed side by side.
+template <class T, bool SignIn, bool SignOut>
+void narrow_blocks(const Job& job) {
+  using C = typename Compute<T>::Scalar;
+  using V = typename Compute<T>::Vector;
+  constexpr std::size_t lanes = kLanes<T>;
+  constexpr Finish finish = SignOut ? Finish::scale_and_sign : Finish::scale;
+  const ScratchLayout layout = scratch_layout(job.order, job.power, sizeof(T), sizeof(C), kVectorBytes);
+  char* scratch = static_cast<char*>(job.scratch);
+  C* values = reinterpret_cast<C*>(scratch + layout.values);
+  T* gathered = reinterpret_cast<T*>(scratch + layout.gathered);
+  T* scattered = reinterpret_cast<T*>(scratch + layout.scattered);
+  float* signs = reinterpret_cast<float*>(scratch + layout.signs);
+  const V one = opaque<V>(1.0f);
+  const V scale = V{} + static_cast<C>(job.scale);
+  const std::size_t order = job.order, power = job.power, block = order * power, together = lanes / power;
+  std::memset(gathered, 0, order * lanes * sizeof(T));
+  std::memset(signs, 0, order * lanes * sizeof(float));
+
+  const Source<T, SignIn> source{gathered, signs};
+  const std::size_t total = job.rows * job.blocks;
+  for (std::size_t first = 0; first < total; first += together) {
+    const std::size_t count = total - first < together ? total - first : together;
+    for (std::size_t u = 0; u < count; ++u) {
+      const std::size_t r = (first + u) / job.blocks, b = (first + u) % job.blocks;
+      const T* in = static_cast<const T*>(job.in) + static_cast<std::ptrdiff_t>(r) * job.in_stride + b * block;
+      for (std::size_t k = 0; k < order; ++k) {
+        std::memcpy(gathered + k * lanes + u * power, in + k * power, power * sizeof(T));
+        if constexpr (SignIn || SignOut) {
+          std::memcpy(signs + k * lanes + u * power, job.signs + b * job.sign_step + k * power, power * sizeof(float));
+        }
+      }
+    }
+    const Sink<T, finish> sink{scattered, signs, order == 1 ? scale : one};
+    if (order == 1) {
+      sink.put(0, lane_stages_below<1>(source.get(0), power));
+    } else {
+      for (std::size_t k = 0; k < order; ++k) {
+        store(values + k * lanes, lane_stages_below<1>(source.get(k * lanes), power));
+      }
+      order_step(values, lanes, order, job.codes, job.transpose, scratch + layout.table, scale, one);
+      for (std::size_t i = 0; i < order * lanes; i += lanes) sink.put(i, load(values + i));
+    }
+    for (std::size_t u = 0; u < count; ++u) {
+      const std::size_t r = (first + u) / job.blocks, b = (first + u) % job.blocks;
+      T* out = static_cast<T*>(job.out) + static_cast<std::ptrdiff_t>(r) * job.out_stride + b * block;
+      for (std::size_t k = 0; k < order; ++k) {
+        std::memcpy(out + k * power, scattered + k * lanes + u * power, power * sizeof(T));
+      }
+    }
+  }
+}
+
+template <class T, bool SignIn, bool SignOut>
+void run(const Job& job) {
+  return job.power < kLanes<T> ? narrow_blocks<T, SignIn, SignOut>(job) : wide_blocks<T, SignIn, SignOut>(job);
+}
+
+template <class T>
+void run(const Job& job) {
+  if (job.signs == nullptr) return run<T, false, false>(job);
+  return job.transpose ? run<T, false, true>(job) : run<T, true, false>(job);
+}
+
+}  // namespace
+}  // namespace onnx_quarot
+
+// Defines the table `variable` of this file's kernels.
+#define ONNX_QUAROT_KERNELS(variable, name)                                                                         \
+  namespace onnx_quarot {                                                                                           \
+  const Kernels variable = {name, kVectorBytes, run<float>, run<Half>, run<BFloat>, run<double>};                   \
+  }

@@ -1,0 +1,48 @@
+// What an instruction set offers: one function a data type. Filled by the files in isa/, chosen in cpu.cc.
+#ifndef ONNX_QUAROT_KERNELS_H
+#define ONNX_QUAROT_KERNELS_H
+
+#include <cstddef>
+#include <cstdint>
+
+namespace onnx_quarot {
+
+// A row is `blocks` adjacent blocks of `order` * `power` elements. Distances are in elements.
+struct Job {
+  const void* in;
+  void* out;
+  std::size_t rows;
+  std::size_t blocks;
+  std::ptrdiff_t in_stride;
+  std::ptrdiff_t out_stride;
+  std::size_t order;            // K
+  std::size_t power;            // M = 2^m
+  const std::uint8_t* codes;    // Order::codes of the matrix to multiply by; null for K = 1
+  const float* signs;           // null: none
+  std::size_t sign_step;        // from the signs of one block to those of the next: 0 or the block size
+  bool transpose;
+  double scale;
+  void* scratch;                // as scratch_layout says
+};
+
+struct Kernels {
+  const char* name;
+  std::size_t vector_bytes;
+  void (*float32)(const Job&);
+  void (*float16)(const Job&);
+  void (*bfloat16)(const Job&);
+  void (*float64)(const Job&);
+};
+
+extern const Kernels baseline_kernels;
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+extern const Kernels neon_kernels;
+
+// The kernels in use, or those called `name`. Both throw std::invalid_argument.
+const Kernels& active_kernels();
+const Kernels& find_kernels(const char* name);
+
+}  // namespace onnx_quarot
+
+#endif

@@ -1,0 +1,307 @@
+// The Python module _core: numpy arrays in, Transform::rows out. hadamard() is a plain C function because argument
+// handling would otherwise cost more than a short transform.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "fwht.h"
+#include "orders.h"
+
+namespace py = pybind11;
+
+namespace onnx_quarot {
+namespace {
+
+// numpy's numbers of its own types; bfloat16 has one only once ml_dtypes is imported.
+constexpr int kNumpyFloat32 = 11, kNumpyFloat64 = 12, kNumpyFloat16 = 23;
+
+// Below this many elements a second thread costs more than it saves.
+constexpr std::size_t kElementsPerThread = std::size_t{1} << 15;
+
+std::string text(const py::handle& object) { return py::cast<std::string>(py::str(object)); }
+std::string type_name(const py::handle& object) { return Py_TYPE(object.ptr())->tp_name; }
+
+py::dtype dtype_of(const py::array& array) { return array.dtype(); }
+
+DType dtype_from_numpy(const py::array& array, const char* argument) {
+  const py::dtype dtype = dtype_of(array);
+  if (dtype.byteorder() != '>' && dtype.byteorder() != '<') {
+    switch (dtype.num()) {
+      case kNumpyFloat32:
+        return DType::float32;
+      case kNumpyFloat64:
+        return DType::float64;
+      case kNumpyFloat16:
+        return DType::float16;
+      default:
+        if (dtype.itemsize() == 2 && text(dtype) == "bfloat16") return DType::bfloat16;
+    }
+  }
+  throw py::type_error(std::string(argument) + " has dtype " + text(dtype) +
+                       ": it must be float32, float64, float16 or bfloat16, in native byte order");
+}
+
+// An array as rows of its last axis.
+struct Rows {
+  void* data = nullptr;
+  std::size_t count = 1;
+  std::size_t size = 0;
+  std::ptrdiff_t stride = 0;  // in elements
+  bool uniform = false;       // aligned, elements of a row adjacent, rows at one distance: what the kernel takes
+};
+
+Rows rows_of(const py::array& array) {
+  const auto* proxy = py::detail::array_proxy(array.ptr());
+  const auto item = static_cast<py::ssize_t>(array.itemsize());
+  const int last = proxy->nd - 1;
+  Rows rows;
+  rows.data = proxy->data;
+  rows.size = static_cast<std::size_t>(proxy->dimensions[last]);
+  rows.uniform = (proxy->flags & py::detail::npy_api::NPY_ARRAY_ALIGNED_) != 0 &&
+                 (rows.size <= 1 || proxy->strides[last] == item);
+  py::ssize_t stride = static_cast<py::ssize_t>(rows.size) * item, expected = 0;
+  for (int axis = last - 1; axis >= 0; --axis) {
+    const py::ssize_t length = proxy->dimensions[axis];
+    if (length != 1) {
+      if (rows.count == 1) {
+        stride = proxy->strides[axis];
+      } else {
+        rows.uniform = rows.uniform && proxy->strides[axis] == expected;
+      }
+      expected = proxy->strides[axis] * length;
+    }
+    rows.count *= static_cast<std::size_t>(length);
+  }
+  rows.uniform = rows.uniform && stride % item == 0;
+  rows.stride = stride / item;
+  return rows;
+}
+
+bool same_shape(const py::array& a, const py::array& b) {
+  return a.ndim() == b.ndim() && std::equal(a.shape(), a.shape() + a.ndim(), b.shape());
+}
+
+std::string shape_text(const py::array& array) { return text(array.attr("shape")); }
+
+// Signs as float, checked.
+std::vector<float> read_signs(PyObject* object) {
+  const auto array = py::array_t<float, py::array::c_style | py::array::forcecast>::ensure(object);
+  if (!array || array.ndim() != 1) {
+    PyErr_Clear();
+    throw py::value_error("signs must be one-dimensional numbers, +1 or -1, got " +
+                          (array ? "shape " + shape_text(array) : type_name(object)));
+  }
+  std::vector<float> signs(array.data(), array.data() + array.size());
+  for (std::size_t i = 0; i < signs.size(); ++i) {
+    if (std::fabs(signs[i]) != 1.0f) {
+      throw py::value_error("signs[" + std::to_string(i) + "] is " + std::to_string(signs[i]) +
+                            ": every sign must be +1 or -1");
+    }
+  }
+  if (signs.empty()) throw py::value_error("signs is empty: it must have the length of a block or of the last axis");
+  return signs;
+}
+
+std::size_t positive(PyObject* object, const char* argument) {
+  const Py_ssize_t value = PyNumber_AsSsize_t(object, PyExc_OverflowError);
+  if (value == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  if (value < 1) throw py::value_error(std::string(argument) + " is " + std::to_string(value) + ": it must be at least 1");
+  return static_cast<std::size_t>(value);
+}
+
+void run_rows(const Transform& transform, const Rows& in, const Rows& out, const float* signs, std::size_t threads) {
+  const std::size_t work = in.count * in.size, item = element_size(transform.dtype());
+  const std::size_t parts = std::max<std::size_t>(1, std::min({threads, in.count, work / kElementsPerThread}));
+  const auto part = [&](std::size_t index) {
+    const std::size_t first = in.count * index / parts, end = in.count * (index + 1) / parts;
+    const auto bytes = [&](std::ptrdiff_t stride) {
+      return static_cast<std::ptrdiff_t>(first) * stride * static_cast<std::ptrdiff_t>(item);
+    };
+    transform.rows(static_cast<const char*>(in.data) + bytes(in.stride), static_cast<char*>(out.data) + bytes(out.stride),
+                   end - first, in.stride, out.stride, signs);
+  };
+  if (parts == 1) return part(0);
+  std::vector<std::thread> workers;
+  workers.reserve(parts - 1);
+  for (std::size_t index = 1; index < parts; ++index) workers.emplace_back(part, index);
+  part(0);
+  for (std::thread& worker : workers) worker.join();
+}
+
+enum Argument { kX, kOut, kBlockSize, kSigns, kTranspose, kScale, kThreads, kIsa, kArgumentCount };
+constexpr const char* kArgumentNames[] = {"x", "out", "block_size", "signs", "transpose", "scale", "threads", "isa"};
+using Arguments = std::array<PyObject*, kArgumentCount>;
+
+Arguments parse(PyObject* const* values, Py_ssize_t positional, PyObject* names) {
+  Arguments given{};
+  if (positional > kArgumentCount) {
+    throw py::type_error("hadamard() takes at most " + std::to_string(int{kArgumentCount}) + " arguments");
+  }
+  std::copy(values, values + positional, given.begin());
+  const Py_ssize_t named = names == nullptr ? 0 : PyTuple_GET_SIZE(names);
+  for (Py_ssize_t i = 0; i < named; ++i) {
+    PyObject* name = PyTuple_GET_ITEM(names, i);
+    std::size_t slot = 0;
+    while (slot < kArgumentCount && PyUnicode_CompareWithASCIIString(name, kArgumentNames[slot]) != 0) ++slot;
+    if (slot == kArgumentCount) throw py::type_error("hadamard() has no argument '" + text(name) + "'");
+    if (given[slot] != nullptr) throw py::type_error("hadamard() got '" + text(name) + "' twice");
+    given[slot] = values[positional + i];
+  }
+  for (PyObject*& value : given) {
+    if (value == Py_None) value = nullptr;
+  }
+  return given;
+}
+
+py::array as_array(PyObject* object, const char* argument) {
+  if (object == nullptr || !py::detail::npy_api::get().PyArray_Check_(object)) {
+    throw py::type_error(std::string(argument) + " is " + (object == nullptr ? "None" : type_name(object)) +
+                         ": it must be a numpy array");
+  }
+  return py::reinterpret_borrow<py::array>(object);
+}
+
+void check_out(const py::array& x, const py::array& out) {
+  if (dtype_of(out).num() != dtype_of(x).num()) {
+    throw py::type_error("out has dtype " + text(dtype_of(out)) + ": it must be that of x, " + text(dtype_of(x)));
+  }
+  if (!same_shape(x, out)) {
+    throw py::value_error("out has shape " + shape_text(out) + ": it must be that of x, " + shape_text(x));
+  }
+  if (!out.writeable()) throw py::value_error("out is read-only: it must be writeable");
+}
+
+// Whether two arrays of one shape hold common elements without being the same rows.
+bool overlap_partly(const py::array& x, const Rows& in, const py::array& out, const Rows& to) {
+  if (in.data == to.data && (in.stride == to.stride || in.count == 1)) return false;
+  const py::module_ numpy = py::module_::import("numpy");
+  return py::cast<bool>(numpy.attr("shares_memory")(x, out));
+}
+
+py::object hadamard(const Arguments& given) {
+  py::array x = as_array(given[kX], "x");
+  TransformSpec spec;
+  spec.dtype = dtype_from_numpy(x, "x");
+  if (x.ndim() == 0) throw py::value_error("x has no axis: the transform works along the last one");
+  Rows in = rows_of(x);
+  spec.size = in.size;
+  if (given[kBlockSize] != nullptr) spec.block_size = positive(given[kBlockSize], "block_size");
+  if (given[kTranspose] != nullptr) {
+    const int truth = PyObject_IsTrue(given[kTranspose]);
+    if (truth < 0) throw py::error_already_set();
+    spec.transpose = truth != 0;
+  }
+  if (given[kScale] != nullptr) {
+    const double scale = PyFloat_AsDouble(given[kScale]);
+    if (scale == -1.0 && PyErr_Occurred() != nullptr) throw py::error_already_set();
+    spec.scale = scale;
+  }
+  if (given[kIsa] != nullptr) spec.isa = text(given[kIsa]);
+  const std::size_t threads = given[kThreads] == nullptr ? 1 : positive(given[kThreads], "threads");
+  std::vector<float> signs;
+  if (given[kSigns] != nullptr) signs = read_signs(given[kSigns]);
+  spec.signs_length = signs.size();
+  const Transform transform(spec);
+
+  py::array result;
+  if (given[kOut] == nullptr) {
+    result = py::array(dtype_of(x), std::vector<py::ssize_t>(x.shape(), x.shape() + x.ndim()));
+  } else {
+    result = as_array(given[kOut], "out");
+    check_out(x, result);
+  }
+  Rows out = rows_of(result);
+  if (given[kOut] != nullptr && overlap_partly(x, in, result, out)) {
+    throw py::value_error("out overlaps x in part: it must be x itself or share no memory with it");
+  }
+  if (!in.uniform) {
+    x = py::array(x.attr("copy")("C"));
+    in = rows_of(x);
+  }
+  py::array target = result;
+  if (!out.uniform) {
+    target = py::array(dtype_of(x), std::vector<py::ssize_t>(x.shape(), x.shape() + x.ndim()));
+    out = rows_of(target);
+  }
+  const float* sign_values = signs.empty() ? nullptr : signs.data();
+  {
+    const py::gil_scoped_release unlocked;
+    run_rows(transform, in, out, sign_values, threads);
+  }
+  if (!target.is(result)) py::module_::import("numpy").attr("copyto")(result, target);
+  return std::move(result);
+}
+
+void set_order_error(const char* message) {
+  PyObject* module = PyImport_ImportModule("onnx_quarot.errors");
+  PyObject* type = module == nullptr ? nullptr : PyObject_GetAttrString(module, "OrderError");
+  if (type != nullptr) PyErr_SetString(type, message);
+  Py_XDECREF(type);
+  Py_XDECREF(module);
+}
+
+PyObject* hadamard_entry(PyObject*, PyObject* const* values, Py_ssize_t positional, PyObject* names) {
+  try {
+    return hadamard(parse(values, positional, names)).release().ptr();
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const py::builtin_exception& error) {
+    error.set_error();
+  } catch (const UnsupportedOrder& error) {
+    set_order_error(error.what());
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+PyMethodDef hadamard_method = {
+    "hadamard", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(hadamard_entry)), METH_FASTCALL | METH_KEYWORDS,
+    "hadamard(x, out=None, block_size=None, signs=None, transpose=False, scale=None, threads=1, isa=None)\n\n"
+    "Walsh-Hadamard transform of the last axis; see onnx_quarot.hadamard. isa names a kernel, for tests."};
+
+py::array_t<std::int8_t> order_matrix(std::size_t k) {
+  const Order& found = order(k);
+  py::array_t<std::int8_t> matrix({k, k});
+  std::copy(found.matrix.begin(), found.matrix.end(), matrix.mutable_data());
+  return matrix;
+}
+
+py::tuple factorize_tuple(std::size_t n) {
+  const Factors factors = factorize(n);
+  return py::make_tuple(factors.order, factors.log2_power);
+}
+
+}  // namespace
+}  // namespace onnx_quarot
+
+PYBIND11_MODULE(_core, module) {
+  using namespace onnx_quarot;
+  module.doc() = "Compiled kernels of onnx_quarot.";
+  py::register_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const UnsupportedOrder& error) {
+      set_order_error(error.what());
+    }
+  });
+  const py::object name = py::str("onnx_quarot._core");
+  module.add_object("hadamard", py::reinterpret_steal<py::object>(PyCFunction_NewEx(&hadamard_method, nullptr, name.ptr())));
+  module.def("order_matrix", &order_matrix, py::arg("order"), "Hadamard matrix of a supported order, int8.");
+  module.def("factorize", &factorize_tuple, py::arg("n"), "(K, m) with n = K 2**m, as used for H_n.");
+  module.def("has_order", &has_order, py::arg("n"), "Whether H_n is available.");
+  module.def("isa", &active_isa, "Name of the kernel in use.");
+  module.def("isas", &available_isas, "Names of the kernels this CPU can run, fastest first.");
+}

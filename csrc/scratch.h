@@ -1,0 +1,44 @@
+// Where a kernel keeps what does not fit in registers. Shared by fwht.cc, which allocates, and the kernels, which use it;
+// internal linkage, because the kernels are compiled for different CPUs.
+#ifndef ONNX_QUAROT_SCRATCH_H
+#define ONNX_QUAROT_SCRATCH_H
+
+#include <cstddef>
+
+namespace onnx_quarot {
+namespace {
+
+constexpr std::size_t kScratchAlignment = 64;
+
+// Offsets in bytes. `lanes` is the number of elements computed in one vector.
+struct ScratchLayout {
+  std::size_t values;     // intermediate values of a block in the type of computation
+  std::size_t table;      // sums of four inputs with all signs, for the step of order K
+  std::size_t gathered;   // the last three: blocks whose power of two is shorter than a vector, packed side by side
+  std::size_t scattered;
+  std::size_t signs;
+  std::size_t total;
+};
+
+constexpr std::size_t padded(std::size_t bytes) {
+  return (bytes + kScratchAlignment - 1) / kScratchAlignment * kScratchAlignment;
+}
+
+constexpr ScratchLayout scratch_layout(std::size_t order, std::size_t power, std::size_t element_bytes,
+                                       std::size_t compute_bytes, std::size_t vector_bytes) {
+  const std::size_t lanes = vector_bytes / compute_bytes;
+  const bool packs = power < lanes;
+  const std::size_t elements = order * (packs ? lanes : power);
+  ScratchLayout layout{};
+  layout.table = packs || element_bytes != compute_bytes ? padded(elements * compute_bytes) : 0;
+  layout.gathered = layout.table + (order > 1 ? padded(order / 4 * 16 * vector_bytes) : 0);
+  layout.scattered = layout.gathered + (packs ? padded(elements * element_bytes) : 0);
+  layout.signs = layout.scattered + (packs ? padded(elements * element_bytes) : 0);
+  layout.total = layout.signs + (packs ? padded(elements * sizeof(float)) : 0);
+  return layout;
+}
+
+}  // namespace
+}  // namespace onnx_quarot
+
+#endif

@@ -1,0 +1,195 @@
+// Vectors: loads, stores and conversions on GCC's vector extensions. Included by each file in isa/ after it has defined
+//   ONNX_QUAROT_VECTOR_BYTES   width of a vector
+// Everything has internal linkage and is inlined: no function compiled here may be shared between CPUs.
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#define ONNX_QUAROT_INLINE __attribute__((always_inline)) inline
+
+namespace onnx_quarot {
+namespace {
+
+constexpr std::size_t kVectorBytes = ONNX_QUAROT_VECTOR_BYTES;
+
+typedef float Floats __attribute__((vector_size(kVectorBytes)));
+typedef double Doubles __attribute__((vector_size(kVectorBytes)));
+typedef float FloatsAnywhere __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+typedef double DoublesAnywhere __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+typedef float HalfFloatsAnywhere __attribute__((vector_size(kVectorBytes / 2), aligned(4), may_alias));
+typedef std::uint32_t Words __attribute__((vector_size(kVectorBytes)));
+typedef std::int32_t Ints __attribute__((vector_size(kVectorBytes)));
+typedef std::uint16_t Shorts __attribute__((vector_size(kVectorBytes / 2)));
+typedef std::uint16_t ShortsAnywhere __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+
+// Storage types; both are computed in float.
+struct Half {
+  std::uint16_t bits;
+};
+struct BFloat {
+  std::uint16_t bits;
+};
+
+// The type of computation of a storage type, and its vector.
+template <class T>
+struct Compute {
+  using Scalar = float;
+  using Vector = Floats;
+};
+template <>
+struct Compute<double> {
+  using Scalar = double;
+  using Vector = Doubles;
+};
+
+template <int... I>
+struct Indices {};
+template <int N, int... I>
+struct MakeIndices : MakeIndices<N - 1, N - 1, I...> {};
+template <int... I>
+struct MakeIndices<0, I...> {
+  using Type = Indices<I...>;
+};
+template <class V>
+using LanesOf = typename MakeIndices<static_cast<int>(sizeof(V) / sizeof(V{}[0]))>::Type;
+
+template <class T>
+constexpr std::size_t kLanes = kVectorBytes / sizeof(typename Compute<T>::Scalar);
+
+ONNX_QUAROT_INLINE Floats load(const float* p) { return *reinterpret_cast<const FloatsAnywhere*>(p); }
+ONNX_QUAROT_INLINE Doubles load(const double* p) { return *reinterpret_cast<const DoublesAnywhere*>(p); }
+ONNX_QUAROT_INLINE void store(float* p, Floats v) { *reinterpret_cast<FloatsAnywhere*>(p) = v; }
+ONNX_QUAROT_INLINE void store(double* p, Doubles v) { *reinterpret_cast<DoublesAnywhere*>(p) = v; }
+
+// Signs are float whatever the type of computation.
+ONNX_QUAROT_INLINE void load_signs(const float* p, Floats& v) { v = load(p); }
+ONNX_QUAROT_INLINE void load_signs(const float* p, Doubles& v) {
+  v = __builtin_convertvector(*reinterpret_cast<const HalfFloatsAnywhere*>(p), Doubles);
+}
+
+ONNX_QUAROT_INLINE Words load_words(const std::uint16_t* p) {
+  return __builtin_convertvector(*reinterpret_cast<const ShortsAnywhere*>(p), Words);
+}
+ONNX_QUAROT_INLINE void store_words(std::uint16_t* p, Words w) {
+  *reinterpret_cast<ShortsAnywhere*>(p) = __builtin_convertvector(w, Shorts);
+}
+
+ONNX_QUAROT_INLINE Floats load(const BFloat* p) { return reinterpret_cast<Floats>(load_words(&p->bits) << 16); }
+
+// To nearest even; a NaN stays one, quiet.
+ONNX_QUAROT_INLINE void store(BFloat* p, Floats v) {
+  const Words bits = reinterpret_cast<Words>(v);
+  const Words nan = reinterpret_cast<Words>(v != v);
+  const Words rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  store_words(&p->bits, ((nan & (bits | 0x400000u)) | (~nan & rounded)) >> 16);
+}
+
+#if defined(__AVX512F__)
+// The masked forms, all lanes on: gcc 12 warns about the plain ones, whose unused operand it leaves undefined.
+ONNX_QUAROT_INLINE Floats load(const Half* p) {
+  return reinterpret_cast<Floats>(_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
+ONNX_QUAROT_INLINE void store(Half* p, Floats v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(v),
+                                            _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(__F16C__)
+ONNX_QUAROT_INLINE Floats load(const Half* p) {
+  Floats v;
+  for (std::size_t i = 0; i < kVectorBytes / 32; ++i) {
+    const __m256 part = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + i));
+    std::memcpy(reinterpret_cast<char*>(&v) + 32 * i, &part, 32);
+  }
+  return v;
+}
+ONNX_QUAROT_INLINE void store(Half* p, Floats v) {
+  for (std::size_t i = 0; i < kVectorBytes / 32; ++i) {
+    __m256 part;
+    std::memcpy(&part, reinterpret_cast<const char*>(&v) + 32 * i, 32);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p) + i,
+                     _mm256_cvtps_ph(part, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+}
+#elif defined(__aarch64__)
+ONNX_QUAROT_INLINE Floats load(const Half* p) {
+  return reinterpret_cast<Floats>(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits))));
+}
+ONNX_QUAROT_INLINE void store(Half* p, Floats v) {
+  vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32(reinterpret_cast<float32x4_t>(v))));
+}
+#else
+// Without conversion instructions: the exponent is moved by a multiplication, which also makes subnormals right.
+ONNX_QUAROT_INLINE Floats load(const Half* p) {
+  const Words half = load_words(&p->bits);
+  const Words magnitude = (half & 0x7fffu) << 13;
+  const Words scaled = reinterpret_cast<Words>(reinterpret_cast<Floats>(magnitude) * 0x1p112f);
+  const Words special = reinterpret_cast<Words>(magnitude >= 0x0f800000u);  // infinity and NaN
+  const Words quiet = reinterpret_cast<Words>(magnitude > 0x0f800000u) & 0x400000u;
+  return reinterpret_cast<Floats>(((half & 0x8000u) << 16) | (special & (magnitude | 0x7f800000u | quiet)) |
+                                  (~special & scaled));
+}
+ONNX_QUAROT_INLINE void store(Half* p, Floats v) {
+  const Words bits = reinterpret_cast<Words>(v);
+  const Words magnitude = bits & 0x7fffffffu;
+  // Normal halves: round the 13 surplus bits to even, then rebias. A carry runs into the exponent, as it should.
+  const Words normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
+  // Subnormal halves: adding 0.5 leaves just their bits in the significand, rounded by the addition.
+  const Words subnormal = reinterpret_cast<Words>(reinterpret_cast<Floats>(magnitude) + 0.5f) - 0x3f000000u;
+  const Words small = reinterpret_cast<Words>(magnitude < 0x38800000u);
+  const Words large = reinterpret_cast<Words>(magnitude >= 0x477ff000u);  // rounds to infinity
+  const Words nan = reinterpret_cast<Words>(magnitude > 0x7f800000u);
+  const Words finite = (small & subnormal) | (~small & normal);
+  const Words special = (~nan & 0x7c00u) | (nan & (0x7e00u | ((magnitude >> 13) & 0x1ffu)));
+  store_words(&p->bits, (large & special) | (~large & finite) | ((bits >> 16) & 0x8000u));
+}
+#endif
+
+// One stage inside a vector: lanes i and i ^ D become their sum and difference. The product is exact, so that the
+// result does not depend on whether the compiler fuses it.
+template <int D, int... I>
+ONNX_QUAROT_INLINE Floats lane_stage(Floats x, Indices<I...>) {
+  const Floats sign = {((I & D) != 0 ? -1.0f : 1.0f)...};
+  return x * sign + __builtin_shufflevector(x, x, (I ^ D)...);
+}
+template <int D, int... I>
+ONNX_QUAROT_INLINE Doubles lane_stage(Doubles x, Indices<I...>) {
+  const Doubles sign = {((I & D) != 0 ? -1.0 : 1.0)...};
+  return x * sign + __builtin_shufflevector(x, x, (I ^ D)...);
+}
+
+// The stages of all lanes, or of groups of `width` lanes when that is fewer.
+template <int D, class V>
+ONNX_QUAROT_INLINE V lane_stages(V x) {
+  if constexpr (static_cast<std::size_t>(D) < sizeof(V) / sizeof(V{}[0])) {
+    return lane_stages<2 * D>(lane_stage<D>(x, LanesOf<V>{}));
+  } else {
+    return x;
+  }
+}
+template <int D, class V>
+ONNX_QUAROT_INLINE V lane_stages_below(V x, std::size_t width) {
+  if constexpr (static_cast<std::size_t>(D) < sizeof(V) / sizeof(V{}[0])) {
+    return static_cast<std::size_t>(D) < width ? lane_stages_below<2 * D>(lane_stage<D>(x, LanesOf<V>{}), width) : x;
+  } else {
+    return x;
+  }
+}
+
+// A factor the compiler cannot see through. Multiplying by an opaque 1 turns a subtraction into a fused multiply-add,
+// which some CPUs run beside the additions instead of after them.
+template <class V>
+ONNX_QUAROT_INLINE V opaque(typename Compute<float>::Scalar value) {
+  __asm__("" : "+m"(value));
+  V v{};
+  return v + static_cast<decltype(V{}[0] + 0)>(value);
+}
+
+}  // namespace
+}  // namespace onnx_quarot
