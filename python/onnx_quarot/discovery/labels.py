@@ -1,0 +1,192 @@
+"""Which axes are rotated: a minimum cut.
+
+Every linear layer with a constant weight pays for being read in a rotated basis, an axis an operator blocks keeps its
+own, and an activation may change basis on its way from producer to consumer for the price of one online transform
+(n log n a row). The source side of the minimum cut is what is rotated; of all minimum cuts the one with the smallest
+source side is taken, so that nothing is rotated that no linear layer gains from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import log2
+
+import networkx as nx
+import onnx_ir as ir
+from networkx.algorithms.flow import preflow_push
+
+from onnx_quarot.discovery.basis import DisjointSets, Segment
+from onnx_quarot.discovery.constants import constant
+from onnx_quarot.discovery.typing import Def, Out, Port, Typing, Use
+
+Variable = tuple[Port, int, Segment]
+_REWARD = 1 << 40  # of a rotated linear layer: any number of online transforms in front of it is worth it
+_MIN_LEAF = 4  # a rotation of fewer features spreads nothing
+
+
+class Labels:
+    """The decision: :meth:`rotated` for every port, axis and leaf; :meth:`why` for what was declined."""
+
+    def __init__(self, typing: Typing, rotations: frozenset[str]) -> None:
+        self.typing = typing
+        self._sets = DisjointSets()
+        self._variables: dict[object, list[Variable]] = {}
+        self._leaves: dict[tuple[ir.Value, int], list[Segment]] = {}
+        self._reasons: dict[object, str] = {}
+        self.kind_of = {leaf: kind for segment, kind in typing.kinds for leaf in segment.leaves()}
+        self._enabled = rotations
+        self._collect()
+        self._source_side = self._cut()
+
+    # -- asking --------------------------------------------------------------------------------------------------------
+    def leaves(self, value: ir.Value, axis: int) -> list[Segment]:
+        """The leaves of an axis from left to right; empty where no rotation can live."""
+        key = (value, axis)
+        if key not in self._leaves:
+            segment = self.typing.segments.get(key)
+            self._leaves[key] = [] if segment is None else segment.leaves()
+        return self._leaves[key]
+
+    def spans(self, port: Port, axis: int) -> Iterator[tuple[int, Segment, bool]]:
+        """(offset, leaf, rotated) along an axis of a port."""
+        offset = 0
+        for leaf in self.leaves(port.value, axis):
+            yield offset, leaf, self.rotated(port, axis, leaf)
+            offset += leaf.length
+
+    def rotated(self, port: Port, axis: int, leaf: Segment) -> bool:
+        return self._sets.find((port, axis, leaf)) in self._source_side
+
+    def any_rotated(self, port: Port, axis: int) -> bool:
+        return any(on for _, _, on in self.spans(port, axis))
+
+    def kind(self, leaf: Segment) -> str:
+        return self.kind_of.get(leaf, "R4")
+
+    def why(self, port: Port, axis: int) -> str:
+        """Why this axis was left alone."""
+        for leaf in self.leaves(port.value, axis):
+            if (reason := self._reasons.get(self._sets.find((port, axis, leaf)))) is not None:
+                return reason
+        leaves = self.leaves(port.value, axis)
+        kind = self.kind(leaves[0]) if leaves else "R4"
+        if kind not in self._enabled:
+            return f"{kind} was not asked for"
+        return "an online rotation here is not possible"
+
+    def boundaries(self) -> Iterator[tuple[ir.Value, int, Def, list[Use | Out]]]:
+        """Every activation axis with its producer's and its consumers' ports."""
+        outputs = set(self.typing.graph.outputs)
+        for value, axis in list(self.typing.segments):
+            if constant(value) is None:
+                ends: list[Use | Out] = [Use(u.node, u.idx) for u in value.uses()]
+                if value in outputs:
+                    ends.append(Out(value))
+                yield value, axis, Def(value), ends
+
+    # -- building ------------------------------------------------------------------------------------------------------
+    def _of(self, port: Port, axis: int) -> dict[Segment, Variable]:
+        axis %= self.typing.rank(port)
+        return {leaf: (port, axis, leaf) for leaf in self.leaves(port.value, axis)}
+
+    def _collect(self) -> None:
+        """Hard ties become classes; blocks become reasons."""
+        t = self.typing
+        for tie in t.ties:
+            left, right = self._of(tie.a, tie.axis_a), self._of(tie.b, tie.axis_b)
+            for leaf in left.keys() & right.keys():
+                self._sets.union(left[leaf], right[leaf])
+        self._state = {s.past for s in t.states} | {s.present for s in t.states}
+        for s in t.states:
+            past, present = self._of(Def(s.past), s.axis), self._of(Out(s.present), s.axis)
+            for leaf in past.keys() & present.keys():
+                self._sets.union(past[leaf], present[leaf])
+        self._soft: list[tuple[ir.Value, int, Segment, Def, list[Use | Out]]] = []
+        for value, axis, source, ends in self.boundaries():
+            distinct = set(self.leaves(value, axis))
+            leaf = next(iter(distinct))
+            if len(distinct) == 1 and self._may_be_online(value, axis, leaf):
+                self._soft.append((value, axis, leaf, source, ends))
+                continue
+            for end in ends:
+                for leaf in distinct:
+                    self._sets.union((source, axis, leaf), (end, axis, leaf))
+        for block in t.blocks:
+            inside = None if block.segment is None else set(block.segment.leaves())
+            for leaf, variable in self._of(block.port, block.axis).items():
+                if inside is None or leaf in inside:
+                    self._reasons.setdefault(self._sets.find(variable), block.reason)
+        for value in t.graph.inputs:
+            if value not in self._state:
+                self._block_all(Def(value), f"{value.name!r} is an input of the graph")
+        for value in t.graph.outputs:
+            if value not in self._state:
+                self._block_all(Out(value), f"{value.name!r} is an output of the graph")
+        for value, axis in t.segments:
+            for leaf in set(self.leaves(value, axis)):
+                reason = self._unavailable(leaf)
+                if reason is not None:
+                    for port in (Def(value), *(Use(u.node, u.idx) for u in value.uses())):
+                        self._reasons.setdefault(self._sets.find((port, axis, leaf)), reason)
+
+    def _may_be_online(self, value: ir.Value, axis: int, leaf: Segment) -> bool:
+        """The transform works on the last axis; a cache is never rotated on its way in or out."""
+        if value in self._state or axis != len(self.typing.shapes.shape[value]) - 1:
+            return False
+        return self.kind(leaf) in self._enabled
+
+    def _unavailable(self, leaf: Segment) -> str | None:
+        if leaf.length < _MIN_LEAF:
+            return f"only {leaf.length} features travel together"
+        kind = self.kind(leaf)
+        if kind not in self._enabled and kind != "R4":
+            return f"{kind} was not asked for"
+        return None
+
+    def _block_all(self, port: Port, reason: str) -> None:
+        if self.typing.known(port):
+            for axis in range(self.typing.rank(port)):
+                for variable in self._of(port, axis).values():
+                    self._reasons.setdefault(self._sets.find(variable), reason)
+
+    def _cut(self) -> set[object]:
+        graph = nx.DiGraph()
+        numbers: dict[object, int] = {}
+
+        def node(key: object) -> int:
+            return numbers.setdefault(key, len(numbers))
+
+        def add(a: int | str, b: int | str, capacity: float | None) -> None:
+            if capacity is None:
+                graph.add_edge(a, b)  # no capacity means infinite
+            elif graph.has_edge(a, b):
+                if "capacity" in graph[a][b]:
+                    graph[a][b]["capacity"] += capacity
+            else:
+                graph.add_edge(a, b, capacity=capacity)
+
+        graph.add_nodes_from(("source", "sink"))
+        for root in self._reasons:
+            add(node(self._sets.find(root)), "sink", None)
+        for read in self.typing.reads:
+            for variable in self._of(read.port, read.axis).values():
+                add("source", node(self._sets.find(variable)), _REWARD)
+        for value, axis, leaf, source, ends in self._soft:
+            cost = int(self.typing.shapes.shape[value][axis] * log2(leaf.length))
+            producer = node(self._sets.find((source, axis, leaf)))
+            consumers = [node(self._sets.find((end, axis, leaf))) for end in ends]
+            if len(consumers) == 1:
+                add(producer, consumers[0], cost)
+                add(consumers[0], producer, cost)
+            elif consumers:
+                # All consumers share one transform: it is paid once if any of them differs from the producer.
+                some, every = node(("some", value, axis)), node(("every", value, axis))
+                for consumer in consumers:
+                    add(consumer, some, None)
+                    add(every, consumer, None)
+                add(some, producer, cost)
+                add(producer, every, cost)
+        residual = preflow_push(graph, "source", "sink")
+        residual.remove_edges_from([(a, b) for a, b, d in residual.edges(data=True) if d["flow"] >= d["capacity"]])
+        reached = set(nx.single_source_shortest_path_length(residual, "source"))
+        return {key for key, number in numbers.items() if number in reached}

@@ -1,0 +1,208 @@
+"""The steps in order: load -> discover -> rotate -> verify -> calibrate -> quantize -> save. Reading starts here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from onnx_quarot.calibrate import calibrate
+from onnx_quarot.data import as_batches, input_specs
+from onnx_quarot.discovery import discover_model
+from onnx_quarot.errors import ConfigError, DataError, ModelError
+from onnx_quarot.load import external_files, load
+from onnx_quarot.plan import ROTATIONS, Plan
+from onnx_quarot.progress import NullProgress, Progress
+from onnx_quarot.quantize import linear_sites, quantize_linears
+from onnx_quarot.report import Report, Stopwatch
+from onnx_quarot.rewrite import rotate_model
+from onnx_quarot.rotation_config import plan_from_config, read_rotation_config
+from onnx_quarot.save import check_output, save, workspace, write
+from onnx_quarot.scheme import parse_scheme
+from onnx_quarot.verify import Verification
+from onnx_quarot.verify import verify as verify_model
+
+DEFAULT_ROTATIONS = ("R1", "R2", "R4")
+
+
+def discover(
+    model: str | Path,
+    *,
+    rotations: Iterable[str] = ROTATIONS,
+    block_size: int | None = None,
+    seed: int | None = None,
+    config: str | Path | None = None,
+    matrix_dim: int | None = None,
+) -> Plan:
+    """Find out what can be rotated in the model at path ``model``; nothing is written.
+
+    rotations: the kinds that may be used, any of R1, R2, R3, R4 (QuaRot, arXiv:2404.00456). block_size: rotate in blocks
+    of that many features. seed: random signs, reproducible. config: a ``rotation_config.json`` with R1 pairs, honoured
+    instead of what would be found for R1. matrix_dim: the size R1 is expected to have, checked.
+
+    Raises ModelError for a file that is no model or has no linear layer, ConfigError for options that contradict it.
+    """
+    return _plan(load(model), rotations, block_size, seed, config, matrix_dim)
+
+
+def rotate(
+    source: str | Path,
+    target: str | Path,
+    *,
+    plan: Plan | None = None,
+    rotations: Iterable[str] = DEFAULT_ROTATIONS,
+    block_size: int | None = None,
+    seed: int | None = None,
+    config: str | Path | None = None,
+    verify: bool = True,
+    progress: Progress | None = None,
+) -> Report:
+    """Write the model at ``source`` to ``target`` in rotated bases: the same function, without activation outliers.
+
+    plan: from :func:`discover`, instead of making one from the other options. verify: run both models and compare all
+    outputs before the target is written; False is noted in the report.
+
+    Raises ModelError, ConfigError, VerificationError (nothing is written) or SaveError.
+    """
+    path, clock = check_output(source, target), Stopwatch()
+    with clock.step("discover"):
+        model = load(source)
+        if plan is None:
+            plan = _plan(model, rotations, block_size, seed, config, None)
+    with workspace(path) as folder:
+        proof = _rotated(model, Path(source), folder, plan, clock, verify, progress or NullProgress())
+        with clock.step("save"):
+            save(load(folder / _ROTATED), path, folder)
+    return _report(source, path, None, plan, proof, clock)
+
+
+def quantize(
+    source: str | Path,
+    target: str | Path,
+    calibration: Any,
+    *,
+    scheme: str = "a8w8",
+    rotations: Iterable[str] = DEFAULT_ROTATIONS,
+    block_size: int | None = None,
+    seed: int | None = None,
+    method: str | None = None,
+    tokenizer: str | Path | None = None,
+    window: int = 512,
+    windows: int | None = None,
+    op_types: Sequence[str] = ("MatMul", "Gemm"),
+    exclude: Sequence[str] = (),
+    config: str | Path | None = None,
+    matrix_dim: int | None = None,
+    verify: bool = True,
+    progress: Progress | None = None,
+) -> Report:
+    """Rotate the model at ``source``, quantize its linear layers, and write it to ``target``.
+
+    calibration: a CalibrationDataReader of onnxruntime, an iterable of dicts of arrays, the path of an ``.npz``, or text
+    together with ``tokenizer`` (a ``tokenizer.json``), which is cut into windows of ``window`` tokens; at most ``windows``
+    batches are used. scheme: ``a<bits>w<bits>``. method: how activation ranges are found (``minmax``, ``percentile``;
+    None for the scheme's own). exclude: node names (or patterns) that stay in floating point. rotations=() means none.
+
+    Raises ModelError, DataError, ConfigError, VerificationError or SaveError; then nothing is written.
+    """
+    path, clock, show = check_output(source, target), Stopwatch(), progress or NullProgress()
+    chosen = parse_scheme(scheme)
+    wanted = tuple(rotations)
+    with clock.step("discover"):
+        model = load(source)
+        plan = _plan(model, wanted, block_size, seed, config, matrix_dim) if wanted else None
+        batches = as_batches(calibration, input_specs(model), tokenizer=tokenizer, window=window, limit=windows)
+        batches = chain([_first(batches)], batches)  # data that does not fit is found before any work is done
+    with workspace(path) as folder:
+        proof, float_path = None, Path(source)
+        if plan is not None:
+            proof = _rotated(model, Path(source), folder, plan, clock, verify, show)
+            float_path = folder / _ROTATED
+            model = load(float_path)
+        sites = linear_sites(model, tuple(op_types), tuple(exclude))
+        if not sites:
+            raise ModelError(f"the model has no linear layer left to quantize (op types {', '.join(op_types)})")
+        with clock.step("calibrate"):
+            names = list(dict.fromkeys(s.activation for s in sites))
+            options = {} if method is None else {"method": method}
+            ranges = calibrate(float_path, names, batches, progress=show, **options)
+        with clock.step("quantize"), show.task("quantizing", None):
+            done = quantize_linears(model, sites, ranges, chosen)
+            save(model, path, folder)
+    return _report(source, path, chosen.name, plan, proof, clock, quantized=tuple(done))
+
+
+_ROTATED = "rotated.onnx"
+
+
+def _plan(
+    model: ir.Model,
+    rotations: Iterable[str],
+    block_size: int | None,
+    seed: int | None,
+    config: str | Path | None,
+    matrix_dim: int | None,
+) -> Plan:
+    if config is None:
+        plan = discover_model(model, rotations=rotations, block_size=block_size, seed=seed)
+    else:
+        plan = plan_from_config(
+            model, read_rotation_config(config), rotations=rotations, block_size=block_size, seed=seed
+        )
+    sizes = {plan.rotations[name].size for name, kind in plan.kinds.items() if kind == "R1"}
+    if matrix_dim is not None and sizes and sizes != {matrix_dim}:
+        found = ", ".join(map(str, sorted(sizes)))
+        raise ConfigError(f"r_matrix_dim: is {matrix_dim}, but the model's residual stream has {found} features")
+    return plan
+
+
+def _rotated(
+    model: ir.Model, source: Path, folder: Path, plan: Plan, clock: Stopwatch, verify: bool, show: Progress
+) -> Verification | None:
+    """Write the rotated model into the workspace and prove that it is the same function."""
+    with clock.step("rotate"), show.task("rotating weights", len(plan.rebases)) as task:
+        rotate_model(model, plan)
+        write(model, folder / _ROTATED, on_tensor=task.advance)
+    if not verify:
+        return None
+    with clock.step("verify"), show.task("verifying", None):
+        return verify_model(source, folder / _ROTATED, plan)
+
+
+def _first(batches: Any) -> Any:
+    try:
+        return next(batches)
+    except StopIteration:
+        raise DataError("calibration: no data") from None
+
+
+def _report(
+    source: str | Path,
+    target: Path,
+    scheme: str | None,
+    plan: Plan | None,
+    proof: Verification | None,
+    clock: Stopwatch,
+    quantized: tuple[Any, ...] = (),
+) -> Report:
+    return Report(
+        source=str(source),
+        output=str(target),
+        scheme=scheme,
+        rotations=tuple(sorted(set(plan.kinds.values()))) if plan is not None else (),
+        plan=plan,
+        verification=proof,
+        quantized=quantized,
+        bytes_in=_file_bytes(Path(source)),
+        bytes_out=_file_bytes(target),
+        seconds=clock.seconds,
+        notes=plan.notes if plan is not None else (),
+    ).finished()
+
+
+def _file_bytes(path: Path) -> int:
+    """The .onnx file and the files of its external data."""
+    return path.stat().st_size + sum(p.stat().st_size for p in external_files(ir.load(path)))

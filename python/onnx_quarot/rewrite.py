@@ -1,0 +1,254 @@
+"""Executing a plan: constants get lazy tensors in their new basis, activations get online transforms.
+
+All weight algebra is in float64, on slices, with the fast transform; a rewritten weight is computed when it is saved and
+then dropped, so that memory stays bounded by the largest tensor whatever the model's size.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from onnx_quarot.custom_op import add_hadamard
+from onnx_quarot.discovery import fingerprint
+from onnx_quarot.discovery.constants import Constant, constant, root_tensor
+from onnx_quarot.errors import ConfigError
+from onnx_quarot.plan import Online, Placement, Plan, Rebase
+from onnx_quarot.transform import Rotation
+
+Array = np.ndarray[Any, Any]
+_SLICE_ELEMENTS = 1 << 21  # of a weight, converted to float64 at a time: 16 MB
+
+
+def rotate_model(model: ir.Model, plan: Plan) -> None:
+    """Apply ``plan`` to ``model`` in place. Raises ConfigError if the plan was made for another graph."""
+    if plan.fingerprint != fingerprint(model):
+        raise ConfigError("plan: it was made for another model (the graphs differ)")
+    nodes = list(model.graph)
+    _Weights(model, plan, nodes).rewrite()
+    for number, online in enumerate(plan.online):
+        _insert_online(model, plan.rotations[online.rotation], online, nodes, number)
+    RemoveUnusedNodesPass()(model)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Constants.
+
+
+class _Weights:
+    """Rewrites constants: in place if all their uses agree, else as one clone a different use."""
+
+    def __init__(self, model: ir.Model, plan: Plan, nodes: Sequence[ir.Node]) -> None:
+        self.graph, self.plan, self.nodes = model.graph, plan, nodes
+
+    def rewrite(self) -> None:
+        by_root: dict[ir.Value, list[tuple[Rebase, Constant]]] = defaultdict(list)
+        for job in self.plan.rebases:
+            view = constant(self.nodes[job.node].inputs[job.input])
+            if view is None:
+                raise ConfigError(f"plan: input {job.input} of node {job.node} is not a constant")
+            by_root[view.root].append((job, view))
+        factors = {source: self._factor(source) for job in self.plan.rebases for _, source in job.scales}
+        for root, jobs in by_root.items():
+            self._rewrite_root(root, jobs, factors)
+        self._set_ones()
+
+    def _factor(self, source: tuple[int, int]) -> Array:
+        view = constant(self.nodes[source[0]].inputs[source[1]])
+        assert view is not None
+        return view.numpy().astype(np.float64).ravel()
+
+    def _rewrite_root(self, root: ir.Value, jobs: list[tuple[Rebase, Constant]], factors: dict[Any, Array]) -> None:
+        signatures = {_root_signature(job, view) for job, view in jobs}
+        covered = {(self.nodes[job.node], job.input) for job, _ in jobs}
+        if len(signatures) == 1 and None not in signatures and covered == set(_terminal_uses(root)):
+            job, view = jobs[0]
+            inverse = {axis: i for i, axis in enumerate(view.permutation)}
+            recipe = _Recipe(job, self.plan.rotations, factors, tuple(inverse[a] for a in range(len(inverse))))
+            root.const_value = recipe.lazy(root_tensor(root), str(root.name), root_tensor(root).dtype, view.shape)
+            return
+        clones: dict[Any, ir.Value] = {}
+        for job, view in jobs:
+            key = (job.changes, job.scales, job.expand, view.permutation, view.dtype)
+            if key not in clones:
+                name = _fresh_name(self.graph, f"{root.name}.{len(clones)}")
+                recipe = _Recipe(job, self.plan.rotations, factors, None)
+                source = root_tensor(root)
+                tensor = recipe.lazy(source, name, view.dtype, view.shape, view.permutation)
+                value = ir.Value(name=name, type=ir.TensorType(view.dtype), shape=ir.Shape(tensor.shape))
+                value.const_value = tensor
+                self.graph.register_initializer(value)
+                clones[key] = value
+            self.nodes[job.node].replace_input_with(job.input, clones[key])
+
+    def _set_ones(self) -> None:
+        """Scales that were folded away become ones, one tensor a size and type."""
+        made: dict[tuple[ir.DataType, tuple[int, ...]], ir.Value] = {}
+        for number, index in self.plan.ones:
+            view = constant(self.nodes[number].inputs[index])
+            assert view is not None
+            key = (view.dtype, view.shape)
+            if key not in made:
+                name = _fresh_name(self.graph, f"norm.ones.{'x'.join(map(str, view.shape))}")
+                tensor = ir.tensor(np.ones(view.shape, view.dtype.numpy()), name=name)
+                value = ir.Value(name=name, type=ir.TensorType(view.dtype), shape=ir.Shape(view.shape))
+                value.const_value = tensor
+                self.graph.register_initializer(value)
+                made[key] = value
+            self.nodes[number].replace_input_with(index, made[key])
+
+
+def _root_signature(job: Rebase, view: Constant) -> Any:
+    """What a job does to the stored tensor, whatever view it is seen through; None if it cannot be done in place."""
+    if job.expand is not None or view.dtype != root_tensor(view.root).dtype:
+        return None
+    changes = frozenset((view.permutation[c.axis], c.placements) for c in job.changes)
+    scales = tuple(sorted((view.permutation[axis], source) for axis, source in job.scales))
+    return changes, scales
+
+
+def _terminal_uses(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
+    """Every use of a constant that is not itself a view of it."""
+    for use in value.uses():
+        views = [v for v in use.node.outputs if constant(v) is not None]
+        if views:
+            for view in views:
+                yield from _terminal_uses(view)
+        else:
+            yield use.node, use.idx
+
+
+def _fresh_name(graph: ir.Graph, wanted: str) -> str:
+    name, n = wanted, 0
+    while name in graph.initializers:
+        n += 1
+        name = f"{wanted}.{n}"
+    return name
+
+
+class _Recipe:
+    """One rebased constant, computed when asked. ``back`` maps the use's layout back to the stored one."""
+
+    def __init__(
+        self, job: Rebase, rotations: dict[str, Rotation], factors: dict[Any, Array], back: tuple[int, ...] | None
+    ) -> None:
+        self.job, self.back = job, back
+        self.rotations = rotations
+        self.factors = [(axis, factors[source]) for axis, source in job.scales]
+
+    def lazy(
+        self,
+        source: ir.TensorProtocol,
+        name: str,
+        dtype: ir.DataType,
+        shape: Sequence[int],
+        permutation: tuple[int, ...] | None = None,
+    ) -> ir.LazyTensor:
+        out_shape = self._expanded(tuple(shape))
+        back = self.back
+        stored = out_shape if back is None else tuple(out_shape[a] for a in back)
+        # In place, the use's layout is a view of the stored one; a clone is stored in the use's layout.
+        forward = permutation if back is None else _inverse(back)
+
+        def evaluate() -> ir.TensorProtocol:
+            array = source.numpy()
+            seen = array if forward is None else array.transpose(forward)
+            result = self.compute(seen, out_shape, dtype.numpy())
+            release = getattr(source, "release", None)
+            if release is not None:
+                release()  # unmap the file, or its pages pile up
+            return ir.tensor(np.ascontiguousarray(result if back is None else result.transpose(back)), dtype, name=name)
+
+        return ir.LazyTensor(evaluate, dtype, ir.Shape(stored), name=name)
+
+    def _expanded(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if self.job.expand is None:
+            return shape
+        axis, length = self.job.expand
+        full = [1] * max(0, -axis - len(shape)) + list(shape)
+        full[axis] = length
+        return tuple(full)
+
+    def compute(self, x: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """The constant in its new basis: float64 inside, in slices along the longest axis that keeps its basis."""
+        x = np.broadcast_to(x, shape)
+        changes = [(change.axis % len(shape), change.placements) for change in self.job.changes]
+        changed = {axis for axis, _ in changes}
+        free = [axis for axis in range(len(shape)) if axis not in changed]
+        along = max(free, key=lambda axis: shape[axis]) if free else 0
+        step = max(1, _SLICE_ELEMENTS * shape[along] // max(1, x.size)) if free else shape[0]
+        out = np.empty(shape, dtype)
+        for start in range(0, shape[along], step):
+            index = tuple(slice(start, start + step) if a == along else slice(None) for a in range(len(shape)))
+            part = x[index].astype(np.float64)
+            for axis, factor in self.factors:
+                piece = factor[index[axis]] if axis == along else factor
+                part *= piece.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+            for axis, placements in changes:
+                part = change_basis(part, axis, placements, self.rotations)
+            out[index] = part
+        return out
+
+
+def change_basis(
+    x: Array, axis: int, placements: Sequence[Placement], rotations: dict[str, Rotation], *, inverse: bool = False
+) -> Array:
+    """``x`` with the features along ``axis`` rotated where ``placements`` say so; the rest is copied."""
+    moved = np.array(np.moveaxis(x, axis, -1), order="C")
+    for p in placements:
+        rotation = rotations[p.rotation]
+        features = moved[..., p.offset : p.offset + p.length]
+        tiles = features.reshape(-1, rotation.size)
+        features[...] = rotation.apply(tiles, inverse=inverse).reshape(features.shape)
+    return np.moveaxis(moved, -1, axis)
+
+
+def _inverse(permutation: Sequence[int]) -> tuple[int, ...]:
+    return tuple(int(a) for a in np.argsort(permutation))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Activations.
+
+
+def _insert_online(
+    model: ir.Model, rotation: Rotation, online: Online, nodes: Sequence[ir.Node], number: int
+) -> None:
+    """Put one transform behind the producer of a value, in front of the consumers the plan names."""
+    graph = model.graph
+    value = _produced(graph, nodes, online)
+    node = add_hadamard(
+        model,
+        value,
+        size=online.width,
+        block_size=rotation.block_size,
+        signs=None if rotation.signs is None else np.tile(rotation.signs, online.width // rotation.size),
+        transpose=online.inverse,
+        name=f"{value.name}/Hadamard_{number}",
+    )
+    producer = value.producer()
+    if producer is None:
+        graph.insert_before(graph[0], node)
+    else:
+        graph.insert_after(producer, node)
+    result = node.outputs[0]
+    for consumer, index in online.consumers:
+        if consumer >= 0:
+            nodes[consumer].replace_input_with(index, result)
+        else:  # the graph's output keeps its name
+            name = value.name
+            value.name, result.name = f"{name}.rotated", name
+            graph.outputs[index] = result
+
+
+def _produced(graph: ir.Graph, nodes: Sequence[ir.Node], online: Online) -> ir.Value:
+    consumer, index = online.consumers[0]
+    value = graph.outputs[index] if consumer < 0 else nodes[consumer].inputs[index]
+    if value is None:
+        raise ConfigError(f"plan: input {index} of node {consumer} is absent")
+    return value

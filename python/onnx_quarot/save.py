@@ -1,0 +1,120 @@
+"""Writing a model: everything beside the target first, then one rename. Until then the old output is untouched."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx_ir as ir
+
+from onnx_quarot.errors import SaveError
+
+_INLINE_BYTES = 1024  # constants up to this size stay in the .onnx file
+_SINGLE_FILE_BYTES = 64 << 20  # models below this size are one file
+
+
+def check_output(source: str | Path, target: str | Path) -> Path:
+    """The target's path if it can be written: not the source, its folder there, not a folder itself."""
+    target = Path(target)
+    if target.is_dir():
+        raise SaveError(f"output: {str(target)!r} is a folder; give the path of an .onnx file")
+    if target.exists() and Path(source).exists() and target.samefile(source):
+        raise SaveError(f"output: {str(target)!r} is the input model; give another path")
+    if not target.parent.is_dir():
+        raise SaveError(f"output: the folder {str(target.parent)!r} does not exist")
+    if not os.access(target.parent, os.W_OK):
+        raise SaveError(f"output: the folder {str(target.parent)!r} is not writable")
+    return target
+
+
+@contextmanager
+def workspace(target: Path) -> Iterator[Path]:
+    """A folder beside the target for what is half done; gone afterwards, whatever happened."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    except OSError as error:
+        raise SaveError(f"output: cannot write beside {str(target)!r} ({error.strerror})") from error
+    try:
+        yield folder
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
+            raise SaveError(f"output: writing {str(target)!r} failed ({error.strerror}); nothing was changed") from error
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write(
+    model: ir.Model,
+    path: Path,
+    *,
+    data_name: str | None = None,
+    single_file: bool = False,
+    on_tensor: Callable[[], None] | None = None,
+) -> None:
+    """Write ``model`` to ``path``, its large tensors to ``data_name`` beside it. Lazy tensors are evaluated one by one."""
+    if single_file:
+        ir.save(model, path)
+        return
+    ir.save(
+        model,
+        path,
+        external_data=data_name or f"{path.name}.data",
+        size_threshold_bytes=_INLINE_BYTES,
+        callback=None if on_tensor is None else lambda tensor, info: on_tensor(),
+    )
+
+
+def save(model: ir.Model, target: Path, folder: Path, on_tensor: Callable[[], None] | None = None) -> None:
+    """Write ``model`` into ``folder`` (a :func:`workspace` of ``target``) and move it over ``target``.
+
+    Small models become one file; larger ones get ``<target>.data`` beside them (or ``<target>.1.data``, ... while an
+    older model of the same name still needs its own). The rename of the .onnx file is the moment of change.
+    """
+    size = sum(t.nbytes for v in model.graph.initializers.values() if (t := v.const_value) is not None)
+    single = size < _SINGLE_FILE_BYTES
+    old_data = _data_files(target)
+    data_name = next(n for n in _candidate_names(target) if not (target.parent / n).exists())
+    staged = folder / target.name
+    write(model, staged, data_name=data_name, single_file=single, on_tensor=on_tensor)
+    _sync(folder)
+    if not single and (folder / data_name).exists():
+        os.replace(folder / data_name, target.parent / data_name)
+    try:
+        os.replace(staged, target)
+    except OSError:
+        if not single:
+            (target.parent / data_name).unlink(missing_ok=True)
+        raise
+    for stale in old_data:
+        stale.unlink(missing_ok=True)
+
+
+def _candidate_names(target: Path) -> Iterator[str]:
+    yield f"{target.name}.data"
+    number = 1
+    while True:
+        yield f"{target.name}.{number}.data"
+        number += 1
+
+
+def _data_files(target: Path) -> list[Path]:
+    """External data of the model that is about to be replaced: only files named after it."""
+    pattern = re.compile(re.escape(target.name) + r"(\.\d+)?\.data")
+    return [p for p in target.parent.iterdir() if pattern.fullmatch(p.name)] if target.exists() else []
+
+
+def _sync(folder: Path) -> None:
+    """The bytes are on the disk before the name points at them."""
+    for path in folder.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

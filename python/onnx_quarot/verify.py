@@ -1,0 +1,195 @@
+"""Proof that a rewrite is exact: both models run on the same inputs, and every output agrees to rounding.
+
+Caches that changed basis are fed and read through their rotation. If an output differs, both models are run again with
+their inner tensors exposed, and the error names the first one (in the order of the graph) that is off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_quarot.custom_op import session
+from onnx_quarot.data import InputSpec, input_specs
+from onnx_quarot.errors import VerificationError
+from onnx_quarot.load import load
+from onnx_quarot.plan import Placement, Plan
+from onnx_quarot.rewrite import change_basis
+
+Array = np.ndarray[Any, Any]
+_TOLERANCE = {"float64": 1e-8, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1.5e-1}
+_LENGTHS = {"batch": 1, "sequence": 8, "past": 4}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was compared: the largest relative error of any output, and of which."""
+
+    worst: float
+    output: str
+    tolerance: float
+    outputs: int
+
+
+def verify(original: Path, candidate: Path, plan: Plan, *, tolerance: float | None = None) -> Verification:
+    """Compare two models output by output; the error is relative to the output's largest magnitude.
+
+    Raises VerificationError naming the first tensor that differs by more than ``tolerance`` (default: 1e-4 for float32,
+    2e-2 for float16, 0.15 for bfloat16).
+    """
+    specs = input_specs(original)
+    feeds = random_feeds(load(original), specs)
+    names = [str(v.name) for v in load(original).graph.outputs]
+    reference = _run(original, feeds, names)
+    result = _run(candidate, _into_basis(feeds, plan), names)
+    worst, where, limit = 0.0, names[0], 0.0
+    for name, a, b in zip(names, reference, result, strict=True):
+        allowed = tolerance if tolerance is not None else _TOLERANCE.get(str(a.dtype), 0.0)
+        error = relative_error(a, _out_of_basis(name, b, plan))
+        if not error <= allowed:
+            raise VerificationError(
+                f"rotated model: output {name!r} differs by {error:.1e} of its largest value (allowed {allowed:.0e}); "
+                f"first difference at {_first_difference(original, candidate, feeds, plan, allowed)}; nothing was written"
+            )
+        if error >= worst:
+            worst, where, limit = error, name, allowed
+    return Verification(worst, where, limit, len(names))
+
+
+def relative_error(a: Array, b: Array) -> float:
+    """max |a - b| / max |a|; 0 for equal, inf for different shapes or values that are not finite in one only."""
+    if a.shape != b.shape:
+        return float("inf")
+    if a.size == 0:
+        return 0.0
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    if not np.isfinite(x).all() or not np.isfinite(y).all():
+        return 0.0 if np.array_equal(x, y, equal_nan=True) else float("inf")
+    return float(np.abs(x - y).max() / max(np.abs(x).max(), np.finfo(np.float64).tiny))
+
+
+def random_feeds(model: ir.Model, specs: Iterable[InputSpec], seed: int = 0) -> dict[str, Array]:
+    """Inputs that exercise the whole graph: a short prompt behind a cache that is not empty.
+
+    Symbolic dimensions get a small size each; one that is named after the total or past length of a sequence gets a
+    consistent one. Integer inputs that select rows of a table stay inside it.
+    """
+    rng = np.random.default_rng(seed)
+    limits = _index_limits(model)
+    return {spec.name: _feed(spec, limits.get(spec.name), rng) for spec in specs}
+
+
+def _feed(spec: InputSpec, limit: int | None, rng: np.random.Generator) -> Array:
+    shape = tuple(d if isinstance(d, int) else _length(str(d)) for d in spec.shape)
+    dtype = np.dtype(spec.dtype)
+    if dtype == np.bool_:
+        return np.ones(shape, dtype)
+    if dtype.kind in "iu":
+        if limit is not None:
+            return rng.integers(0, limit, shape).astype(dtype)
+        return np.ones(shape, dtype)
+    return rng.standard_normal(shape).astype(dtype)
+
+
+def _length(symbol: str) -> int:
+    low = symbol.lower()
+    if "total" in low or ("past" in low and "+" in low):
+        return _LENGTHS["past"] + _LENGTHS["sequence"]
+    if "past" in low:
+        return _LENGTHS["past"]
+    if "batch" in low:
+        return _LENGTHS["batch"]
+    return _LENGTHS["sequence"]
+
+
+def _index_limits(model: ir.Model) -> dict[str, int]:
+    """For every integer input, the rows of the smallest table it selects from (directly or through views)."""
+    from onnx_quarot.discovery.constants import constant
+
+    limits: dict[str, int] = {}
+    for value in model.graph.inputs:
+        pending, seen = [value], set()
+        while pending:
+            current = pending.pop()
+            seen.add(current)
+            for use in current.uses():
+                node = use.node
+                if node.op_type == "Gather" and use.idx == 1:
+                    table = constant(node.inputs[0])
+                    if table is not None:
+                        rows = table.shape[node.attributes.get_int("axis", 0)]
+                        limits[str(value.name)] = min(rows, limits.get(str(value.name), rows))
+                elif node.op_type in ("Cast", "Reshape", "Identity", "Unsqueeze", "Squeeze", "Flatten") and use.idx == 0:
+                    pending += [v for v in node.outputs if v not in seen]
+    return limits
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _run(path: Path, feeds: dict[str, Array], names: list[str]) -> list[Array]:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    # Exactness is asked of the graph as written, and packing every weight would double the memory.
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    result: list[Array] = session(path, session_options=options).run(names, feeds)
+    return result
+
+
+def _into_basis(feeds: dict[str, Array], plan: Plan) -> dict[str, Array]:
+    changed = dict(feeds)
+    for state in plan.states:
+        changed[state.past] = _apply(feeds[state.past], [_whole(feeds[state.past], state.rotation)], plan, inverse=False)
+    return changed
+
+
+def _out_of_basis(name: str, x: Array, plan: Plan) -> Array:
+    for state in plan.states:
+        if state.present == name:
+            return _apply(x, [_whole(x, state.rotation)], plan, inverse=True)
+    return x
+
+
+def _whole(x: Array, rotation: str) -> Placement:
+    return Placement(0, x.shape[-1], rotation)
+
+
+def _apply(x: Array, placements: Iterable[Placement], plan: Plan, *, inverse: bool) -> Array:
+    rotated = change_basis(x.astype(np.float64), x.ndim - 1, list(placements), plan.rotations, inverse=inverse)
+    return rotated.astype(x.dtype)
+
+
+def _first_difference(original: Path, candidate: Path, feeds: dict[str, Array], plan: Plan, allowed: float) -> str:
+    """The first float tensor, in the order of the original graph, that both models have and that differs."""
+    a, b = load(original), load(candidate)
+    there = {str(v.name) for n in b.graph for v in n.outputs}
+    graph_outputs = {str(v.name) for v in a.graph.outputs}
+    for node in a.graph:
+        for value in node.outputs:
+            name = str(value.name)
+            if name not in there or name in graph_outputs or not value.name:
+                continue
+            x, y = (_probe(model, name, fed) for model, fed in ((original, feeds), (candidate, _into_basis(feeds, plan))))
+            if x is None or y is None or x.dtype.kind != "f":
+                continue
+            if name in plan.bases:
+                y = _apply(y, plan.bases[name], plan, inverse=True)
+            if not relative_error(x, y) <= allowed:
+                return f"{name!r} (made by {node.op_type} {node.name!r})"
+    return "the output itself"
+
+
+def _probe(path: Path, name: str, feeds: dict[str, Array]) -> Array | None:
+    from onnx_quarot.calibrate import probe_session
+
+    found = probe_session(path, [name])
+    wanted = {i.name for i in found.get_inputs()}
+    result: Array = found.run([name], {k: v for k, v in feeds.items() if k in wanted})[0]
+    return result

@@ -1,0 +1,203 @@
+"""What discovery decides about Llama graphs and about small graphs that must be refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import small_llama
+from onnx import TensorProto, helper, numpy_helper
+
+from onnx_quarot.discovery import discover_model
+from onnx_quarot.discovery.shapes import Shapes
+from onnx_quarot.errors import ConfigError, ModelError
+from onnx_quarot.load import load
+from onnx_quarot.plan import Plan
+
+ROTATIONS = ("R1", "R2", "R4")
+
+
+def plan_of(tmp_path: Path, config: small_llama.Config = small_llama.Config(), **options: object) -> Plan:
+    model = load(small_llama.save(tmp_path / "m.onnx", config))
+    return discover_model(model, **{"rotations": ROTATIONS, **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("config", [small_llama.Config(), small_llama.Config(tied=False, separate_qkv=True)])
+def test_llama_is_rotated_everywhere_for_one_online_op_a_layer(tmp_path: Path, config: small_llama.Config) -> None:
+    plan = plan_of(tmp_path, config)
+    linears = config.layers * (7 if config.separate_qkv else 5) + 1
+    assert plan.summary() == {
+        "linear_layers": linears,
+        "rotated_offline": linears - config.layers,
+        "rotated_online": config.layers,
+        "declined": 0,
+        "online_ops": config.layers,
+        "online_flops_per_row": config.layers * config.ffn * 7,
+        "rotations": {"R1": 1, "R2": config.layers, "R4": config.layers},
+    }
+    sizes = {kind: plan.rotations[name].size for name, kind in plan.kinds.items()}
+    assert sizes == {"R1": config.hidden, "R2": config.head_size, "R4": config.ffn}
+    assert {s.name.rsplit("/", 2)[-2] for s in plan.sites if s.how == "online"} == {"down_proj"}
+
+
+@pytest.mark.parametrize(
+    ("rotations", "counts"),
+    [
+        (("R1",), {"R1": 1}),
+        (("R2",), {"R2": 2}),
+        (("R4",), {"R4": 2}),
+        (("R1", "R2"), {"R1": 1, "R2": 2}),
+        ((), {}),
+    ],
+)
+def test_only_what_was_asked_for(tmp_path: Path, rotations: tuple[str, ...], counts: dict[str, int]) -> None:
+    plan = plan_of(tmp_path, rotations=rotations)
+    assert plan.summary()["rotations"] == counts
+    for site in plan.declined:
+        assert site.reason is not None
+        assert "was not asked for" in site.reason
+    assert len(plan.online) == (2 if "R4" in rotations else 0)
+
+
+def test_names_do_not_matter(tmp_path: Path) -> None:
+    proto = small_llama.build()
+    keep = {v.name for v in [*proto.graph.input, *proto.graph.output]}
+    for i, node in enumerate(proto.graph.node):
+        node.name = f"n{i}"
+        for names in (node.input, node.output):
+            for j, name in enumerate(names):
+                if name and name not in keep:
+                    names[j] = f"t_{hash(name) % 10**12}"
+    for tensor in proto.graph.initializer:
+        tensor.name = f"t_{hash(tensor.name) % 10**12}"
+    onnx.save(proto, tmp_path / "anonymous.onnx")
+    plan = discover_model(load(tmp_path / "anonymous.onnx"), rotations=ROTATIONS)
+    assert plan.summary() == plan_of(tmp_path).summary()
+
+
+def test_discovery_is_deterministic_and_its_plan_survives_json(tmp_path: Path) -> None:
+    a, b = plan_of(tmp_path, seed=7), plan_of(tmp_path, seed=7)
+    text = json.dumps(a.to_json())
+    assert text == json.dumps(b.to_json())
+    assert json.dumps(Plan.from_json(text).to_json()) == text
+    assert json.dumps(plan_of(tmp_path, seed=8).to_json()) != text
+
+
+def test_bad_plans_are_refused() -> None:
+    for text in ("{", "[]", '{"version": 2}', '{"version": 1}'):
+        with pytest.raises(ConfigError, match="plan"):
+            Plan.from_json(text)
+
+
+def test_unknown_rotation_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="R9"):
+        plan_of(tmp_path, rotations=("R9",))
+
+
+def test_block_size_by_hand_and_sizes_without_an_order(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, block_size=8)
+    assert {r.block_size for r in plan.rotations.values()} == {8}
+    odd = plan_of(tmp_path, small_llama.Config(ffn=88 * 7))  # 616 = 8 * 77: no order
+    r4 = next(r for n, r in odd.rotations.items() if odd.kinds[n] == "R4")
+    assert r4.size == 616
+    assert 616 % r4.block_size == 0
+    assert r4.block_size < 616
+    assert any("616" in note and "blocks" in note for note in odd.notes)
+
+
+def test_dynamic_dimensions_are_told_from_static_ones(tmp_path: Path) -> None:
+    model = load(small_llama.save(tmp_path / "m.onnx"))
+    shapes = Shapes(model)
+    by_name = {v.name: v for v in shapes.static}
+    assert shapes.static[by_name["embedded"]] == (False, False, True)
+    assert shapes.shape[by_name["embedded"]][2] == small_llama.Config().hidden
+    assert shapes.static[by_name["present.0.value"]] == (False, True, False, True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Near misses.
+
+
+def graph(nodes: list[onnx.NodeProto], width: int = 16, **weights: np.ndarray) -> ir.Model:
+    """x [B, width] -> nodes -> y, with the given initializers."""
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", width])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    initializers = [numpy_helper.from_array(w.astype(np.float32), n) for n, w in weights.items()]
+    proto = helper.make_graph(nodes, "g", [x], [y], initializers)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("custom", 1)]
+    return ir.from_proto(helper.make_model(proto, opset_imports=opsets))
+
+
+def rand(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(shape)
+
+
+def test_a_model_without_linear_layers_is_refused() -> None:
+    with pytest.raises(ModelError, match="no linear layer"):
+        discover_model(graph([helper.make_node("Relu", ["x"], ["y"])]))
+
+
+def test_the_graphs_own_inputs_and_outputs_keep_their_basis() -> None:
+    plan = discover_model(graph([helper.make_node("MatMul", ["x", "w"], ["y"])], w=rand(16, 16)), rotations=ROTATIONS)
+    # The input may be rotated online in front of the layer; the output may not change.
+    assert [o.inverse for o in plan.online] == [False]
+    assert all(c.axis == 0 for r in plan.rebases for c in r.changes)
+
+
+def test_two_layers_in_a_row_share_a_free_rotation() -> None:
+    nodes = [helper.make_node("MatMul", ["x", "a"], ["h"]), helper.make_node("MatMul", ["h", "b"], ["y"])]
+    plan = discover_model(graph(nodes, a=rand(16, 32), b=rand(32, 8)), rotations=ROTATIONS)
+    assert [s.how for s in plan.sites] == ["online", "offline"]
+
+
+@pytest.mark.parametrize(
+    ("middle", "weights", "online"),
+    [
+        ([("Relu", ["h"])], {}, True),  # not in the table: a transform behind it
+        ([("Foo", ["h"])], {}, False),  # unknown domain, unknown shape: nothing can be placed
+        ([("Softmax", ["h"])], {}, True),
+        ([("Mul", ["h", "h"])], {}, True),
+        ([("Mul", ["h", "s"])], {"s": np.full(1, 2.0)}, False),  # a scalar factor preserves
+        ([("Add", ["h", "s"])], {"s": np.full(1, 2.0)}, False),  # a scalar bias is written out in full
+    ],
+)
+def test_what_stands_between_two_layers(
+    middle: list[tuple[str, list[str]]], weights: dict[str, np.ndarray], online: bool
+) -> None:
+    (op, inputs), = middle
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["h"]),
+        helper.make_node(op, inputs, ["m"], name="middle", domain="custom" if op == "Foo" else ""),
+        helper.make_node("MatMul", ["m", "b"], ["y"], name="last"),
+    ]
+    plan = discover_model(graph(nodes, a=rand(16, 32), b=rand(32, 8), **weights), rotations=ROTATIONS)
+    last = next((s for s in plan.sites if s.name == "last"), None)
+    if op == "Foo":
+        assert last is None or last.how == "none"
+    else:
+        assert last is not None
+        assert last.how == ("online" if online else "offline")
+    if op == "Add":
+        (job,) = [r for r in plan.rebases if r.expand is not None]
+        assert job.expand == (-1, 32)
+
+
+def test_a_norm_scale_is_folded_only_if_every_reader_absorbs_it() -> None:
+    norm = helper.make_node("RMSNormalization", ["h", "g"], ["n"], axis=-1)
+    first, last = helper.make_node("MatMul", ["x", "a"], ["h"]), helper.make_node("MatMul", ["n", "b"], ["y"], name="last")
+    weights = {"a": rand(16, 32), "b": rand(32, 8), "g": np.linspace(1, 2, 32)}
+
+    def decide(*more: onnx.NodeProto, **changed: np.ndarray) -> tuple[str, int]:
+        model = graph([first, norm, *more, last], **{**weights, **changed})
+        model.graph.opset_imports[""] = 23
+        plan = discover_model(model, rotations=ROTATIONS)
+        return next(s.how for s in plan.sites if s.name == "last"), len(plan.ones)
+
+    assert decide() == ("offline", 1)
+    assert decide(helper.make_node("Relu", ["n"], ["other"])) == ("online", 0)
+    # A uniform scale commutes: nothing to fold, and readers may be anything as long as they get their basis back.
+    assert decide(g=np.full(32, 1.5)) == ("offline", 0)
