@@ -1,0 +1,174 @@
+"""Scales, zero points and integer weights.
+
+r = scale * (q - zero_point), with the same rounding as onnxruntime.quantization, so that equal ranges give
+equal numbers there and here.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from .calibrate import Range
+from .errors import ModelError
+from .scheme import TensorSpec
+
+Array = npt.NDArray[Any]
+
+_TINY = float(np.finfo(np.float32).tiny)
+_CHUNK_ELEMENTS = 2**20
+_INT32_MAX = 2**31 - 1
+_BIAS_MAX = 2**30  # leaves the other half of an int32 accumulator to the products
+
+
+def activation_parameters(bounds: Range, spec: TensorSpec) -> tuple[np.float32, int]:
+    """Scale and zero point of a per-tensor activation with the given range (an empty range gets scale 1)."""
+    low, high = np.float32(min(bounds.low, 0.0)), np.float32(max(bounds.high, 0.0))
+    if spec.symmetric:
+        high = max(-low, high)
+        low = -high
+    first, last = spec.bounds
+    scale = (float(high) - float(low)) / (last - first)
+    if scale < _TINY:
+        return np.float32(1.0), 0
+    zero = round((first + last) / 2) if spec.symmetric else round(first - float(low) / scale)
+    return np.float32(scale), zero
+
+
+def bias_floor(bias: Array, activation_scale: np.float32) -> Array:
+    """The least weight scales that keep `bias` below 2**30 steps of activation scale * weight scale."""
+    floor = np.abs(bias.astype(np.float64)) / (float(activation_scale) * _BIAS_MAX)
+    return floor.astype(np.float32)
+
+
+class QuantizedWeight:
+    """A weight matrix in integers with symmetric scales, evaluated when it is written.
+
+    read: returns the float operand, rank 2; it may be a view of mapped or lazily computed memory, which
+    `close` then lets go. axis: which axis counts output channels (None: one scale for all). floor: least
+    scales. The scales (and what is derived from them) are kept once known; the integers are not, so that
+    memory holds one weight at a time whatever the order of writing. Written integers first, each weight is
+    read once.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        shape: Sequence[int],
+        spec: TensorSpec,
+        axis: int | None,
+        read: Callable[[], Array],
+        close: Callable[[], None],
+    ) -> None:
+        self.name, self.shape, self.spec, self.axis = name, tuple(shape), spec, axis
+        self._read, self._close = read, close
+        self._floor: Array | None = None
+        self._scale: Array | None = None
+        self._lock = threading.Lock()
+
+    def raise_floor(self, floor: Array) -> None:
+        """Ask for scales no smaller than `floor` (one a channel); before anything was evaluated."""
+        assert self._scale is None
+        self._floor = floor if self._floor is None else np.maximum(self._floor, floor)
+
+    def tensor(self, name: str) -> ir.LazyTensor:
+        """The integers."""
+        return _lazy(self._integers, self.spec.dtype, self.shape, name)
+
+    def scale_tensor(self, name: str) -> ir.LazyTensor:
+        """The scales: one a channel, or a scalar."""
+        return _lazy(self.scale, ir.DataType.FLOAT, self.scale_shape, name)
+
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        return () if self.axis is None else (self.shape[self.axis],)
+
+    def scale(self) -> Array:
+        """The scales, float32."""
+        with self._lock:
+            if self._scale is None:
+                try:
+                    self._scale = self._compute_scale(self._read())
+                finally:
+                    self._close()
+            return self._scale
+
+    def _integers(self) -> Array:
+        with self._lock:
+            try:
+                weight = self._read()
+                if self._scale is None:
+                    self._scale = self._compute_scale(weight)
+                return quantize_symmetric(weight, self._scale, self.axis, self.spec)
+            finally:
+                weight = np.empty(0)
+                self._close()
+
+    def _compute_scale(self, weight: Array) -> Array:
+        other = None if self.axis is None else 1 - self.axis
+        # Two reductions and no temporary of the matrix's size, as abs would make.
+        peak = np.maximum(weight.max(axis=other, initial=0.0), -weight.min(axis=other, initial=0.0))
+        if not np.isfinite(peak).all():
+            raise ModelError(f"weight {self.name!r} holds a value that is not finite")
+        first, last = self.spec.bounds
+        wide = 2.0 * peak.astype(np.float64) / (last - first)
+        scale = np.where(wide < _TINY, 1.0, wide).astype(np.float32)
+        return scale if self._floor is None else np.maximum(scale, self._floor)
+
+
+def quantize_symmetric(weight: Array, scale: Array, axis: int | None, spec: TensorSpec) -> Array:
+    """round(weight / scale) in the spec's integer type, a block of rows at a time; weight has rank 2."""
+    first, last = spec.bounds
+    result = np.empty(weight.shape, spec.numpy_dtype)
+    rows = max(1, _CHUNK_ELEMENTS // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], rows):
+        block = slice(start, start + rows)
+        divisor = scale if axis is None else scale[block, None] if axis == 0 else scale[None, :]
+        steps = weight[block].astype(np.float32) / divisor
+        np.rint(steps, out=steps)
+        np.clip(steps, first, last, out=steps)
+        result[block] = steps
+    return result
+
+
+def quantized_bias(bias: Array, activation_scale: np.float32, weight: QuantizedWeight) -> Callable[[], Array]:
+    """A bias in int32 steps of activation scale * weight scale, the unit integer kernels accumulate in."""
+
+    def evaluate() -> Array:
+        unit = bias_scale(activation_scale, weight)().astype(np.float64)
+        # A weight channel of zeros and a tiny activation scale could make the unit underflow to nothing.
+        steps = np.rint(bias.astype(np.float64) / np.where(unit == 0.0, math.inf, unit))
+        return np.clip(steps, -_INT32_MAX - 1, _INT32_MAX).astype(np.int32)
+
+    return evaluate
+
+
+def bias_scale(activation_scale: np.float32, weight: QuantizedWeight) -> Callable[[], Array]:
+    """The unit of `quantized_bias`, one a channel."""
+
+    def evaluate() -> Array:
+        unit = activation_scale * weight.scale()
+        return np.broadcast_to(unit, (weight.shape[weight.axis if weight.axis is not None else 1],)).astype(
+            np.float32
+        )
+
+    return evaluate
+
+
+def lazy(function: Callable[[], Array], dtype: ir.DataType, shape: Sequence[int], name: str) -> ir.LazyTensor:
+    """A tensor evaluated when it is read."""
+    return _lazy(function, dtype, shape, name)
+
+
+def _lazy(
+    function: Callable[[], Array], dtype: ir.DataType, shape: Sequence[int], name: str
+) -> ir.LazyTensor:
+    return ir.LazyTensor(
+        lambda: ir.Tensor(function(), dtype=dtype, name=name), dtype, ir.Shape(shape), name=name
+    )

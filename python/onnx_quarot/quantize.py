@@ -1,0 +1,372 @@
+"""Static quantization of linear layers: QuantizeLinear and DequantizeLinear around integer weights.
+
+ONNX Runtime fuses DequantizeLinear(activation), DequantizeLinear(weight) and a MatMul or Gemm into one
+integer kernel. Three forms miss that and run as a float Gemm that dequantizes the weight at every call, up to
+ten times slower than the float model; they are rewritten here so that they are not met:
+
+* a Gemm with a float bias: the bias becomes int32 behind a DequantizeLinear (QGemm takes it so);
+* a MatMul followed by the addition of a bias, which ONNX Runtime turns into that same Gemm where it knows the
+  input to be of rank 2 or of a wholly static shape: the bias becomes int32, or, at a known higher rank, gets
+  leading axes of 1, which the rewrite does not accept;
+* a MatMul of rank 2 followed by the addition of anything else: it becomes a Gemm without bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from .calibrate import Range
+from .errors import ConfigError, ModelError
+from .qparams import (
+    Array,
+    QuantizedWeight,
+    activation_parameters,
+    bias_floor,
+    bias_scale,
+    lazy,
+    quantized_bias,
+)
+from .scheme import Scheme
+from .sites import LINEAR_OPS, LinearSite, constant_array, constant_tensor, linear_sites, readers
+
+__all__ = ["LINEAR_OPS", "LinearSite", "SiteReport", "linear_sites", "quantize_linears"]
+
+_MIN_OPSET = 13  # DequantizeLinear with an axis
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What became of one linear layer. Bytes are of its weight; `note` is a remark, or empty."""
+
+    node_name: str
+    op_type: str
+    activation: str
+    weight: str
+    activation_scale: float
+    activation_zero_point: int
+    float_bytes: int
+    quantized_bytes: int
+    note: str = ""
+
+
+def quantize_linears(
+    model: ir.Model, sites: Sequence[LinearSite], ranges: Mapping[str, Range], scheme: Scheme
+) -> list[SiteReport]:
+    """Quantize `sites` (`linear_sites` of this model) in place; return a report for each, in graph order.
+
+    ranges: for every site's activation. Each activation tensor is quantized once, whoever reads it; readers
+    that are no site keep the float tensor. Each weight is quantized once, evaluated when the model is saved;
+    a weight that something else reads as well keeps its float copy for that reader, which the report notes.
+    Gemm's alpha is folded into the weight's values, beta into the bias. Everything is checked before the
+    first change: ConfigError for a missing range, ModelError for a model that is not float32 or too old an
+    opset.
+    """
+    _check(model, sites, ranges, scheme)
+    editor = _Editor(model.graph, ranges, scheme)
+    order = {node: index for index, node in enumerate(model.graph)}
+    ordered = sorted(sites, key=lambda site: order[site.node])
+    done = [(site, editor.quantize(site)) for site in ordered]
+    editor.finish()
+    return [editor.report(site, op_type) for site, op_type in done]
+
+
+def _check(model: ir.Model, sites: Sequence[LinearSite], ranges: Mapping[str, Range], scheme: Scheme) -> None:
+    if scheme.activation.per_channel:
+        raise ConfigError(
+            f"scheme: {scheme.name} asks for activations per channel; they can only be per tensor"
+        )
+    if not scheme.weight.symmetric or not scheme.weight.signed:
+        raise ConfigError(f"scheme: {scheme.name} asks for weights that are not signed and symmetric")
+    opset = model.opset_imports.get("", 0)
+    if sites and opset < _MIN_OPSET:
+        raise ModelError(
+            f"model: opset {opset} is too old to hold quantized weights; export with {_MIN_OPSET} or later"
+        )
+    for site in sites:
+        if site.dtype != ir.DataType.FLOAT:
+            raise ModelError(
+                f"node {site.node_name!r}: its weight is {site.dtype.name.lower()}; "
+                "quantization starts from a float32 model"
+            )
+        if site.activation not in ranges:
+            raise ConfigError(f"ranges: none for {site.activation!r}, which node {site.node_name!r} reads")
+
+
+class _Editor:
+    """The edits on one graph, and what they have made so far."""
+
+    def __init__(self, graph: ir.Graph, ranges: Mapping[str, Range], scheme: Scheme) -> None:
+        self.graph, self.ranges, self.scheme = graph, ranges, scheme
+        self.activations: dict[str, tuple[np.float32, int, ir.Value]] = {}
+        self.weights: dict[tuple[object, ...], tuple[QuantizedWeight, ir.Value]] = {}
+        self.zeros: dict[tuple[ir.DataType, tuple[int, ...]], ir.Value] = {}
+        self.replaced: list[ir.Value] = []
+        self.pending: list[tuple[ir.TensorProtocol, str]] = []
+        self.names = {value.name for value in graph.inputs} | set(graph.initializers)
+        self.names |= {value.name for node in graph for value in node.outputs}
+
+    def quantize(self, site: LinearSite) -> str:
+        node = site.node
+        scale, _, activation = self._activation(node.inputs[0], node)
+        weight, operand = self._weight(site)
+        self.replaced += [value for value in node.inputs[1:] if value is not None]
+        node.replace_input_with(0, activation)
+        node.replace_input_with(1, operand)
+        if node.op_type == "Gemm":
+            self._gemm_bias(node, site.channels, scale, weight)
+            node.attributes["alpha"] = ir.AttrFloat32("alpha", 1.0)
+            node.attributes["beta"] = ir.AttrFloat32("beta", 1.0)
+        else:
+            self._following_add(site, scale, weight)
+        return node.op_type
+
+    def finish(self) -> None:
+        """Drop what nothing reads any more: float weights, biases, the views of them."""
+        for value in dict.fromkeys(self.replaced):
+            self._drop(value)
+
+    def report(self, site: LinearSite, op_type: str) -> SiteReport:
+        scale, zero, _ = self.activations[site.activation]
+        count = site.channels * site.depth
+        kept = site.root.name in self.graph.initializers and site.root.uses()
+        by = ", ".join(node.name or node.op_type for node in readers(site.root)) if kept else ""
+        return SiteReport(
+            site.node_name,
+            op_type,
+            site.activation,
+            site.weight,
+            float(scale),
+            zero,
+            float_bytes=4 * count,
+            quantized_bytes=count * self.scheme.weight.bits // 8,
+            note=f"float copy of {site.weight} kept for {by}" if kept else "",
+        )
+
+    # Activations
+
+    def _activation(self, value: ir.Value | None, reader: ir.Node) -> tuple[np.float32, int, ir.Value]:
+        assert value is not None
+        name = value.name or ""
+        if name not in self.activations:
+            spec = self.scheme.activation
+            scale, zero = activation_parameters(self.ranges[name], spec)
+            scale_value = self._initializer(ir.Tensor(np.array(scale)), f"{name}_scale")
+            zero_value = self._initializer(
+                ir.Tensor(np.array(zero, spec.numpy_dtype), dtype=spec.dtype), f"{name}_zero_point"
+            )
+            quantized = self._value(f"{name}_quantized", spec.dtype, value.shape)
+            dequantized = self._value(f"{name}_dequantized", ir.DataType.FLOAT, value.shape)
+            parameters = [scale_value, zero_value]
+            nodes = [
+                ir.Node(
+                    "",
+                    "QuantizeLinear",
+                    [value, *parameters],
+                    outputs=[quantized],
+                    name=f"{name}_QuantizeLinear",
+                ),
+                ir.Node(
+                    "",
+                    "DequantizeLinear",
+                    [quantized, *parameters],
+                    outputs=[dequantized],
+                    name=f"{name}_DequantizeLinear",
+                ),
+            ]
+            producer = value.producer()
+            if producer is not None:
+                self.graph.insert_after(producer, nodes)
+            else:
+                self.graph.insert_before(reader, nodes)
+            self.activations[name] = (scale, zero, dequantized)
+        return self.activations[name]
+
+    # Weights
+
+    def _weight(self, site: LinearSite) -> tuple[QuantizedWeight, ir.Value]:
+        alpha = _float(site.node, "alpha", 1.0) if site.op_type == "Gemm" else 1.0
+        axis = site.channel_axis if self.scheme.weight.per_channel else None
+        key = (site.root, site.view_signature(), axis, alpha)
+        if key not in self.weights:
+            self.weights[key] = self._new_weight(site, axis, alpha)
+        return self.weights[key]
+
+    def _new_weight(
+        self, site: LinearSite, axis: int | None, alpha: float
+    ) -> tuple[QuantizedWeight, ir.Value]:
+        tensor = constant_tensor(site.root)
+        assert tensor is not None
+        steps, dtype = site.steps(), self.scheme.weight.dtype
+
+        def read() -> Array:
+            array: Array = tensor.numpy()
+            for step in steps:
+                array = step(array)
+            return array if alpha == 1.0 else array * np.float32(alpha)
+
+        def close() -> None:
+            if isinstance(tensor, ir.ExternalTensor):
+                tensor.release()
+
+        shape = (site.depth, site.channels) if site.channel_axis == 1 else (site.channels, site.depth)
+        weight = QuantizedWeight(site.weight, shape, self.scheme.weight, axis, read, close)
+        base = site.weight
+        # Integers before scales: written in this order, the weight is read once.
+        quantized = self._initializer(weight.tensor(""), f"{base}_quantized")
+        scale = self._initializer(weight.scale_tensor(""), f"{base}_scale")
+        zero = self._zeros(dtype, weight.scale_shape)
+        operand = self._value(f"{base}_dequantized", ir.DataType.FLOAT, ir.Shape(shape))
+        attributes = [] if axis is None else [ir.AttrInt64("axis", axis)]
+        self._dequantize([quantized, scale, zero], attributes, operand, site.node)
+        return weight, operand
+
+    def _dequantize(
+        self, inputs: Sequence[ir.Value], attributes: Sequence[ir.Attr], output: ir.Value, before: ir.Node
+    ) -> None:
+        name = (output.name or "").removesuffix("_dequantized") + "_DequantizeLinear"
+        self.graph.insert_before(
+            before, ir.Node("", "DequantizeLinear", inputs, attributes, outputs=[output], name=name)
+        )
+
+    # Biases
+
+    def _gemm_bias(self, node: ir.Node, channels: int, scale: np.float32, weight: QuantizedWeight) -> None:
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        if bias is None:
+            return
+        beta = np.float32(_float(node, "beta", 1.0))
+        array = constant_array(bias)
+        if array is not None and _is_vector(array, channels):
+            node.replace_input_with(2, self._int32_bias(array * beta, bias.name or "", scale, weight, node))
+            return
+        # QGemm takes no other bias: add it afterwards.
+        node.resize_inputs(2)
+        result = node.outputs[0]
+        if array is not None:
+            bias = self._initializer(ir.Tensor((array * beta).astype(np.float32)), f"{bias.name}_scaled")
+        elif beta != 1.0:
+            factor = self._initializer(ir.Tensor(np.array(beta)), f"{bias.name}_beta")
+            scaled = self._value(f"{bias.name}_scaled", ir.DataType.FLOAT, bias.shape)
+            self.graph.insert_before(
+                node, ir.Node("", "Mul", [bias, factor], outputs=[scaled], name=f"{scaled.name}_Mul")
+            )
+            bias = scaled
+        sum_ = self._value(f"{result.name}_product", ir.DataType.FLOAT, None)
+        name = f"{node.name or result.name}_Add"
+        self.graph.insert_after(node, add := ir.Node("", "Add", [result, bias], outputs=[sum_], name=name))
+        _move_output(node, add)
+
+    def _following_add(self, site: LinearSite, scale: np.float32, weight: QuantizedWeight) -> None:
+        node = site.node
+        product = node.outputs[0]
+        users = product.uses()
+        if len(users) != 1 or product.is_graph_output():
+            return
+        (add, index), *_ = users
+        if add.op_type != "Add" or add.domain != "":
+            return
+        bias = add.inputs[1 - index]
+        array = constant_array(bias)
+        rank = _rank(product)
+        if array is not None and bias is not None and _is_vector(array, site.channels):
+            self.replaced.append(bias)
+            if rank is not None and rank > 2:
+                shape = [1] * (rank - 1) + [array.size]
+                widened = ir.Tensor(np.ascontiguousarray(array, np.float32).reshape(shape))
+                add.replace_input_with(1 - index, self._initializer(widened, f"{bias.name}_widened"))
+            else:
+                add.replace_input_with(
+                    1 - index, self._int32_bias(array, bias.name or "", scale, weight, node)
+                )
+        elif rank == 2:
+            node.op_type = "Gemm"
+
+    def _int32_bias(
+        self, bias: Array, name: str, scale: np.float32, weight: QuantizedWeight, node: ir.Node
+    ) -> ir.Value:
+        channels = weight.shape[1] if weight.axis is None else weight.shape[weight.axis]
+        vector = np.broadcast_to(bias.reshape(-1), (channels,)).astype(np.float32)
+        if weight.axis is not None:
+            weight.raise_floor(bias_floor(vector, scale))
+        steps = lazy(quantized_bias(vector, scale, weight), ir.DataType.INT32, [channels], "")
+        unit = lazy(bias_scale(scale, weight), ir.DataType.FLOAT, [channels], "")
+        inputs = [
+            self._initializer(steps, f"{name}_quantized"),
+            self._initializer(unit, f"{name}_scale"),
+            self._zeros(ir.DataType.INT32, (channels,)),
+        ]
+        output = self._value(f"{name}_dequantized", ir.DataType.FLOAT, ir.Shape([channels]))
+        self._dequantize(inputs, [ir.AttrInt64("axis", 0)], output, node)
+        return output
+
+    # Graph parts
+
+    def _zeros(self, dtype: ir.DataType, shape: Sequence[int]) -> ir.Value:
+        key = (dtype, tuple(shape))
+        if key not in self.zeros:
+            array = np.zeros(tuple(shape), dtype.numpy())
+            name = "_".join(["zero_point", dtype.name.lower(), *map(str, shape)])
+            self.zeros[key] = self._initializer(ir.Tensor(array, dtype=dtype), name)
+        return self.zeros[key]
+
+    def _initializer(self, tensor: ir.TensorProtocol, name: str) -> ir.Value:
+        value = self._value(name, tensor.dtype, ir.Shape(list(tensor.shape.numpy())))
+        tensor.name = value.name
+        value.const_value = tensor
+        self.graph.register_initializer(value)
+        return value
+
+    def _value(self, name: str, dtype: ir.DataType, shape: ir.Shape | None) -> ir.Value:
+        unique, count = name, 1
+        while unique in self.names:
+            count += 1
+            unique = f"{name}_{count}"
+        self.names.add(unique)
+        return ir.Value(name=unique, type=ir.TensorType(dtype), shape=shape)
+
+    def _drop(self, value: ir.Value) -> None:
+        if value.uses() or value.is_graph_output():
+            return
+        if value.name is not None and value.name in self.graph.initializers:
+            del self.graph.initializers[value.name]
+            return
+        node = value.producer()
+        if node is None:
+            return
+        sources = list(dict.fromkeys(source for source in node.inputs if source is not None))
+        self.graph.remove(node, safe=True)
+        for source in sources:
+            self._drop(source)
+
+
+def _move_output(node: ir.Node, successor: ir.Node) -> None:
+    """Let `successor`, which reads the node's output, take over that output's name and its other readers."""
+    product, result = node.outputs[0], successor.outputs[0]
+    result.type, result.shape = product.type, product.shape
+    for reader, index in tuple(product.uses()):
+        if reader is not successor:
+            reader.replace_input_with(index, result)
+    graph = successor.graph
+    assert graph is not None
+    for position, output in enumerate(graph.outputs):
+        if output is product:
+            graph.outputs[position] = result
+    product.name, result.name = result.name, product.name
+
+
+def _is_vector(array: Array, channels: int) -> bool:
+    """Whether a bias broadcasts along the last axis only: a scalar, or [.., 1, channels] with ones before."""
+    return array.size == 1 or (array.shape[-1] == channels and array.size == channels)
+
+
+def _rank(value: ir.Value) -> int | None:
+    return None if value.shape is None else len(value.shape)
+
+
+def _float(node: ir.Node, name: str, default: float) -> float:
+    attribute = node.attributes.get(name)
+    return default if attribute is None else float(attribute.as_float())

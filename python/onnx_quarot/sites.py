@@ -1,0 +1,210 @@
+"""Where a graph has linear layers: a MatMul or Gemm whose second operand is a constant matrix."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from .errors import ConfigError
+
+Array = npt.NDArray[Any]
+
+LINEAR_OPS = ("MatMul", "Gemm")
+_VIEW_OPS = ("Transpose", "Cast", "Identity")
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """One linear layer.
+
+    node_name: the node's name, or its output's where it has none. activation: the value it reads. weight: the
+    constant at the root of its second operand (an initializer, or a Constant node's output), reached through
+    the nodes `view` (Transpose, Cast, Identity), root first. channels, depth: output and input features.
+    """
+
+    node_name: str
+    op_type: str
+    activation: str
+    weight: str
+    channels: int
+    depth: int
+    node: ir.Node = field(repr=False, compare=False)
+    root: ir.Value = field(repr=False, compare=False)
+    view: tuple[ir.Node, ...] = field(repr=False, compare=False, default=())
+
+    @property
+    def operand(self) -> ir.Value:
+        """The value the node reads its weight from."""
+        return _input(self.node, 1)
+
+    @property
+    def channel_axis(self) -> int:
+        """The axis of the operand that counts output channels."""
+        return 0 if self.op_type == "Gemm" and _int(self.node, "transB", 0) else 1
+
+    @property
+    def dtype(self) -> ir.DataType:
+        """Element type of the operand."""
+        return constant_dtype(self.root, self.view)
+
+    def view_signature(self) -> tuple[object, ...]:
+        """Equal for two sites that see the same matrix in the same root."""
+        return tuple(
+            (node.op_type, *_permutation(node, 2))
+            if node.op_type == "Transpose"
+            else (node.op_type, _int(node, "to", 0))
+            for node in self.view
+            if node.op_type != "Identity"
+        )
+
+    def steps(self) -> list[Callable[[Array], Array]]:
+        """The view as functions on arrays, to be applied to the root's values in order."""
+        return [step for node in self.view if (step := _step(node)) is not None]
+
+
+def linear_sites(
+    model: ir.Model, op_types: Sequence[str] = LINEAR_OPS, exclude: Sequence[str] = ()
+) -> list[LinearSite]:
+    """All linear layers of the main graph in graph order.
+
+    A site is recognised by structure: the second operand is a constant of rank 2, directly or through
+    Transpose, Cast or Identity, and the first is not constant. op_types: which operators to take, of MatMul
+    and Gemm. exclude: node names to leave out, exact or as fnmatch patterns; each must match some site, else
+    ConfigError. Layers inside If, Loop and model-local functions are not looked at.
+    """
+    for op_type in op_types:
+        if op_type not in LINEAR_OPS:
+            raise ConfigError(f"op_types: {op_type!r} is not supported; use some of {', '.join(LINEAR_OPS)}")
+    sites = [site for node in model.graph if node.op_type in op_types and (site := _site(node)) is not None]
+    dropped: set[str] = set()
+    for pattern in exclude:
+        matched = {s.node_name for s in sites if s.node_name == pattern}
+        matched = matched or {s.node_name for s in sites if fnmatch.fnmatchcase(s.node_name, pattern)}
+        if not matched:
+            raise ConfigError(
+                f"exclude: {pattern!r} matches no linear layer of the model ({len(sites)} found)"
+            )
+        dropped |= matched
+    return [site for site in sites if site.node_name not in dropped]
+
+
+def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The tensor of an initializer that no caller can override, or of a Constant node; else None."""
+    if value is None:
+        return None
+    if value.is_initializer() and not value.is_graph_input():
+        return value.const_value
+    producer = value.producer()
+    if producer is not None and producer.op_type == "Constant" and producer.domain == "":
+        attribute = producer.attributes.get("value")
+        return attribute.as_tensor() if attribute is not None else None
+    return None
+
+
+def constant_root(value: ir.Value | None) -> tuple[ir.Value, tuple[ir.Node, ...]] | None:
+    """The constant a value is a view of, and the view's nodes from the root on; None for no constant."""
+    view: list[ir.Node] = []
+    while value is not None and constant_tensor(value) is None:
+        node = value.producer()
+        if node is None or node.domain != "" or node.op_type not in _VIEW_OPS:
+            return None
+        view.append(node)
+        value = node.inputs[0]
+    return None if value is None else (value, tuple(reversed(view)))
+
+
+def constant_array(value: ir.Value | None) -> Array | None:
+    """The values of a constant or of a view of one; None if it is not constant."""
+    found = constant_root(value)
+    if found is None:
+        return None
+    root, view = found
+    tensor = constant_tensor(root)
+    assert tensor is not None
+    array = tensor.numpy()
+    for step in (_step(node) for node in view):
+        array = array if step is None else step(array)
+    return array
+
+
+def constant_dtype(root: ir.Value, view: Sequence[ir.Node]) -> ir.DataType:
+    """Element type at the end of a view."""
+    tensor = constant_tensor(root)
+    assert tensor is not None
+    dtype = tensor.dtype
+    for node in view:
+        if node.op_type == "Cast":
+            dtype = ir.DataType(_int(node, "to", int(dtype)))
+    return dtype
+
+
+def _site(node: ir.Node) -> LinearSite | None:
+    if node.domain != "" or len(node.inputs) < 2 or node.inputs[0] is None:
+        return None
+    found = constant_root(node.inputs[1])
+    if found is None or constant_root(node.inputs[0]) is not None:
+        return None
+    root, view = found
+    shape = _view_shape(root, view)
+    if len(shape) != 2:
+        return None
+    depth, channels = shape
+    if node.op_type == "Gemm" and _int(node, "transB", 0):
+        depth, channels = channels, depth
+    return LinearSite(
+        node_name=node.name or node.outputs[0].name or "",
+        op_type=node.op_type,
+        activation=node.inputs[0].name or "",
+        weight=root.name or "",
+        channels=channels,
+        depth=depth,
+        node=node,
+        root=root,
+        view=view,
+    )
+
+
+def _view_shape(root: ir.Value, view: Sequence[ir.Node]) -> list[int]:
+    tensor = constant_tensor(root)
+    assert tensor is not None
+    shape = list(tensor.shape.numpy())
+    for node in view:
+        if node.op_type == "Transpose":
+            shape = [shape[axis] for axis in _permutation(node, len(shape))]
+    return shape
+
+
+def _step(node: ir.Node) -> Callable[[Array], Array] | None:
+    if node.op_type == "Transpose":
+        return lambda array: array.transpose(_permutation(node, array.ndim))
+    if node.op_type == "Cast":
+        dtype = np.dtype(ir.DataType(_int(node, "to", int(ir.DataType.FLOAT))).numpy())
+        return lambda array: array.astype(dtype, copy=False)
+    return None
+
+
+def _permutation(node: ir.Node, rank: int) -> list[int]:
+    attribute = node.attributes.get("perm")
+    return list(range(rank))[::-1] if attribute is None else list(attribute.as_ints())
+
+
+def _int(node: ir.Node, name: str, default: int) -> int:
+    attribute = node.attributes.get(name)
+    return default if attribute is None else int(attribute.as_int())
+
+
+def _input(node: ir.Node, index: int) -> ir.Value:
+    value = node.inputs[index]
+    assert value is not None
+    return value
+
+
+def readers(value: ir.Value) -> Iterator[ir.Node]:
+    """Each node that reads a value, once."""
+    return iter(dict.fromkeys(node for node, _ in value.uses()))
