@@ -1,0 +1,347 @@
+"""The operator ``onnx_quarot::Hadamard``: the library that runs it fast, and the function that runs it anywhere.
+
+A model that rotates activations carries, for each kind of transform in it, a model-local function of the operator's
+name, written in standard ONNX operators. A runtime that knows nothing of us inlines that function; ONNX Runtime with
+the library registered (:func:`register`, :func:`session`) runs the compiled operator and ignores the function.
+Both compute ``(x * signs) @ H * scale`` on the last axis, as :func:`onnx_quarot.transform.hadamard` does.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import math
+import os
+import sys
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime as ort
+
+from onnx_quarot import _core
+from onnx_quarot.errors import ModelError, OnnxQuarotError, OrderError
+
+__all__ = ["DOMAIN", "OP_TYPE", "add_hadamard", "custom_op_library", "register", "session"]
+
+DOMAIN = "onnx_quarot"
+OP_TYPE = "Hadamard"
+OPSET_VERSION = 1
+
+# Function overloads, which tell transforms of different sizes apart, came with this version of the format.
+_MIN_IR_VERSION = 10
+# Used for the function body where a model imports no standard operators at all.
+_DEFAULT_OPSET = 21
+_TYPE_SUFFIX = {
+    ir.DataType.FLOAT: "",
+    ir.DataType.FLOAT16: "_f16",
+    ir.DataType.BFLOAT16: "_bf16",
+    ir.DataType.DOUBLE: "_f64",
+}
+
+# ONNX Runtime refuses options that hold the same operators twice, and cannot be asked what they hold.
+_registered: weakref.WeakSet[ort.SessionOptions] = weakref.WeakSet()
+
+
+@functools.cache
+def custom_op_library() -> str:
+    """Path of the shared library of custom operators, for any binding of ONNX Runtime.
+
+    Raises:
+        OnnxQuarotError: the library is not installed beside the package's compiled module.
+    """
+    suffix = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
+    folders = [Path(__file__).parent]
+    # An editable installation keeps compiled files away from the sources.
+    spec = importlib.util.find_spec("onnx_quarot._core")
+    if spec is not None and spec.origin is not None:
+        folders.insert(0, Path(spec.origin).parent)
+    for folder in folders:
+        path = folder / f"libonnx_quarot_ops.{suffix}"
+        if path.is_file():
+            return str(path)
+    raise OnnxQuarotError(f"libonnx_quarot_ops.{suffix} is not in {folders[0]}: install onnx-quarot again")
+
+
+def register(session_options: ort.SessionOptions) -> None:
+    """Make the compiled operators known to sessions made from ``session_options``. Doing it again changes nothing.
+
+    Raises:
+        OnnxQuarotError: this ONNX Runtime cannot load the library.
+    """
+    if session_options in _registered:
+        return
+    library = custom_op_library()
+    try:
+        session_options.register_custom_ops_library(library)
+    except Exception as error:
+        raise OnnxQuarotError(f"{library} cannot be loaded: {_one_line(error)}") from error
+    _registered.add(session_options)
+
+
+def session(
+    path: str | os.PathLike[str],
+    *,
+    session_options: ort.SessionOptions | None = None,
+    providers: Sequence[str] | None = None,
+    use_library: bool = True,
+    threads: int | None = None,
+) -> ort.InferenceSession:
+    """An ``onnxruntime.InferenceSession`` for the model at ``path``.
+
+    Args:
+        path: an ONNX file.
+        session_options: options to start from. They are changed.
+        providers: execution providers, default ``["CPUExecutionProvider"]``.
+        use_library: run online rotations in the compiled operator; False runs their portable functions instead.
+        threads: threads within an operator; default: ONNX Runtime's choice, or that of ``session_options``.
+
+    Raises:
+        ModelError: the file is missing, or ONNX Runtime refuses it.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ModelError(f"model is {str(file)!r}: there is no such file")
+    options = ort.SessionOptions() if session_options is None else session_options
+    if threads is not None:
+        if threads < 1:
+            raise OnnxQuarotError(f"threads is {threads}: it must be at least 1")
+        options.intra_op_num_threads = threads
+    if use_library:
+        register(options)
+    try:
+        return ort.InferenceSession(
+            str(file), options, providers=["CPUExecutionProvider"] if providers is None else list(providers)
+        )
+    except Exception as error:
+        raise ModelError(f"{file} cannot be loaded by onnxruntime: {_one_line(error)}") from error
+
+
+def add_hadamard(
+    model: ir.Model,
+    x: ir.Value,
+    *,
+    size: int,
+    block_size: int | None = None,
+    signs: npt.NDArray[Any] | None = None,
+    transpose: bool = False,
+    scale: float | None = None,
+    name: str,
+) -> ir.Node:
+    """Make a node that transforms the last axis of ``x``, and what the model needs to hold for it.
+
+    The caller places the node in a graph. The model gets the operator set import, the signs as an initializer (equal
+    signs are shared), and the portable function, once for each distinct transform.
+
+    Args:
+        model: changed in place; its IR version becomes 10 at least.
+        x: ``[..., size]``, float32, float16, bfloat16 or float64.
+        size: length of the last axis of ``x``.
+        block_size, signs, transpose, scale: as in :func:`onnx_quarot.transform.hadamard`.
+        name: of the node; its output is called ``{name}_output``.
+
+    Raises:
+        OrderError: the block size does not divide ``size``, or has no Hadamard matrix.
+        ModelError: the type or shape of ``x`` does not fit, or the signs do not.
+    """
+    if x.dtype not in _TYPE_SUFFIX:
+        kind = "unknown" if x.dtype is None else x.dtype.name
+        allowed = "FLOAT, FLOAT16, BFLOAT16 or DOUBLE"
+        raise ModelError(f"{name}: the type of x ({x.name!r}) is {kind}: it must be {allowed}")
+    if x.shape is not None and (x.shape.rank() == 0 or x.shape[-1] not in (size, None)):
+        last = x.shape[-1] if x.shape.rank() else None
+        if last is None or isinstance(last, int):
+            raise ModelError(f"{name}: x ({x.name!r}) has shape {x.shape}: its last axis must have length {size}")
+    transform = _Transform.make(size, block_size, signs, transpose, scale, x.dtype)
+
+    inputs = [x]
+    if signs is not None:
+        inputs.append(_signs_value(model, np.asarray(signs).astype(np.int8)))
+    model.ir_version = max(model.ir_version, _MIN_IR_VERSION)
+    model.opset_imports.setdefault("", _DEFAULT_OPSET)
+    model.opset_imports[DOMAIN] = OPSET_VERSION
+    identifier = (DOMAIN, OP_TYPE, transform.overload())
+    if identifier not in model.functions:
+        model.functions[identifier] = transform.function(model.opset_imports[""])
+    attributes: dict[str, int | float] = {}
+    if block_size is not None and block_size != size:
+        attributes["block_size"] = block_size
+    if transpose:
+        attributes["transpose"] = 1
+    if scale is not None:
+        attributes["scale"] = scale
+    output = ir.Value(name=f"{name}_output", type=ir.TensorType(x.dtype), shape=x.shape)
+    return ir.node(
+        OP_TYPE, inputs, attributes, domain=DOMAIN, overload=identifier[2], outputs=[output], name=name
+    )
+
+
+def _signs_value(model: ir.Model, signs: npt.NDArray[np.int8]) -> ir.Value:
+    # Named by content, so that equal signs find each other without reading other initializers.
+    name = f"onnx_quarot.signs.{hashlib.sha256(signs.tobytes()).hexdigest()[:16]}"
+    initializers = model.graph.initializers
+    if name not in initializers:
+        tensor = ir.tensor(signs, name=name)
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        model.graph.register_initializer(value)
+    return initializers[name]
+
+
+@dataclass(frozen=True)
+class _Transform:
+    """What tells one function body from another. The body does not depend on the shape of x, only on its type."""
+
+    block: int
+    signs_length: int  # 0: none
+    transpose: bool
+    scale: float | None
+    dtype: ir.DataType
+
+    @staticmethod
+    def make(
+        size: int,
+        block_size: int | None,
+        signs: npt.NDArray[Any] | None,
+        transpose: bool,
+        scale: float | None,
+        dtype: ir.DataType,
+    ) -> _Transform:
+        block = size if block_size is None else block_size
+        if block < 1 or size < 1 or size % block != 0:
+            raise OrderError(f"block_size is {block}: it must divide size, which is {size}")
+        if not _core.has_order(block):
+            argument = "size" if block_size is None else "block_size"
+            raise OrderError(f"{argument} is {block}: no Hadamard matrix of this size is available")
+        if signs is not None:
+            if signs.shape not in ((block,), (size,)):
+                raise ModelError(f"signs has shape {signs.shape}: it must be ({block},) or ({size},)")
+            if not np.all(np.abs(signs) == 1):
+                raise ModelError("signs holds values other than +1 and -1")
+        if scale is not None and not math.isfinite(scale):
+            raise ModelError(f"scale is {scale}: it must be finite")
+        # The attribute is a float32, and both ways of running have to mean the same number.
+        exact = None if scale is None else float(np.float32(scale))
+        return _Transform(block, 0 if signs is None else len(signs), bool(transpose), exact, dtype)
+
+    def overload(self) -> str:
+        parts = [f"b{self.block}"]
+        if self.signs_length:
+            parts.append(f"signs{self.signs_length}")
+        if self.transpose:
+            parts.append("t")
+        if self.scale is not None:
+            parts.append(f"scale{np.float32(self.scale)!s}")
+        return "_".join(parts) + _TYPE_SUFFIX[self.dtype]
+
+    def function(self, opset_version: int) -> ir.Function:
+        """The transform in standard operators. Leading axes, their number and their lengths, are left open."""
+        short = self.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+        compute = ir.DataType.FLOAT if short else self.dtype
+        body = _Body(compute)
+        x = ir.Value(name="X", type=ir.TensorType(self.dtype))
+        inputs = [x]
+        y = body.cast(x, compute) if short else x
+        signs: ir.Value | None = None
+        if self.signs_length:
+            signs = ir.Value(name="signs", type=ir.TensorType(ir.DataType.INT8))
+            inputs.append(signs)
+        if signs is not None and not self.transpose:
+            y = self._times_signs(body, y, signs)
+        y = self._times_matrix(body, y)
+        if signs is not None and self.transpose:
+            y = self._times_signs(body, y, signs)
+        if short:
+            y = body.cast(y, self.dtype)
+        y = body.node("Reshape", [y, body.node("Shape", [x])])
+        y.name = "Y"
+        graph = ir.Graph(inputs, [y], nodes=body.nodes, opset_imports={"": opset_version}, name=self.overload())
+        # Declared for the nodes that carry them; their values are in the body already.
+        declared = [
+            ir.AttrInt64("block_size", self.block),
+            ir.AttrInt64("transpose", int(self.transpose)),
+            ir.AttrFloat32("scale", self.block**-0.5 if self.scale is None else self.scale),
+        ]
+        return ir.Function(DOMAIN, OP_TYPE, self.overload(), graph=graph, attributes=declared)
+
+    def _times_signs(self, body: _Body, x: ir.Value, signs: ir.Value) -> ir.Value:
+        rows = body.reshape(x, [-1, self.signs_length])
+        return body.node("Mul", [rows, body.cast(signs, body.compute)])
+
+    def _times_matrix(self, body: _Body, x: ir.Value) -> ir.Value:
+        """Multiply by a Kronecker product, one factor at a time: with x as [-1, f, rest], A.T @ x is the factor A on
+        the axis f, and on the last axis it is x @ A."""
+        scale = self.block**-0.5 if self.scale is None else self.scale
+        *leading, last = _factor_matrices(self.block)
+        rest = self.block
+        for matrix in leading:
+            rest //= len(matrix)
+            left = body.matrix(matrix if self.transpose else matrix.T)
+            x = body.node("MatMul", [left, body.reshape(x, [-1, len(matrix), rest])])
+        right = body.matrix(last.T if self.transpose else last, scale=scale)
+        return body.node("MatMul", [body.reshape(x, [-1, rest]), right])
+
+
+class _Body:
+    """Nodes of a function, in order."""
+
+    def __init__(self, compute: ir.DataType) -> None:
+        self.compute = compute
+        self.nodes: list[ir.Node] = []
+
+    def node(self, op_type: str, inputs: list[ir.Value], **attributes: Any) -> ir.Value:
+        node = ir.node(op_type, inputs, attributes)
+        node.outputs[0].name = f"v{len(self.nodes)}"
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def constant(self, array: npt.NDArray[Any]) -> ir.Value:
+        return self.node("Constant", [], value=ir.tensor(array))
+
+    def reshape(self, x: ir.Value, shape: list[int]) -> ir.Value:
+        return self.node("Reshape", [x, self.constant(np.array(shape, np.int64))])
+
+    def cast(self, x: ir.Value, dtype: ir.DataType) -> ir.Value:
+        return self.node("Cast", [x], to=int(dtype))
+
+    def matrix(self, signs: npt.NDArray[np.int8], scale: float | None = None) -> ir.Value:
+        """A matrix of +1 and -1, a byte an entry in the file."""
+        matrix = self.cast(self.constant(np.ascontiguousarray(signs)), self.compute)
+        if scale is None:
+            return matrix
+        return self.node("Mul", [matrix, self.constant(np.array(scale, self.compute.numpy()))])
+
+
+def _factor_sizes(order: int, log2_power: int, limit: int = 64) -> list[int]:
+    """Sizes of as few factors as possible whose product is ``order * 2**log2_power``, about equal and at most
+    ``limit`` unless the order is larger; the one with the order in it comes first."""
+    for count in range(1, log2_power + 2):
+        sizes = [order] + [1] * (count - 1)
+        for _ in range(log2_power):
+            sizes[sizes.index(min(sizes))] *= 2
+        if max(sizes) <= max(limit, order):
+            break
+    return sizes
+
+
+def _factor_matrices(block: int) -> Iterator[npt.NDArray[np.int8]]:
+    order, log2_power = _core.factorize(block)
+    first, *others = _factor_sizes(order, log2_power)
+    yield np.kron(_core.order_matrix(order), _sylvester(first // order))
+    yield from map(_sylvester, others)
+
+
+def _sylvester(power: int) -> npt.NDArray[np.int8]:
+    matrix = np.ones((1, 1), np.int8)
+    while len(matrix) < power:
+        matrix = np.kron(matrix, np.array([[1, 1], [1, -1]], np.int8))
+    return matrix
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
