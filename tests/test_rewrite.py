@@ -42,8 +42,8 @@ def rotated(tmp_path: Path, config: Config, change: Callable[[Plan], Plan] = lam
         Config(),
         Config(tied=False, separate_qkv=True),
         Config(uniform_final_norm=True),
-        Config(heads=3, kv_heads=1, head_size=12, ffn=88),  # orders 36, 12 and 44: R is not symmetric
-        Config(heads=5, kv_heads=5, head_size=4, ffn=616),  # order 20; 616 only in blocks
+        Config(heads=3, kv_heads=1, head_size=48, ffn=88),  # orders 36, 12 and 44: R is not symmetric
+        Config(heads=5, kv_heads=5, head_size=16, ffn=236),  # order 20; 236 only in blocks
     ],
 )
 def test_the_rotated_model_is_the_same_function(
@@ -96,7 +96,7 @@ def r1_transposed_in_writers(plan: Plan) -> Plan:
     [without_scales, without_ones, without_one_reader, without_online, inverse_online, r1_transposed_in_writers],
 )
 def test_every_mistake_shows(tmp_path: Path, mistake: Callable[[Plan], Plan]) -> None:
-    config = Config(heads=3, kv_heads=1, head_size=12, ffn=88)
+    config = Config(heads=3, kv_heads=1, head_size=48, ffn=88)
     with pytest.raises(VerificationError, match="first difference at"):
         rotated(tmp_path, config, mistake, seed=2)
 

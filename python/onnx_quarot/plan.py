@@ -53,7 +53,7 @@ class Rebase:
 class Online:
     """One transform at run time on the last axis of ``value``, in front of ``consumers`` (node, input).
 
-    A consumer (-1, i) is output i of the graph.
+    A consumer (-1, i) is output i of the graph. ``dtype`` names the ONNX type, ``width`` the length of the axis.
     """
 
     value: str
@@ -61,6 +61,7 @@ class Online:
     inverse: bool
     consumers: tuple[tuple[int, int], ...]
     width: int
+    dtype: str
 
 
 @dataclass(frozen=True)

@@ -156,12 +156,10 @@ class _Recipe:
         forward = permutation if back is None else _inverse(back)
 
         def evaluate() -> ir.TensorProtocol:
-            array = source.numpy()
-            seen = array if forward is None else array.transpose(forward)
-            result = self.compute(seen, out_shape, dtype.numpy())
+            result = self._from(source, forward, out_shape, dtype.numpy())
             release = getattr(source, "release", None)
             if release is not None:
-                release()  # unmap the file, or its pages pile up
+                release()  # unmap the file, or its pages pile up; no view of it may be left by now
             return ir.tensor(np.ascontiguousarray(result if back is None else result.transpose(back)), dtype, name=name)
 
         return ir.LazyTensor(evaluate, dtype, ir.Shape(stored), name=name)
@@ -173,6 +171,16 @@ class _Recipe:
         full = [1] * max(0, -axis - len(shape)) + list(shape)
         full[axis] = length
         return tuple(full)
+
+    def _from(
+        self,
+        source: ir.TensorProtocol,
+        permutation: tuple[int, ...] | None,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+    ) -> Array:
+        stored = source.numpy()
+        return self.compute(stored if permutation is None else stored.transpose(permutation), shape, dtype)
 
     def compute(self, x: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """The constant in its new basis: float64 inside, in slices along the longest axis that keeps its basis."""
@@ -222,6 +230,8 @@ def _insert_online(
     """Put one transform behind the producer of a value, in front of the consumers the plan names."""
     graph = model.graph
     value = _produced(graph, nodes, online)
+    if value.dtype is None:  # few exporters annotate inner values; discovery inferred it
+        value.dtype = ir.DataType[online.dtype]
     node = add_hadamard(
         model,
         value,

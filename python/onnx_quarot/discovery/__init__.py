@@ -193,7 +193,14 @@ class _Builder:
                         leaf_of[value] = leaf
                         jobs.setdefault((value, before), []).append(self._consumer(end))
         return tuple(
-            Online(str(value.name), self.ids[leaf_of[value]], inverse, tuple(ends), self.t.size(Def(value), -1))
+            Online(
+                value=str(value.name),
+                rotation=self.ids[leaf_of[value]],
+                inverse=inverse,
+                consumers=tuple(ends),
+                width=self.t.size(Def(value), -1),
+                dtype=self.t.shapes.dtype[value].name,
+            )
             for (value, inverse), ends in jobs.items()
         )
 

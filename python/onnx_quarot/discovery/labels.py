@@ -65,14 +65,14 @@ class Labels:
 
     def why(self, port: Port, axis: int) -> str:
         """Why this axis was left alone."""
-        for leaf in self.leaves(port.value, axis):
+        leaves = self.leaves(port.value, axis)
+        for leaf in leaves:
+            if (kind := self.kind(leaf)) not in self._enabled:
+                return f"{kind} was not asked for"
+        for leaf in leaves:
             if (reason := self._reasons.get(self._sets.find((port, axis, leaf)))) is not None:
                 return reason
-        leaves = self.leaves(port.value, axis)
-        kind = self.kind(leaves[0]) if leaves else "R4"
-        if kind not in self._enabled:
-            return f"{kind} was not asked for"
-        return "an online rotation here is not possible"
+        return "no online rotation is possible here"
 
     def boundaries(self) -> Iterator[tuple[ir.Value, int, Def, list[Use | Out]]]:
         """Every activation axis with its producer's and its consumers' ports."""
