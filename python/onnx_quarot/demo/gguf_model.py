@@ -1,4 +1,4 @@
-"""Read a Llama-architecture GGUF file: configuration, weights (one at a time, as float32) and tokenizer metadata."""
+"""Read a Llama-architecture GGUF file: configuration, weights (one at a time, float32), tokenizer metadata."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ Array = npt.NDArray[np.float32]
 _LAYER_TENSORS = frozenset(
     f"{name}.weight"
     for name in (
-        "attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down",
+        "attn_norm", "attn_q", "attn_k", "attn_v", "attn_output",
+        "ffn_norm", "ffn_gate", "ffn_up", "ffn_down",
     )
 )  # fmt: skip
 _MODEL_TENSORS = frozenset({"token_embd.weight", "output_norm.weight", "output.weight", "rope_freqs.weight"})
@@ -43,9 +44,10 @@ class LlamaConfig:
 class GgufLlama:
     """A Llama model in a GGUF file.
 
-    The file is memory mapped; `weight` dequantizes one tensor each time it is asked and keeps nothing.
-    Raises ModelError when the file is missing or is not a GGUF, when its architecture is not Llama, or when it has
-    something this reader would have to ignore (biases, experts, an unknown RoPE scaling): the message names it.
+    The file is memory mapped; `weight` dequantizes one tensor each time it is asked and keeps nothing. Raises
+    ModelError when the file is missing or is not a GGUF, when its architecture is not Llama, or when it has
+    something this reader would have to ignore (biases, experts, an unknown RoPE scaling): the message names
+    it.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -61,7 +63,9 @@ class GgufLlama:
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
         architecture = self.metadata("general.architecture")
         if architecture != "llama":
-            raise ModelError(f"{self.path} has the architecture {architecture!r}, only 'llama' can be converted")
+            raise ModelError(
+                f"{self.path} has the architecture {architecture!r}, only 'llama' can be converted"
+            )
         self.config = self._read_config()
         self._check_tensors()
 
@@ -71,10 +75,10 @@ class GgufLlama:
         return default if field is None else field.contents()
 
     def weight(self, name: str) -> Array:
-        """The tensor `name` (without ".weight") as float32, [out, in] or [n]; Q and K in half-split RoPE order.
+        """The tensor `name` (without ".weight") as float32 [out, in] or [n]; Q, K in half-split RoPE order.
 
-        llama.cpp stores the rows of Q and K interleaved (pairs 2i, 2i+1 rotate together); everything else, and the
-        graph built here, rotates i with i + head_size/2. The rows are put back in that order.
+        llama.cpp stores the rows of Q and K interleaved (pairs 2i, 2i+1 rotate together); everything else,
+        and the graph built here, rotates i with i + head_size/2. The rows are put back in that order.
         """
         import gguf
 
@@ -115,7 +119,9 @@ class GgufLlama:
             if found != expected:
                 raise ModelError(f"{self.path} has {key} = {found!r}, only {expected!r} can be converted")
         if heads % kv_heads:
-            raise ModelError(f"{self.path} has {heads} heads, which is no multiple of its {kv_heads} key/value heads")
+            raise ModelError(
+                f"{self.path} has {heads} heads, which is no multiple of its {kv_heads} key/value heads"
+            )
         return LlamaConfig(
             layers=int(self._require("llama.block_count")),
             hidden=hidden,
@@ -152,13 +158,19 @@ class GgufLlama:
             layer = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
             known = layer.group(2) in _LAYER_TENSORS if layer else name in _MODEL_TENSORS
             if not known or (layer and int(layer.group(1)) >= c.layers):
-                raise ModelError(f"{self.path} has a tensor {name}, which the Llama converter has no place for")
+                raise ModelError(
+                    f"{self.path} has a tensor {name}, which the Llama converter has no place for"
+                )
             expected = shapes[layer.group(2) if layer else name]
             # GGUF lists the fastest axis first
             found = tuple(int(n) for n in reversed(tensor.shape))
             if found != expected:
-                raise ModelError(f"{self.path}: tensor {name} has shape {list(found)}, expected {list(expected)}")
-        wanted = {f"blk.{i}.{name}" for i in range(c.layers) for name in _LAYER_TENSORS} | {"output_norm.weight"}
+                raise ModelError(
+                    f"{self.path}: tensor {name} has shape {list(found)}, expected {list(expected)}"
+                )
+        wanted = {f"blk.{i}.{name}" for i in range(c.layers) for name in _LAYER_TENSORS} | {
+            "output_norm.weight"
+        }
         missing = sorted(wanted - self._tensors.keys())
         if missing:
             raise ModelError(f"{self.path} has no tensor {missing[0]} ({len(missing)} are missing)")

@@ -1,7 +1,8 @@
 """English prose that every Python has: the language reference inside `pydoc_data.topics`, split in two parts.
 
-The text differs between Python versions (the reference is edited), so figures are comparable only within one version.
-What is kept stable: a topic's part depends on its name alone, and topics follow each other in alphabetical order.
+The text differs between Python versions (the reference is edited), so figures are comparable only within one
+version. What is kept stable: a topic's part depends on its name alone, and topics follow each other in
+alphabetical order.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import zlib
 
 
 def calibration_text() -> str:
-    """Prose to calibrate on: about half of the topics. It depends on the Python version, never on anything else."""
+    """Prose to calibrate on: about half of the topics. It depends on the Python version, on nothing else."""
     return _parts()[0]
 
 
 def evaluation_text() -> str:
-    """Prose to evaluate on: the other topics, without any paragraph of `calibration_text()`. Version note as there."""
+    """Prose to evaluate on: the other topics, without any paragraph of `calibration_text()`; it depends
+    on the Python version alone."""
     return _parts()[1]
 
 
@@ -24,7 +26,7 @@ def evaluation_text() -> str:
 def _parts() -> tuple[str, str]:
     from pydoc_data.topics import topics
 
-    # Sections repeat (a topic can hold another as a chapter), so what one part has seen is left out of the other.
+    # Topics repeat each other's chapters, so what one part has seen is left out of the other.
     seen: set[str] = set()
     parts: list[str] = []
     for wanted in (0, 1):

@@ -10,10 +10,18 @@ from onnx_quarot.errors import ModelError
 # Token types of the GGUF specification that are matched in text before anything else.
 _CONTROL, _USER_DEFINED = 3, 4
 
-_BYTE_LEVEL: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+_BYTE_LEVEL: dict[str, Any] = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": True,
+}
 _PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
     "gpt-2": _BYTE_LEVEL,
-    "smollm": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, _BYTE_LEVEL]},
+    "smollm": {
+        "type": "Sequence",
+        "pretokenizers": [{"type": "Digits", "individual_digits": True}, _BYTE_LEVEL],
+    },
 }
 
 
@@ -24,7 +32,9 @@ def tokenizer_json(model: GgufLlama) -> dict[str, Any]:
     """
     kind = model.metadata("tokenizer.ggml.model")
     if kind != "gpt2":
-        raise ModelError(f"{model.path} has the tokenizer {kind!r}, only byte-level BPE ('gpt2') can be written")
+        raise ModelError(
+            f"{model.path} has the tokenizer {kind!r}, only byte-level BPE ('gpt2') can be written"
+        )
     splitter = model.metadata("tokenizer.ggml.pre", "gpt-2")
     if splitter not in _PRE_TOKENIZERS:
         known = ", ".join(sorted(_PRE_TOKENIZERS))
@@ -52,7 +62,7 @@ def tokenizer_json(model: GgufLlama) -> dict[str, Any]:
         "normalizer": None,
         "pre_tokenizer": _PRE_TOKENIZERS[splitter],
         "post_processor": _post_processor(model, tokens),
-        # a plain ByteLevel decoder: onnxruntime-genai loses every space with the longer chain some tools write
+        # a plain ByteLevel decoder: with the longer chain some tools write, onnxruntime-genai loses every space
         "decoder": _BYTE_LEVEL,
         "model": {
             "type": "BPE",
