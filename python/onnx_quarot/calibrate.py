@@ -150,13 +150,13 @@ def calibrate(
     observers = {name: _observer(method, percentile) for name in names}
     seen = 0
     with _session(Path(model_path), names, threads) as (session, computed):
-        fed = {value.name for value in session.get_inputs()}
         for index, batch in enumerate(_tracked(batches, progress)):
             seen += 1
-            for name, values in _run(session, computed, {k: v for k, v in batch.items() if k in fed}):
-                _observe(observers[name], name, values, index)
-            for name in observers.keys() - set(computed):
-                _observe(observers[name], name, np.asarray(batch[name]), index)
+            if session is not None:
+                for name, values in _run(session, computed, batch):
+                    _observe(observers[name], name, values, index)
+            for name in (name for name in names if name not in computed):
+                _observe(observers[name], name, _fed(batch, name), index)
     if not seen:
         raise DataError("data: holds no batch; at least one is needed")
     return {name: observer.range() for name, observer in observers.items()}
@@ -193,13 +193,9 @@ def _tracked(batches: Iterable[Mapping[str, Array]], progress: Any) -> Iterator[
 def _run(
     session: ort.InferenceSession, names: list[str], batch: Mapping[str, Array]
 ) -> Iterator[tuple[str, Array]]:
-    if not names:
-        return
+    arrays = {value.name: _fed(batch, value.name) for value in session.get_inputs()}
     try:
-        feeds = {
-            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
-            for name, array in batch.items()
-        }
+        feeds = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
         outputs = session.run_with_ort_values(names, feeds)
     except Exception as error:  # ONNX Runtime's own exceptions share no base class
         raise ModelError(f"model: does not run on the calibration data: {_first_line(error)}") from None
@@ -208,16 +204,28 @@ def _run(
         yield name, outputs.pop().numpy()
 
 
+def _fed(batch: Mapping[str, Array], name: str) -> Array:
+    if name not in batch:
+        raise DataError(f"data: a batch lacks input {name!r}")
+    return np.ascontiguousarray(batch[name])
+
+
 @contextmanager
 def _session(
     path: Path, names: list[str], threads: int | None
-) -> Iterator[tuple[ort.InferenceSession, list[str]]]:
-    """A session over the part of the graph that `names` need, and those of them that have to be computed."""
+) -> Iterator[tuple[ort.InferenceSession | None, list[str]]]:
+    """A session over the part of the graph that `names` need, and those of them that have to be computed.
+
+    Graph inputs need not be; if nothing else is asked there is no session.
+    """
     if not path.is_file():
         raise ModelError(f"model: no file at {path}")
     with ExitStack() as stack:
         model = ir.load(path)
         computed = _prune(model, names)
+        if not computed:
+            yield None, computed
+            return
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.enable_cpu_mem_arena = False
@@ -281,3 +289,12 @@ def _register_custom_ops(model: ir.Model, options: ort.SessionOptions) -> None:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def probe(path: Path, tensors: Sequence[str]) -> Iterator[ort.InferenceSession]:
+    """A session whose outputs are `tensors`, inner values of the graph at `path`."""
+    with _session(path, list(tensors), None) as (session, _):
+        if session is None:
+            raise ModelError(f"tensors {', '.join(tensors)} are inputs of the graph: nothing to run")
+        yield session

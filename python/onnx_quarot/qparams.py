@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -51,10 +52,10 @@ class QuantizedWeight:
     """A weight matrix in integers with symmetric scales, evaluated when it is written.
 
     read: returns the float operand, rank 2; it may be a view of mapped or lazily computed memory, which
-    `close` then lets go. axis: which axis counts output channels (None: one scale for all). floor: least
-    scales. The scales (and what is derived from them) are kept once known; the integers are not, so that
-    memory holds one weight at a time whatever the order of writing. Written integers first, each weight is
-    read once.
+    `close` then lets go. axis: which axis counts output channels (None: one scale for all). unsigned: store q
+    + 128 (for 8 bits) as an unsigned type. The scales (and what is derived from them) are kept once known;
+    the integers are not, so that memory holds one weight at a time whatever the order of writing. Written
+    integers first, each weight is read once.
     """
 
     def __init__(
@@ -65,9 +66,12 @@ class QuantizedWeight:
         axis: int | None,
         read: Callable[[], Array],
         close: Callable[[], None],
+        unsigned: bool = False,
     ) -> None:
         self.name, self.shape, self.spec, self.axis = name, tuple(shape), spec, axis
         self._read, self._close = read, close
+        self.dtype = replace(spec, signed=not unsigned).dtype
+        self.zero_point = 2 ** (spec.bits - 1) if unsigned else 0
         self._floor: Array | None = None
         self._scale: Array | None = None
         self._lock = threading.Lock()
@@ -79,7 +83,7 @@ class QuantizedWeight:
 
     def tensor(self, name: str) -> ir.LazyTensor:
         """The integers."""
-        return _lazy(self._integers, self.spec.dtype, self.shape, name)
+        return _lazy(self._integers, self.dtype, self.shape, name)
 
     def scale_tensor(self, name: str) -> ir.LazyTensor:
         """The scales: one a channel, or a scalar."""
@@ -105,7 +109,7 @@ class QuantizedWeight:
                 weight = self._read()
                 if self._scale is None:
                     self._scale = self._compute_scale(weight)
-                return quantize_symmetric(weight, self._scale, self.axis, self.spec)
+                return quantize_symmetric(weight, self._scale, self.axis, self.spec, self.zero_point)
             finally:
                 weight = np.empty(0)
                 self._close()
@@ -117,15 +121,22 @@ class QuantizedWeight:
         if not np.isfinite(peak).all():
             raise ModelError(f"weight {self.name!r} holds a value that is not finite")
         first, last = self.spec.bounds
-        wide = 2.0 * peak.astype(np.float64) / (last - first)
-        scale = np.where(wide < _TINY, 1.0, wide).astype(np.float32)
-        return scale if self._floor is None else np.maximum(scale, self._floor)
+        scale = 2.0 * peak.astype(np.float64) / (last - first)
+        if self._floor is not None:
+            scale = np.maximum(scale, self._floor)
+        # A channel of zeros may have any scale.
+        return np.where(scale < _TINY, 1.0, scale).astype(np.float32)
 
 
-def quantize_symmetric(weight: Array, scale: Array, axis: int | None, spec: TensorSpec) -> Array:
-    """round(weight / scale) in the spec's integer type, a block of rows at a time; weight has rank 2."""
+def quantize_symmetric(
+    weight: Array, scale: Array, axis: int | None, spec: TensorSpec, zero_point: int = 0
+) -> Array:
+    """round(weight / scale) within the spec's bounds, a block of rows at a time; weight has rank 2.
+
+    With a zero point the result is shifted by it and unsigned.
+    """
     first, last = spec.bounds
-    result = np.empty(weight.shape, spec.numpy_dtype)
+    result = np.empty(weight.shape, replace(spec, signed=zero_point == 0).numpy_dtype)
     rows = max(1, _CHUNK_ELEMENTS // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], rows):
         block = slice(start, start + rows)
@@ -133,6 +144,7 @@ def quantize_symmetric(weight: Array, scale: Array, axis: int | None, spec: Tens
         steps = weight[block].astype(np.float32) / divisor
         np.rint(steps, out=steps)
         np.clip(steps, first, last, out=steps)
+        steps += zero_point
         result[block] = steps
     return result
 

@@ -13,6 +13,7 @@ ten times slower than the float model; they are rewritten here so that they are 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -69,6 +70,7 @@ def quantize_linears(
     editor = _Editor(model.graph, ranges, scheme)
     order = {node: index for index, node in enumerate(model.graph)}
     ordered = sorted(sites, key=lambda site: order[site.node])
+    editor.readers.update(editor.weight_key(site) for site in ordered)
     done = [(site, editor.quantize(site)) for site in ordered]
     editor.finish()
     return [editor.report(site, op_type) for site, op_type in done]
@@ -103,7 +105,7 @@ class _Editor:
         self.graph, self.ranges, self.scheme = graph, ranges, scheme
         self.activations: dict[str, tuple[np.float32, int, ir.Value]] = {}
         self.weights: dict[tuple[object, ...], tuple[QuantizedWeight, ir.Value]] = {}
-        self.zeros: dict[tuple[ir.DataType, tuple[int, ...]], ir.Value] = {}
+        self.readers: Counter[tuple[object, ...]] = Counter()
         self.replaced: list[ir.Value] = []
         self.pending: list[tuple[ir.TensorProtocol, str]] = []
         self.names = {value.name for value in graph.inputs} | set(graph.initializers)
@@ -188,19 +190,20 @@ class _Editor:
     # Weights
 
     def _weight(self, site: LinearSite) -> tuple[QuantizedWeight, ir.Value]:
-        alpha = _float(site.node, "alpha", 1.0) if site.op_type == "Gemm" else 1.0
-        axis = site.channel_axis if self.scheme.weight.per_channel else None
-        key = (site.root, site.view_signature(), axis, alpha)
+        key = self.weight_key(site)
         if key not in self.weights:
-            self.weights[key] = self._new_weight(site, axis, alpha)
+            self.weights[key] = self._new_weight(site, unsigned=self.readers[key] > 1)
         return self.weights[key]
 
-    def _new_weight(
-        self, site: LinearSite, axis: int | None, alpha: float
-    ) -> tuple[QuantizedWeight, ir.Value]:
+    def weight_key(self, site: LinearSite) -> tuple[object, ...]:
+        """Equal for sites that can share one integer weight."""
+        return site.root, site.view_signature(), site.channel_axis, _alpha(site)
+
+    def _new_weight(self, site: LinearSite, *, unsigned: bool) -> tuple[QuantizedWeight, ir.Value]:
         tensor = constant_tensor(site.root)
         assert tensor is not None
-        steps, dtype = site.steps(), self.scheme.weight.dtype
+        steps, alpha = site.steps(), _alpha(site)
+        axis = site.channel_axis if self.scheme.weight.per_channel else None
 
         def read() -> Array:
             array: Array = tensor.numpy()
@@ -213,12 +216,15 @@ class _Editor:
                 tensor.release()
 
         shape = (site.depth, site.channels) if site.channel_axis == 1 else (site.channels, site.depth)
-        weight = QuantizedWeight(site.weight, shape, self.scheme.weight, axis, read, close)
+        # ONNX Runtime's exact mode on CPUs without VNNI turns an int8 weight into uint8 at each of its
+        # readers, and fails on the second: a weight with several readers is stored as it would make it.
+        weight = QuantizedWeight(site.weight, shape, self.scheme.weight, axis, read, close, unsigned=unsigned)
         base = site.weight
         # Integers before scales: written in this order, the weight is read once.
         quantized = self._initializer(weight.tensor(""), f"{base}_quantized")
         scale = self._initializer(weight.scale_tensor(""), f"{base}_scale")
-        zero = self._zeros(dtype, weight.scale_shape)
+        # Not shared between weights, for the same reason.
+        zero = self._constant_of(weight.zero_point, weight.dtype, weight.scale_shape, f"{base}_zero_point")
         operand = self._value(f"{base}_dequantized", ir.DataType.FLOAT, ir.Shape(shape))
         attributes = [] if axis is None else [ir.AttrInt64("axis", axis)]
         self._dequantize([quantized, scale, zero], attributes, operand, site.node)
@@ -297,7 +303,7 @@ class _Editor:
         inputs = [
             self._initializer(steps, f"{name}_quantized"),
             self._initializer(unit, f"{name}_scale"),
-            self._zeros(ir.DataType.INT32, (channels,)),
+            self._constant_of(0, ir.DataType.INT32, (channels,), f"{name}_zero_point"),
         ]
         output = self._value(f"{name}_dequantized", ir.DataType.FLOAT, ir.Shape([channels]))
         self._dequantize(inputs, [ir.AttrInt64("axis", 0)], output, node)
@@ -305,13 +311,9 @@ class _Editor:
 
     # Graph parts
 
-    def _zeros(self, dtype: ir.DataType, shape: Sequence[int]) -> ir.Value:
-        key = (dtype, tuple(shape))
-        if key not in self.zeros:
-            array = np.zeros(tuple(shape), dtype.numpy())
-            name = "_".join(["zero_point", dtype.name.lower(), *map(str, shape)])
-            self.zeros[key] = self._initializer(ir.Tensor(array, dtype=dtype), name)
-        return self.zeros[key]
+    def _constant_of(self, number: int, dtype: ir.DataType, shape: Sequence[int], name: str) -> ir.Value:
+        array = np.full(tuple(shape), number, dtype.numpy())
+        return self._initializer(ir.Tensor(array, dtype=dtype), name)
 
     def _initializer(self, tensor: ir.TensorProtocol, name: str) -> ir.Value:
         value = self._value(name, tensor.dtype, ir.Shape(list(tensor.shape.numpy())))
@@ -356,6 +358,10 @@ def _move_output(node: ir.Node, successor: ir.Node) -> None:
         if output is product:
             graph.outputs[position] = result
     product.name, result.name = result.name, product.name
+
+
+def _alpha(site: LinearSite) -> float:
+    return _float(site.node, "alpha", 1.0) if site.op_type == "Gemm" else 1.0
 
 
 def _is_vector(array: Array, channels: int) -> bool:
