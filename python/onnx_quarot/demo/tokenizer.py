@@ -62,7 +62,7 @@ def tokenizer_json(model: GgufLlama) -> dict[str, Any]:
         "normalizer": None,
         "pre_tokenizer": _PRE_TOKENIZERS[splitter],
         "post_processor": _post_processor(model, tokens),
-        # a plain ByteLevel decoder: with the longer chain some tools write, onnxruntime-genai loses every space
+        # a plain ByteLevel decoder: with the chain some tools write, onnxruntime-genai loses spaces
         "decoder": _BYTE_LEVEL,
         "model": {
             "type": "BPE",

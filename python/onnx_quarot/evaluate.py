@@ -1,0 +1,368 @@
+"""How good and how fast a model is beside the one it was made from.
+
+`evaluate` compares one candidate with its reference, `evaluate_many` several without running the reference
+again, `measure` looks at one model alone. Language models are judged on their next-token distributions,
+others on the distance between their outputs.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from onnx_quarot.comparison import Comparison, summed_loss
+from onnx_quarot.custom_op import session as open_session
+from onnx_quarot.data import Batch, InputSpec, as_batches, input_specs
+from onnx_quarot.errors import ConfigError, DataError, ModelError
+from onnx_quarot.generate import Decoder
+from onnx_quarot.progress import NullProgress, Progress
+
+Array = npt.NDArray[Any]
+ModelPath = str | os.PathLike[str]
+
+_DECODE_STEPS = 16
+# A reference whose earlier logits move by more than this (relative) when the last token changes looks ahead.
+_CAUSAL_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class ModelFigures:
+    """One model by itself. Speeds are medians in tokens a second; None where a model has no such thing."""
+
+    path: str
+    size_bytes: int
+    """The model file and its external data."""
+    perplexity: float | None
+    prefill_tokens_per_second: float | None
+    """Tokens of a whole window or batch, at once."""
+    decode_tokens_per_second: float | None
+    """One token at a time, after a window of the data, for models that `generate.Decoder` can run."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """A candidate beside its reference.
+
+    windows, tokens: what was run; tokens is the number of predictions compared (0 without token logits).
+    perplexity_ratio: candidate / reference; 1 is no loss. kl_divergence: mean of KL(reference || candidate)
+    over predictions, in nats. top1_agreement: share of predictions whose most likely token is the same.
+    cosine, relative_error: per output, for models without token logits: the mean cosine of vectors along the
+    last axis, and ||candidate - reference|| / ||reference|| over everything.
+    """
+
+    reference: ModelFigures
+    candidate: ModelFigures
+    windows: int
+    tokens: int
+    perplexity_ratio: float | None
+    kl_divergence: float | None
+    top1_agreement: float | None
+    cosine: dict[str, float]
+    relative_error: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain Python values."""
+        return asdict(self)
+
+
+def evaluate(
+    reference: ModelPath,
+    candidate: ModelPath,
+    data: object,
+    *,
+    tokenizer: object = None,
+    window: int = 512,
+    windows: int | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Metrics:
+    """Compare `candidate` with `reference`, two ONNX files with the same inputs, on the same data.
+
+    data, tokenizer, window: as for calibration (see `onnx_quarot.data.as_batches`). Text is cut into windows
+    of `window` tokens that do not overlap; each window starts afresh, and its first token is not predicted.
+    windows: the most windows or batches to run; all by default. threads: threads of each session, 1 by
+    default so that speeds can be compared between machines and models. Both models run in one process, window
+    by window in turn, so what disturbs one disturbs the other. Memory: both sessions, and the logits of one
+    window of each. Raises ModelError for a file that is no model, DataError for data or a candidate that does
+    not fit.
+    """
+    return evaluate_many(
+        reference,
+        [candidate],
+        data,
+        tokenizer=tokenizer,
+        window=window,
+        windows=windows,
+        threads=threads,
+        progress=progress,
+    )[0]
+
+
+def evaluate_many(
+    reference: ModelPath,
+    candidates: Sequence[ModelPath],
+    data: object,
+    *,
+    tokenizer: object = None,
+    window: int = 512,
+    windows: int | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> list[Metrics]:
+    """`evaluate` for several candidates, in their order, running the reference once. All stay open."""
+    if not candidates:
+        raise ConfigError("candidates: is empty; give at least one model, or use measure() for one alone")
+    runs, comparisons, count = _run(
+        [reference, *candidates],
+        data,
+        tokenizer,
+        window,
+        windows,
+        1 if threads is None else threads,
+        progress or NullProgress(),
+    )
+    figures = [run.figures() for run in runs]
+    return [
+        _metrics(figures[0], candidate, comparison, count)
+        for candidate, comparison in zip(figures[1:], comparisons, strict=True)
+    ]
+
+
+def measure(
+    model: ModelPath,
+    data: object,
+    *,
+    tokenizer: object = None,
+    window: int = 512,
+    windows: int | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> ModelFigures:
+    """Perplexity, speed and size of one model; arguments and errors as for `evaluate`."""
+    runs, _, _ = _run(
+        [model],
+        data,
+        tokenizer,
+        window,
+        windows,
+        1 if threads is None else threads,
+        progress or NullProgress(),
+    )
+    return runs[0].figures()
+
+
+def model_size(path: ModelPath) -> int:
+    """Bytes of an ONNX file together with the external data files it refers to."""
+    file = Path(path)
+    if not file.is_file():
+        raise ModelError(f"model: no file at {file}")
+    model = ir.load(file)
+    external = {
+        Path(value.const_value.path)
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    }
+    return sum(found.stat().st_size for found in {file, *external})
+
+
+class _Run:
+    """One open model and what was seen of it so far."""
+
+    def __init__(self, path: ModelPath, threads: int) -> None:
+        self.path = path
+        self.specs: list[InputSpec] = input_specs(path)
+        self.session = open_session(path, threads=threads)
+        self.outputs = [output.name for output in self.session.get_outputs()]
+        self.loss = 0.0
+        self.predictions = 0
+        self.prefill: list[float] = []
+        self.decode: list[float] = []
+
+    def run(self, batch: Batch, outputs: Sequence[str]) -> list[Array]:
+        feeds = {spec.name: self._fit(batch, spec) for spec in self.specs}
+        start = time.perf_counter()
+        results: list[Array] = self.session.run(list(outputs), feeds)
+        seconds = time.perf_counter() - start
+        ids = batch.get("input_ids")
+        if ids is not None:
+            self.prefill.append(ids.size / seconds)
+        return results
+
+    def _fit(self, batch: Batch, spec: InputSpec) -> Array:
+        if spec.name not in batch:
+            raise DataError(f"{os.fspath(self.path)} has an input {spec.name!r} which the reference lacks")
+        array = batch[spec.name]
+        if array.dtype == spec.dtype:
+            return array
+        if array.size == 0 and spec.shape is not None and len(spec.shape) == array.ndim:
+            # an empty cache: the candidate's may hold quantized numbers, several to an element
+            dims = [dim if isinstance(dim, int) else array.shape[i] for i, dim in enumerate(spec.shape)]
+            return np.zeros(dims, spec.dtype)
+        raise DataError(
+            f"{os.fspath(self.path)}: input {spec.name!r} takes {spec.dtype}, the data has {array.dtype}"
+        )
+
+    def figures(self) -> ModelFigures:
+        return ModelFigures(
+            path=os.fspath(self.path),
+            size_bytes=model_size(self.path),
+            perplexity=float(np.exp(self.loss / self.predictions)) if self.predictions else None,
+            # the first run also pays for memory that later ones reuse
+            prefill_tokens_per_second=median(self.prefill[1:] or self.prefill) if self.prefill else None,
+            decode_tokens_per_second=1 / median(self.decode) if self.decode else None,
+        )
+
+
+def _metrics(reference: ModelFigures, candidate: ModelFigures, sums: Comparison, windows: int) -> Metrics:
+    n = sums.predictions
+    ratio = None
+    if reference.perplexity is not None and candidate.perplexity is not None:
+        ratio = candidate.perplexity / reference.perplexity
+    return Metrics(
+        reference=reference,
+        candidate=candidate,
+        windows=windows,
+        tokens=n,
+        perplexity_ratio=ratio,
+        kl_divergence=sums.divergence / n if n else None,
+        top1_agreement=sums.agreeing / n if n else None,
+        cosine=sums.cosine(),
+        relative_error=sums.relative_error(),
+    )
+
+
+def _run(
+    paths: Sequence[ModelPath],
+    data: object,
+    tokenizer: object,
+    window: int,
+    windows: int | None,
+    threads: int,
+    progress: Progress,
+) -> tuple[list[_Run], list[Comparison], int]:
+    runs = [_Run(path, threads) for path in paths]
+    comparisons = [Comparison() for _ in paths[1:]]
+    batches = as_batches(data, runs[0].specs, tokenizer=tokenizer, window=window, limit=windows)
+    logits: str | None = None
+    first: Batch | None = None
+    count = 0
+    with progress.task("evaluate", windows) as task:
+        for batch in batches:
+            if first is None:
+                first = batch
+                logits = _logits_output(runs[0], batch)
+                names = _shared_outputs(runs, logits)
+            if logits is not None:
+                _add_logits(runs, comparisons, batch, logits)
+            else:
+                _add_outputs(runs, comparisons, batch, names)
+            count += 1
+            task.advance()
+    if logits is not None and first is not None:
+        _time_decoding(runs, first["input_ids"][:1])
+    return runs, comparisons, count
+
+
+def _logits_output(run: _Run, batch: Batch) -> str | None:
+    """The output that predicts the next token: [batch, tokens, wider than the largest id], not looking ahead.
+
+    Whether a model looks ahead is tried: the last token is changed, and no earlier row may follow.
+    """
+    ids = batch.get("input_ids")
+    if ids is None or ids.ndim != 2 or ids.shape[1] < 2:
+        return None
+    changed = dict(batch)
+    changed["input_ids"] = ids.copy()
+    changed["input_ids"][:, -1] = np.where(ids[:, -1] == ids[:, 0], np.maximum(ids[:, -1] - 1, 0), ids[:, 0])
+    candidates = [o.name for o in run.session.get_outputs() if o.type in _FLOATS and len(o.shape) == 3]
+    found: str | None = None
+    for name in candidates:
+        before, after = run.run(batch, [name])[0], run.run(changed, [name])[0]
+        if before.shape[:2] != ids.shape or before.shape[2] <= int(ids.max()):
+            continue
+        moved = np.linalg.norm((before - after)[:, :-1].astype(np.float32))
+        if moved <= _CAUSAL_TOLERANCE * np.linalg.norm(before[:, :-1].astype(np.float32)):
+            found = name
+            break
+    run.prefill.clear()
+    return found
+
+
+_FLOATS = ("tensor(float)", "tensor(float16)", "tensor(double)")
+
+
+def _shared_outputs(runs: Sequence[_Run], logits: str | None) -> list[str]:
+    """The outputs to compare; DataError when a candidate lacks one."""
+    names = (
+        [o.name for o in runs[0].session.get_outputs() if o.type in _FLOATS] if logits is None else [logits]
+    )
+    if not names:
+        raise ModelError(f"{os.fspath(runs[0].path)} has no floating-point output to compare")
+    for run in runs[1:]:
+        for name in names:
+            if name not in run.outputs:
+                raise DataError(f"{os.fspath(run.path)} has no output {name!r}, which the reference has")
+    return names
+
+
+def _add_outputs(
+    runs: Sequence[_Run], comparisons: Sequence[Comparison], batch: Batch, names: Sequence[str]
+) -> None:
+    expected = runs[0].run(batch, names)
+    for run, comparison in zip(runs[1:], comparisons, strict=True):
+        for name, a, b in zip(names, expected, run.run(batch, names), strict=True):
+            comparison.add_outputs(name, a, b)
+
+
+def _add_logits(runs: Sequence[_Run], comparisons: Sequence[Comparison], batch: Batch, logits: str) -> None:
+    ids = batch["input_ids"]
+    counted = _predicted(batch)
+    targets = ids[:, 1:][counted]
+    expected = runs[0].run(batch, [logits])[0][:, :-1][counted]
+    runs[0].loss += summed_loss(expected, targets)
+    runs[0].predictions += len(targets)
+    for run, comparison in zip(runs[1:], comparisons, strict=True):
+        found = run.run(batch, [logits])[0][:, :-1][counted]
+        run.loss += comparison.add_logits(expected, found, targets)
+        run.predictions += len(targets)
+
+
+def _predicted(batch: Batch) -> npt.NDArray[np.bool_]:
+    """Which positions [batch, tokens - 1] predict a real token from a real token, by the attention mask."""
+    ids = batch["input_ids"]
+    mask = batch.get("attention_mask")
+    if mask is None or mask.ndim != 2 or mask.shape[1] < ids.shape[1]:
+        return np.ones((ids.shape[0], ids.shape[1] - 1), np.bool_)
+    # with a filled cache the mask also covers what came before
+    real = mask[:, -ids.shape[1] :] > 0
+    return np.asarray(real[:, 1:] & real[:, :-1])
+
+
+def _time_decoding(runs: Sequence[_Run], ids: Array) -> None:
+    """Feed the window, then single tokens to each model in turn; models that are no decoders are left out."""
+    decoders: list[tuple[_Run, Decoder]] = []
+    for run in runs:
+        try:
+            decoders.append((run, Decoder(run.session, run.specs)))
+        except ModelError:
+            continue  # documented: its decode speed is None
+    for _, decoder in decoders:
+        decoder.feed(ids)
+    for step in range(_DECODE_STEPS + 1):
+        token = ids[:, step % ids.shape[1]][:, None]
+        for run, decoder in decoders:
+            start = time.perf_counter()
+            decoder.feed(token)
+            # the first step still grows buffers
+            if step > 0:
+                run.decode.append(time.perf_counter() - start)
