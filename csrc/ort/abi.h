@@ -24,14 +24,14 @@ inline constexpr std::uint32_t kApiVersion = 17;
 // Opaque to us. A Status* of null is success; any other has one owner, who releases it.
 struct Status;
 struct Value;
+struct TypeInfo;
 struct TensorInfo;  // OrtTensorTypeAndShapeInfo
 struct SessionOptions;
 struct CustomOpDomain;
 struct KernelInfo;
 struct KernelContext;
 struct ShapeInferContext;
-struct Attribute;  // OrtOpAttr
-struct Api;        // OrtApi: read through Entry only
+struct Api;  // OrtApi: read through Entry only
 
 struct ApiBase {
   const Api* (*GetApi)(std::uint32_t version);  // null if this ONNX Runtime is older than `version`
@@ -42,8 +42,6 @@ enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
 
 // ONNXTensorElementDataType, which is also onnx.TensorProto.DataType for these.
 enum ElementType : int { kFloat = 1, kInt8 = 3, kFloat16 = 10, kDouble = 11, kBFloat16 = 16 };
-
-enum AttributeType : int { kAttributeInt = 1, kAttributeFloat = 3 };
 
 enum Characteristic : int { kRequired = 0, kOptional = 1 };
 
@@ -74,18 +72,34 @@ inline constexpr Entry<27, Status*(CustomOpDomain*, const CustomOp*)> CustomOpDo
 inline constexpr Entry<28, Status*(SessionOptions*, CustomOpDomain*)> AddCustomOpDomain{};
 inline constexpr Entry<101, void(CustomOpDomain*)> ReleaseCustomOpDomain{};
 
-// Making a kernel. An absent attribute and one of another type both come back as a failure.
+// Making a kernel. An absent attribute and one of another type both come back as a failure. Given null for `out`, the
+// entries with a size only store how much there is.
 inline constexpr Entry<85, Status*(const KernelInfo*, const char* name, float* out)> KernelInfoGetAttribute_float{};
-inline constexpr Entry<86, Status*(const KernelInfo*, const char* name, std::int64_t* out)> KernelInfoGetAttribute_int64{};
+inline constexpr Entry<86, Status*(const KernelInfo*, const char* name, std::int64_t* out)>
+    KernelInfoGetAttribute_int64{};
+inline constexpr Entry<87, Status*(const KernelInfo*, const char* name, char* out, std::size_t* size)>
+    KernelInfoGetAttribute_string{};
+inline constexpr Entry<162, Status*(const KernelInfo*, const char* name, float* out, std::size_t* size)>
+    KernelInfoGetAttributeArray_float{};
+inline constexpr Entry<163, Status*(const KernelInfo*, const char* name, std::int64_t* out, std::size_t* size)>
+    KernelInfoGetAttributeArray_int64{};
+inline constexpr Entry<244, Status*(const KernelInfo*, char* out, std::size_t* size)> KernelInfo_GetNodeName{};
 inline constexpr Entry<230, Status*(const KernelInfo*, std::size_t* out)> KernelInfo_GetInputCount{};
+// Makes a TypeInfo that the caller releases; the TensorInfo that it is cast to is part of it.
+inline constexpr Entry<234, Status*(const KernelInfo*, std::size_t index, TypeInfo** out)>
+    KernelInfo_GetInputTypeInfo{};
+inline constexpr Entry<55, Status*(const TypeInfo*, const TensorInfo** out)> CastTypeInfoToTensorInfo{};
+inline constexpr Entry<98, void(TypeInfo*)> ReleaseTypeInfo{};
 // *value stays null and *constant zero when the input is not an initializer. The value belongs to the session.
 inline constexpr Entry<249, Status*(const KernelInfo*, std::size_t index, int* constant, const Value** value)>
     KernelInfoGetConstantInput_tensor{};
 
 // Running it. Inputs and outputs belong to the context; *input is null for an optional input left out.
 inline constexpr Entry<88, Status*(const KernelContext*, std::size_t* out)> KernelContext_GetInputCount{};
-inline constexpr Entry<90, Status*(const KernelContext*, std::size_t index, const Value** input)> KernelContext_GetInput{};
-inline constexpr Entry<91, Status*(KernelContext*, std::size_t index, const std::int64_t* dims, std::size_t rank, Value** out)>
+inline constexpr Entry<90, Status*(const KernelContext*, std::size_t index, const Value** input)>
+    KernelContext_GetInput{};
+inline constexpr Entry<91, Status*(KernelContext*, std::size_t index, const std::int64_t* dims, std::size_t rank,
+                                   Value** out)>
     KernelContext_GetOutput{};
 // Calls function(data, i) for i in [0, total) on the session's intra-op threads and returns when all are done.
 // batches 0: each i is a task of its own.
@@ -101,16 +115,12 @@ inline constexpr Entry<61, Status*(const TensorInfo*, std::size_t* rank)> GetDim
 // -1 stands for a dimension that is not known yet.
 inline constexpr Entry<62, Status*(const TensorInfo*, std::int64_t* dims, std::size_t rank)> GetDimensions{};
 
-// Shape inference. The TensorInfo and the Attribute belong to the context. An unknown rank reads as rank 0.
-inline constexpr Entry<267, Status*(const ShapeInferContext*, std::size_t* out)> ShapeInferContext_GetInputCount{};
+// Shape inference. The TensorInfo belongs to the context. An unknown rank reads as rank 0. A failure that is returned
+// from here is ignored unless the session asks for strict inference, so arguments are checked when kernels are made.
 inline constexpr Entry<268, Status*(const ShapeInferContext*, std::size_t index, TensorInfo** out)>
     ShapeInferContext_GetInputTypeShape{};
-inline constexpr Entry<269, Status*(const ShapeInferContext*, const char* name, const Attribute** out)>
-    ShapeInferContext_GetAttribute{};
 inline constexpr Entry<270, Status*(const ShapeInferContext*, std::size_t index, const TensorInfo*)>
     ShapeInferContext_SetOutputTypeShape{};
-inline constexpr Entry<272, Status*(const Attribute*, AttributeType, void* data, std::size_t bytes, std::size_t* read)>
-    ReadOpAttr{};
 
 // OrtCustomOp as of version 17: ONNX Runtime reads no field beyond those of the version stated in the first one.
 struct CustomOp {

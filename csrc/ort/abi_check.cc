@@ -16,6 +16,13 @@ CHECK_SLOT(AddCustomOpDomain);
 CHECK_SLOT(ReleaseCustomOpDomain);
 CHECK_SLOT(KernelInfoGetAttribute_float);
 CHECK_SLOT(KernelInfoGetAttribute_int64);
+CHECK_SLOT(KernelInfoGetAttribute_string);
+CHECK_SLOT(KernelInfoGetAttributeArray_float);
+CHECK_SLOT(KernelInfoGetAttributeArray_int64);
+CHECK_SLOT(KernelInfo_GetNodeName);
+CHECK_SLOT(KernelInfo_GetInputTypeInfo);
+CHECK_SLOT(CastTypeInfoToTensorInfo);
+CHECK_SLOT(ReleaseTypeInfo);
 CHECK_SLOT(KernelInfo_GetInputCount);
 CHECK_SLOT(KernelInfoGetConstantInput_tensor);
 CHECK_SLOT(KernelContext_GetInputCount);
@@ -27,11 +34,8 @@ CHECK_SLOT(GetTensorTypeAndShape);
 CHECK_SLOT(ReleaseTensorTypeAndShapeInfo);
 CHECK_SLOT(GetDimensionsCount);
 CHECK_SLOT(GetDimensions);
-CHECK_SLOT(ShapeInferContext_GetInputCount);
 CHECK_SLOT(ShapeInferContext_GetInputTypeShape);
-CHECK_SLOT(ShapeInferContext_GetAttribute);
 CHECK_SLOT(ShapeInferContext_SetOutputTypeShape);
-CHECK_SLOT(ReadOpAttr);
 
 #define CHECK_FIELD(name) static_assert(offsetof(OrtCustomOp, name) == offsetof(CustomOp, name), #name " is elsewhere")
 
@@ -66,8 +70,6 @@ static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8 == static_cast<int>(kInt8));
 static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 == static_cast<int>(kFloat16));
 static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE == static_cast<int>(kDouble));
 static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16 == static_cast<int>(kBFloat16));
-static_assert(ORT_OP_ATTR_INT == static_cast<int>(kAttributeInt));
-static_assert(ORT_OP_ATTR_FLOAT == static_cast<int>(kAttributeFloat));
 static_assert(INPUT_OUTPUT_REQUIRED == static_cast<int>(kRequired));
 static_assert(INPUT_OUTPUT_OPTIONAL == static_cast<int>(kOptional));
 static_assert(OrtMemTypeDefault == static_cast<int>(kDefaultMemory));

@@ -1,7 +1,6 @@
 #include "hadamard.h"
 
 #include <algorithm>
-#include <cmath>
 #include <memory>
 #include <optional>
 #include <string>
@@ -13,9 +12,15 @@
 namespace onnx_quarot::ort {
 namespace {
 
-// Work handed to a thread at once, in elements: about 10 us for float32, far above what waking a thread costs. Inputs
-// under two such pieces never touch the pool.
-constexpr std::size_t kChunkElements = std::size_t{1} << 15;
+// Work handed to a thread at once, in additions: 10 to 20 us, far above what waking a thread costs. Inputs of less than
+// two such pieces never touch the pool.
+constexpr std::size_t kChunkCost = std::size_t{1} << 18;
+
+// Additions a row, about: the stages of the power of two, and a quarter of the order (the kernels look up sums of four).
+std::size_t row_cost(const Transform& transform) {
+  const Factors factors = factorize(transform.block_size());
+  return transform.size() * (1 + factors.log2_power + factors.order / 4);
+}
 
 DType dtype_of(ElementType type) {
   switch (type) {
@@ -36,75 +41,57 @@ struct Attributes {
   std::optional<double> scale;
 };
 
-// `read_int(name)` and `read_float(name)` return what is there, as std::optional, and throw on another type.
-template <class ReadInt, class ReadFloat>
-Attributes read_attributes(ReadInt&& read_int, ReadFloat&& read_float) {
-  Attributes attributes;
-  if (const std::optional<std::int64_t> block = read_int("block_size")) {
-    if (*block < 1) {
-      throw std::invalid_argument("Hadamard: block_size is " + std::to_string(*block) + ": it must be at least 1");
+// A node's view of its attributes does not tell an absent one from one of another type: both fail to be read.
+class AttributeReader {
+ public:
+  AttributeReader(const Api* api, const KernelInfo* info) : api_(api), info_(info) {}
+
+  std::optional<std::int64_t> integer(const char* name) const {
+    std::int64_t value = 0;
+    if (succeeded(api_, KernelInfoGetAttribute_int64(api_, info_, name, &value))) return value;
+    float other = 0;
+    if (succeeded(api_, KernelInfoGetAttribute_float(api_, info_, name, &other)) || is_text_or_list(name)) {
+      throw std::invalid_argument("attribute " + std::string(name) + " has another type: it must be an int");
     }
-    attributes.block_size = static_cast<std::size_t>(*block);
-    factorize(*attributes.block_size);
+    return std::nullopt;
   }
-  if (const std::optional<std::int64_t> transpose = read_int("transpose")) {
+
+  std::optional<float> real(const char* name) const {
+    float value = 0;
+    if (succeeded(api_, KernelInfoGetAttribute_float(api_, info_, name, &value))) return value;
+    std::int64_t other = 0;
+    if (succeeded(api_, KernelInfoGetAttribute_int64(api_, info_, name, &other)) || is_text_or_list(name)) {
+      throw std::invalid_argument("attribute " + std::string(name) + " has another type: it must be a float");
+    }
+    return std::nullopt;
+  }
+
+ private:
+  bool is_text_or_list(const char* name) const {
+    std::size_t size = 0;
+    return succeeded(api_, KernelInfoGetAttribute_string(api_, info_, name, nullptr, &size)) ||
+           (succeeded(api_, KernelInfoGetAttributeArray_int64(api_, info_, name, nullptr, &size)) && size > 0) ||
+           (succeeded(api_, KernelInfoGetAttributeArray_float(api_, info_, name, nullptr, &size)) && size > 0);
+  }
+
+  const Api* api_;
+  const KernelInfo* info_;
+};
+
+Attributes read_attributes(const AttributeReader& reader) {
+  Attributes attributes;
+  if (const auto block = reader.integer("block_size")) {
+    if (*block < 1) throw std::invalid_argument("block_size is " + std::to_string(*block) + ": it must be at least 1");
+    attributes.block_size = static_cast<std::size_t>(*block);
+  }
+  if (const auto transpose = reader.integer("transpose")) {
     if (*transpose != 0 && *transpose != 1) {
-      throw std::invalid_argument("Hadamard: transpose is " + std::to_string(*transpose) + ": it must be 0 or 1");
+      throw std::invalid_argument("transpose is " + std::to_string(*transpose) + ": it must be 0 or 1");
     }
     attributes.transpose = *transpose == 1;
   }
-  if (const std::optional<float> scale = read_float("scale")) {
-    if (!std::isfinite(*scale)) {
-      throw std::invalid_argument("Hadamard: scale is " + std::to_string(*scale) + ": it must be finite");
-    }
-    attributes.scale = static_cast<double>(*scale);
-  }
+  if (const auto scale = reader.real("scale")) attributes.scale = static_cast<double>(*scale);
   return attributes;
-}
-
-[[noreturn]] void wrong_type(const char* name, const char* expected) {
-  throw std::invalid_argument("Hadamard: attribute " + std::string(name) + " has the wrong type: it must be " + expected);
-}
-
-// The kernel's view of a node does not tell an absent attribute from one of another type. Asking for the other number
-// type catches what a model can hold here; shape inference, which always runs first, has seen the type itself.
-Attributes attributes_of(const Api* api, const KernelInfo* info) {
-  const auto as_int = [&](const char* name) -> std::optional<std::int64_t> {
-    std::int64_t value = 0;
-    if (!succeeded(api, KernelInfoGetAttribute_int64(api, info, name, &value))) return std::nullopt;
-    return value;
-  };
-  const auto as_float = [&](const char* name) -> std::optional<float> {
-    float value = 0;
-    if (!succeeded(api, KernelInfoGetAttribute_float(api, info, name, &value))) return std::nullopt;
-    return value;
-  };
-  return read_attributes(
-      [&](const char* name) {
-        const auto value = as_int(name);
-        if (!value && as_float(name)) wrong_type(name, "an int");
-        return value;
-      },
-      [&](const char* name) {
-        const auto value = as_float(name);
-        if (!value && as_int(name)) wrong_type(name, "a float");
-        return value;
-      });
-}
-
-Attributes attributes_of(const Api* api, const ShapeInferContext* context) {
-  const auto read = [&](const char* name, AttributeType type, auto zero, const char* expected) {
-    std::optional<decltype(zero)> result;
-    const Attribute* attribute = nullptr;
-    if (!succeeded(api, ShapeInferContext_GetAttribute(api, context, name, &attribute)) || attribute == nullptr) return result;
-    std::size_t bytes = 0;
-    auto value = zero;
-    if (!succeeded(api, ReadOpAttr(api, attribute, type, &value, sizeof(value), &bytes))) wrong_type(name, expected);
-    result = value;
-    return result;
-  };
-  return read_attributes([&](const char* name) { return read(name, kAttributeInt, std::int64_t{0}, "an int"); },
-                         [&](const char* name) { return read(name, kAttributeFloat, 0.0F, "a float"); });
 }
 
 std::vector<std::int64_t> dims_of(const Api* api, const TensorInfo* info) {
@@ -123,6 +110,25 @@ std::vector<std::int64_t> dims_of(const Api* api, const Value* value) {
   return dims_of(api, static_cast<const TensorInfo*>(info));
 }
 
+// Shape of an input as far as the model states it; empty for an unknown rank.
+std::vector<std::int64_t> declared_dims(const Api* api, const KernelInfo* info, std::size_t input) {
+  TypeInfo* type = nullptr;
+  check(api, KernelInfo_GetInputTypeInfo(api, info, input, &type));
+  const auto release = [api](TypeInfo* held) { ReleaseTypeInfo(api, held); };
+  const std::unique_ptr<TypeInfo, decltype(release)> owner(type, release);
+  const TensorInfo* tensor = nullptr;
+  check(api, CastTypeInfoToTensorInfo(api, type, &tensor));
+  return tensor == nullptr ? std::vector<std::int64_t>() : dims_of(api, tensor);
+}
+
+std::string name_of(const Api* api, const KernelInfo* info) {
+  std::size_t size = 0;
+  check(api, KernelInfo_GetNodeName(api, info, nullptr, &size));
+  std::string name(size, '\0');
+  check(api, KernelInfo_GetNodeName(api, info, name.data(), &size));
+  return name.c_str();  // the size counts the terminating zero
+}
+
 const void* data_of(const Api* api, const Value* value) {
   void* data = nullptr;
   // The table has one entry for reading and writing.
@@ -133,14 +139,14 @@ const void* data_of(const Api* api, const Value* value) {
 std::vector<float> read_signs(const Api* api, const Value* value) {
   const std::vector<std::int64_t> dims = dims_of(api, value);
   if (dims.size() != 1 || dims[0] < 1) {
-    throw std::invalid_argument("Hadamard: signs has rank " + std::to_string(dims.size()) + " and length " +
-                                std::to_string(dims.empty() ? 1 : dims[0]) + ": it must be a vector that is not empty");
+    throw std::invalid_argument(dims.size() == 1 ? "signs has length 0: it must be the block size or the last axis"
+                                                  : "signs has rank " + std::to_string(dims.size()) + ": it must be 1");
   }
   const auto* data = static_cast<const std::int8_t*>(data_of(api, value));
   std::vector<float> signs(static_cast<std::size_t>(dims[0]));
   for (std::size_t i = 0; i < signs.size(); ++i) {
     if (data[i] != 1 && data[i] != -1) {
-      throw std::invalid_argument("Hadamard: signs[" + std::to_string(i) + "] is " + std::to_string(data[i]) +
+      throw std::invalid_argument("signs[" + std::to_string(i) + "] is " + std::to_string(data[i]) +
                                   ": it must be 1 or -1");
     }
     signs[i] = static_cast<float>(data[i]);
@@ -152,17 +158,15 @@ std::vector<float> read_signs(const Api* api, const Value* value) {
 class HadamardKernel {
  public:
   HadamardKernel(const Api* api, ElementType type, const KernelInfo* info)
-      : api_(api), dtype_(dtype_of(type)), attributes_(attributes_of(api, info)) {
-    active_isa();  // a bad ONNX_QUAROT_ISA is an error of the session, not of its first run
-    std::size_t inputs = 0;
-    check(api, KernelInfo_GetInputCount(api, info, &inputs));
-    if (inputs < 2) return;
-    int constant = 0;
-    const Value* value = nullptr;
-    // Fails for an optional input that is left out: then there is nothing to keep.
-    if (succeeded(api, KernelInfoGetConstantInput_tensor(api, info, 1, &constant, &value)) && constant != 0 &&
-        value != nullptr) {
-      constant_signs_ = read_signs(api, value);
+      : api_(api), dtype_(dtype_of(type)), attributes_(read_attributes(AttributeReader(api, info))) {
+    read_constant_signs(info);
+    // What can be known to be wrong now is an error of the session, not of its first run.
+    const std::vector<std::int64_t> dims = declared_dims(api, info, 0);
+    const std::size_t signs_length = constant_signs_ ? constant_signs_->size() : 0;
+    if (!dims.empty() && dims.back() > 0) {
+      const Transform valid(spec(static_cast<std::size_t>(dims.back()), signs_length));
+    } else if (attributes_.block_size) {
+      const Transform valid(spec(*attributes_.block_size, 0));
     }
   }
 
@@ -172,28 +176,47 @@ class HadamardKernel {
     const Value* x = nullptr;
     check(api_, KernelContext_GetInput(api_, context, 0, &x));
     const std::vector<std::int64_t> dims = dims_of(api_, x);
-    if (dims.empty()) throw std::invalid_argument("Hadamard: X has rank 0: it must have a last axis to transform");
+    if (dims.empty()) throw std::invalid_argument("X has rank 0: it must have a last axis to transform");
     Value* y = nullptr;
     check(api_, KernelContext_GetOutput(api_, context, 0, dims.data(), dims.size(), &y));
 
     std::vector<float> given_signs;
     const std::vector<float>& signs = constant_signs_ ? *constant_signs_ : (given_signs = signs_input(context));
-    TransformSpec spec;
-    spec.dtype = dtype_;
-    spec.size = static_cast<std::size_t>(dims.back());
-    spec.block_size = attributes_.block_size.value_or(0);
-    spec.transpose = attributes_.transpose;
-    spec.scale = attributes_.scale;
-    spec.signs_length = signs.size();
-
+    const auto size = static_cast<std::size_t>(dims.back());
     std::size_t rows = 1;
     for (std::size_t i = 0; i + 1 < dims.size(); ++i) rows *= static_cast<std::size_t>(dims[i]);
-    if (rows == 0 || spec.size == 0) return;
-    const Transform transform(spec);
-    run(context, transform, data_of(api_, x), const_cast<void*>(data_of(api_, y)), rows, signs.empty() ? nullptr : signs.data());
+    if (size == 0) return;
+    const Transform transform(spec(size, signs.size()));
+    if (rows == 0) return;
+    run(context, transform, data_of(api_, x), const_cast<void*>(data_of(api_, y)), rows,
+        signs.empty() ? nullptr : signs.data());
   }
 
  private:
+  void read_constant_signs(const KernelInfo* info) {
+    std::size_t inputs = 0;
+    check(api_, KernelInfo_GetInputCount(api_, info, &inputs));
+    if (inputs < 2) return;
+    int constant = 0;
+    const Value* value = nullptr;
+    // Fails for an optional input that is left out: then there is nothing to keep.
+    if (succeeded(api_, KernelInfoGetConstantInput_tensor(api_, info, 1, &constant, &value)) && constant != 0 &&
+        value != nullptr) {
+      constant_signs_ = read_signs(api_, value);
+    }
+  }
+
+  TransformSpec spec(std::size_t size, std::size_t signs_length) const {
+    TransformSpec spec;
+    spec.dtype = dtype_;
+    spec.size = size;
+    spec.block_size = attributes_.block_size.value_or(0);
+    spec.transpose = attributes_.transpose;
+    spec.scale = attributes_.scale;
+    spec.signs_length = signs_length;
+    return spec;
+  }
+
   std::vector<float> signs_input(const KernelContext* context) const {
     std::size_t inputs = 0;
     check(api_, KernelContext_GetInputCount(api_, context, &inputs));
@@ -204,7 +227,7 @@ class HadamardKernel {
 
   void run(const KernelContext* context, const Transform& transform, const void* in, void* out, std::size_t rows,
            const float* signs) const {
-    const std::size_t chunk = std::max<std::size_t>(1, kChunkElements / transform.size());
+    const std::size_t chunk = std::max<std::size_t>(1, kChunkCost / row_cost(transform));
     const std::size_t chunks = rows / chunk;
     if (chunks < 2) return transform.range(in, out, 0, rows, signs);
 
@@ -248,24 +271,23 @@ class HadamardKernel {
   std::optional<std::vector<float>> constant_signs_;  // empty optional: signs absent, or known only when running
 };
 
-// Called for the node whatever the type of X: the type travels with the shape. ONNX Runtime reports what it returns
-// when the model is loaded.
+// Called whatever the type of X is: the type travels with the shape.
 void infer_shape(const Api* api, ShapeInferContext* context) {
-  const Attributes attributes = attributes_of(api, context);
   TensorInfo* x = nullptr;
   check(api, ShapeInferContext_GetInputTypeShape(api, context, 0, &x));
-  const std::vector<std::int64_t> dims = dims_of(api, static_cast<const TensorInfo*>(x));
-  if (dims.empty()) return;  // an unknown rank, or a scalar, which fails when it runs
-  if (dims.back() >= 1) {
-    const auto size = static_cast<std::size_t>(dims.back());
-    const std::size_t block = attributes.block_size.value_or(size);
-    if (size % block != 0) {
-      throw std::invalid_argument("Hadamard: block_size is " + std::to_string(block) +
-                                  ": it must divide the last axis of X, of length " + std::to_string(size));
-    }
-    factorize(block);
+  // Rank 0 is an unknown rank, which must not turn into a scalar, or a scalar, which fails when it runs.
+  if (!dims_of(api, static_cast<const TensorInfo*>(x)).empty()) {
+    check(api, ShapeInferContext_SetOutputTypeShape(api, context, 0, x));
   }
-  check(api, ShapeInferContext_SetOutputTypeShape(api, context, 0, x));
+}
+
+// ONNX Runtime names the node in errors of running it, but not in those of making it.
+HadamardKernel* make_kernel(const Api* api, ElementType type, const KernelInfo* info) {
+  try {
+    return new HadamardKernel(api, type, info);
+  } catch (const std::invalid_argument& error) {
+    throw std::invalid_argument("Hadamard node '" + name_of(api, info) + "': " + error.what());
+  }
 }
 
 const HadamardOp* self(const CustomOp* op) { return static_cast<const HadamardOp*>(op); }
@@ -288,7 +310,7 @@ HadamardOp::HadamardOp(const Api* table, ElementType element) : CustomOp{}, api(
   GetStartVersion = [](const CustomOp*) { return 1; };
   GetEndVersion = [](const CustomOp*) { return 1; };
   CreateKernelV2 = [](const CustomOp* op, const Api* table_now, const KernelInfo* info, void** kernel) {
-    return guarded(table_now, [&] { *kernel = new HadamardKernel(table_now, self(op)->type, info); });
+    return guarded(table_now, [&] { *kernel = make_kernel(table_now, self(op)->type, info); });
   };
   KernelComputeV2 = [](void* kernel, KernelContext* context) {
     const auto* self_kernel = static_cast<const HadamardKernel*>(kernel);

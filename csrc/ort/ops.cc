@@ -62,6 +62,7 @@ extern "C" ONNX_QUAROT_EXPORT onnx_quarot::ort::Status* RegisterCustomOps(onnx_q
   const Api* oldest = base->GetApi(1);
   return guarded(oldest, [&] {
     throw std::invalid_argument("onnx_quarot: ONNX Runtime " + std::string(base->GetVersionString()) +
-                                " is too old for this library: it must be 1." + std::to_string(kApiVersion) + " or newer");
+                                " is too old for this library: it must be 1." + std::to_string(kApiVersion) +
+                                " or newer");
   });
 }
