@@ -32,7 +32,16 @@ from .qparams import (
     quantized_bias,
 )
 from .scheme import Scheme
-from .sites import LINEAR_OPS, LinearSite, constant_array, constant_tensor, linear_sites, readers
+from .sites import (
+    LINEAR_OPS,
+    LinearSite,
+    apply_view,
+    constant_array,
+    constant_tensor,
+    drop_unused,
+    linear_sites,
+    readers,
+)
 
 __all__ = ["LINEAR_OPS", "LinearSite", "SiteReport", "linear_sites", "quantize_linears"]
 
@@ -129,7 +138,7 @@ class _Editor:
     def finish(self) -> None:
         """Drop what nothing reads any more: float weights, biases, the views of them."""
         for value in dict.fromkeys(self.replaced):
-            self._drop(value)
+            drop_unused(self.graph, value)
 
     def report(self, site: LinearSite, op_type: str) -> SiteReport:
         scale, zero, _ = self.activations[site.activation]
@@ -202,13 +211,11 @@ class _Editor:
     def _new_weight(self, site: LinearSite, *, unsigned: bool) -> tuple[QuantizedWeight, ir.Value]:
         tensor = constant_tensor(site.root)
         assert tensor is not None
-        steps, alpha = site.steps(), _alpha(site)
+        alpha = _alpha(site)
         axis = site.channel_axis if self.scheme.weight.per_channel else None
 
         def read() -> Array:
-            array: Array = tensor.numpy()
-            for step in steps:
-                array = step(array)
+            array = apply_view(tensor.numpy(), site.view)
             return array if alpha == 1.0 else array * np.float32(alpha)
 
         def close() -> None:
@@ -329,20 +336,6 @@ class _Editor:
             unique = f"{name}_{count}"
         self.names.add(unique)
         return ir.Value(name=unique, type=ir.TensorType(dtype), shape=shape)
-
-    def _drop(self, value: ir.Value) -> None:
-        if value.uses() or value.is_graph_output():
-            return
-        if value.name is not None and value.name in self.graph.initializers:
-            del self.graph.initializers[value.name]
-            return
-        node = value.producer()
-        if node is None:
-            return
-        sources = list(dict.fromkeys(source for source in node.inputs if source is not None))
-        self.graph.remove(node, safe=True)
-        for source in sources:
-            self._drop(source)
 
 
 def _move_output(node: ir.Node, successor: ir.Node) -> None:

@@ -63,10 +63,6 @@ class LinearSite:
             if node.op_type != "Identity"
         )
 
-    def steps(self) -> list[Callable[[Array], Array]]:
-        """The view as functions on arrays, to be applied to the root's values in order."""
-        return [step for node in self.view if (step := _step(node)) is not None]
-
 
 def linear_sites(
     model: ir.Model, op_types: Sequence[str] = LINEAR_OPS, exclude: Sequence[str] = ()
@@ -127,7 +123,11 @@ def constant_array(value: ir.Value | None) -> Array | None:
     root, view = found
     tensor = constant_tensor(root)
     assert tensor is not None
-    array = tensor.numpy()
+    return apply_view(tensor.numpy(), view)
+
+
+def apply_view(array: Array, view: Sequence[ir.Node]) -> Array:
+    """What a view makes of its root's values."""
     for step in (_step(node) for node in view):
         array = array if step is None else step(array)
     return array
@@ -151,7 +151,7 @@ def _site(node: ir.Node) -> LinearSite | None:
     if found is None or constant_root(node.inputs[0]) is not None:
         return None
     root, view = found
-    shape = _view_shape(root, view)
+    shape = view_shape(root, view)
     if len(shape) != 2:
         return None
     depth, channels = shape
@@ -170,7 +170,8 @@ def _site(node: ir.Node) -> LinearSite | None:
     )
 
 
-def _view_shape(root: ir.Value, view: Sequence[ir.Node]) -> list[int]:
+def view_shape(root: ir.Value, view: Sequence[ir.Node]) -> list[int]:
+    """Shape at the end of a view."""
     tensor = constant_tensor(root)
     assert tensor is not None
     shape = list(tensor.shape.numpy())
@@ -208,3 +209,19 @@ def _input(node: ir.Node, index: int) -> ir.Value:
 def readers(value: ir.Value) -> Iterator[ir.Node]:
     """Each node that reads a value, once."""
     return iter(dict.fromkeys(node for node, _ in value.uses()))
+
+
+def drop_unused(graph: ir.Graph, value: ir.Value) -> None:
+    """Remove a constant, or a view of one, that nothing reads any more, and what only it read."""
+    if value.uses() or value.is_graph_output():
+        return
+    if value.name is not None and value.name in graph.initializers:
+        del graph.initializers[value.name]
+        return
+    node = value.producer()
+    if node is None:
+        return
+    sources = list(dict.fromkeys(source for source in node.inputs if source is not None))
+    graph.remove(node, safe=True)
+    for source in sources:
+        drop_unused(graph, source)
