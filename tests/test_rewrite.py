@@ -30,7 +30,7 @@ def rotated(tmp_path: Path, config: Config, change: Callable[[Plan], Plan] = lam
     model = load(source)
     plan = change(discover_model(model, **{"rotations": ALL, **options}))  # type: ignore[arg-type]
     rotate_model(model, plan)
-    write(model, target, single_file=True)
+    write(model, target, "b.data")
     return verify(source, target, plan)
 
 

@@ -20,7 +20,7 @@ from onnx_quarot.quantize import linear_sites, quantize_linears
 from onnx_quarot.report import Report, Stopwatch
 from onnx_quarot.rewrite import rotate_model
 from onnx_quarot.rotation_config import plan_from_config, read_rotation_config
-from onnx_quarot.save import check_output, save, workspace, write
+from onnx_quarot.save import Staged, check_output, stage, workspace
 from onnx_quarot.scheme import parse_scheme
 from onnx_quarot.verify import Verification
 from onnx_quarot.verify import verify as verify_model
@@ -73,9 +73,9 @@ def rotate(
         if plan is None:
             plan = _plan(model, rotations, block_size, seed, config, None)
     with workspace(path) as folder:
-        proof = _rotated(model, Path(source), folder, plan, clock, verify, progress or NullProgress())
+        staged, proof = _rotated(model, Path(source), path, folder, plan, clock, verify, progress or NullProgress())
         with clock.step("save"):
-            save(load(folder / _ROTATED), path, folder)
+            staged.publish()
     return _report(source, path, None, plan, proof, clock)
 
 
@@ -119,8 +119,9 @@ def quantize(
     with workspace(path) as folder:
         proof, float_path = None, Path(source)
         if plan is not None:
-            proof = _rotated(model, Path(source), folder, plan, clock, verify, show)
-            float_path = folder / _ROTATED
+            inner = folder / "rotated.onnx"  # not the name of the result, which is staged in the same folder
+            staged, proof = _rotated(model, Path(source), inner, folder, plan, clock, verify, show)
+            float_path = staged.path
             model = load(float_path)
         sites = linear_sites(model, tuple(op_types), tuple(exclude))
         if not sites:
@@ -131,11 +132,8 @@ def quantize(
             ranges = calibrate(float_path, names, batches, progress=show, **options)
         with clock.step("quantize"), show.task("quantizing", None):
             done = quantize_linears(model, sites, ranges, chosen)
-            save(model, path, folder)
+            stage(model, path, folder).publish()
     return _report(source, path, chosen.name, plan, proof, clock, quantized=tuple(done))
-
-
-_ROTATED = "rotated.onnx"
 
 
 def _plan(
@@ -160,16 +158,23 @@ def _plan(
 
 
 def _rotated(
-    model: ir.Model, source: Path, folder: Path, plan: Plan, clock: Stopwatch, verify: bool, show: Progress
-) -> Verification | None:
-    """Write the rotated model into the workspace and prove that it is the same function."""
-    with clock.step("rotate"), show.task("rotating weights", len(plan.rebases)) as task:
+    model: ir.Model,
+    source: Path,
+    target: Path,
+    folder: Path,
+    plan: Plan,
+    clock: Stopwatch,
+    verify: bool,
+    show: Progress,
+) -> tuple[Staged, Verification | None]:
+    """Stage the rotated model and prove that it is the same function."""
+    with clock.step("rotate"), show.task("rotating weights", len(model.graph.initializers)) as task:
         rotate_model(model, plan)
-        write(model, folder / _ROTATED, on_tensor=task.advance)
+        staged = stage(model, target, folder, on_tensor=task.advance)
     if not verify:
-        return None
+        return staged, None
     with clock.step("verify"), show.task("verifying", None):
-        return verify_model(source, folder / _ROTATED, plan)
+        return staged, verify_model(source, staged.path, plan)
 
 
 def _first(batches: Any) -> Any:

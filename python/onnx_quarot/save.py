@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
@@ -50,50 +51,59 @@ def workspace(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def write(
-    model: ir.Model,
-    path: Path,
-    *,
-    data_name: str | None = None,
-    single_file: bool = False,
-    on_tensor: Callable[[], None] | None = None,
-) -> None:
-    """Write ``model`` to ``path``, its large tensors to ``data_name`` beside it. Lazy tensors are evaluated one by one."""
-    if single_file:
-        ir.save(model, path)
+def write(model: ir.Model, path: Path, data_name: str, on_tensor: Callable[[], None] | None = None) -> None:
+    """Write ``model`` to ``path``: as one file if it is small, else with its large tensors in ``data_name`` beside it.
+
+    Lazy tensors are evaluated one by one, as they are written.
+    """
+    size = sum(t.nbytes for v in model.graph.initializers.values() if (t := v.const_value) is not None)
+    if size < _SINGLE_FILE_BYTES:
+        ir.save(ir.external_data.load_to_model(model), path)
         return
     ir.save(
         model,
         path,
-        external_data=data_name or f"{path.name}.data",
+        external_data=data_name,
         size_threshold_bytes=_INLINE_BYTES,
         callback=None if on_tensor is None else lambda tensor, info: on_tensor(),
     )
 
 
-def save(model: ir.Model, target: Path, folder: Path, on_tensor: Callable[[], None] | None = None) -> None:
-    """Write ``model`` into ``folder`` (a :func:`workspace` of ``target``) and move it over ``target``.
+@dataclass(frozen=True)
+class Staged:
+    """A model written whole in a workspace, under the names it will have beside its target."""
+
+    path: Path
+    target: Path
+    data_name: str
+
+    def publish(self) -> None:
+        """Move it over the target. The rename of the .onnx file is the moment of change."""
+        folder, place = self.path.parent, self.target.parent
+        stale = _data_files(self.target)
+        _sync(folder)
+        data = folder / self.data_name
+        if data.exists():
+            os.replace(data, place / self.data_name)
+        try:
+            os.replace(self.path, self.target)
+        except OSError:
+            (place / self.data_name).unlink(missing_ok=True)
+            raise
+        for path in stale:
+            path.unlink(missing_ok=True)
+
+
+def stage(model: ir.Model, target: Path, folder: Path, on_tensor: Callable[[], None] | None = None) -> Staged:
+    """Write ``model`` into ``folder``, a :func:`workspace` of ``target``.
 
     Small models become one file; larger ones get ``<target>.data`` beside them (or ``<target>.1.data``, ... while an
-    older model of the same name still needs its own). The rename of the .onnx file is the moment of change.
+    older model of the same name still needs its own).
     """
-    size = sum(t.nbytes for v in model.graph.initializers.values() if (t := v.const_value) is not None)
-    single = size < _SINGLE_FILE_BYTES
-    old_data = _data_files(target)
     data_name = next(n for n in _candidate_names(target) if not (target.parent / n).exists())
-    staged = folder / target.name
-    write(model, staged, data_name=data_name, single_file=single, on_tensor=on_tensor)
-    _sync(folder)
-    if not single and (folder / data_name).exists():
-        os.replace(folder / data_name, target.parent / data_name)
-    try:
-        os.replace(staged, target)
-    except OSError:
-        if not single:
-            (target.parent / data_name).unlink(missing_ok=True)
-        raise
-    for stale in old_data:
-        stale.unlink(missing_ok=True)
+    staged = Staged(folder / target.name, target, data_name)
+    write(model, staged.path, data_name, on_tensor)
+    return staged
 
 
 def _candidate_names(target: Path) -> Iterator[str]:

@@ -19,7 +19,7 @@ from onnx_quarot.discovery.shapes import Shapes
 from onnx_quarot.discovery.typing import Def, Expansion, Out, Port, Typing, Use
 from onnx_quarot.errors import ConfigError, ModelError
 from onnx_quarot.plan import ROTATIONS, AxisChange, Online, Placement, Plan, Rebase, Site, State
-from onnx_quarot.transform import Rotation, largest_block
+from onnx_quarot.transform import Rotation, has_order, largest_block
 
 __all__ = ["discover_model", "fingerprint"]
 
@@ -43,6 +43,8 @@ def discover_model(
     wanted = frozenset(rotations)
     if unknown := wanted - set(ROTATIONS):
         raise ConfigError(f"rotations: {sorted(unknown)} unknown; choose among {', '.join(ROTATIONS)}")
+    if block_size is not None and not has_order(block_size):
+        raise ConfigError(f"block_size: no Hadamard matrix of {block_size} is available; use a power of two, 12, 20, ...")
     typing = Typing(model.graph, Shapes(model))
     apply_rules(typing)
     if not typing.reads:
@@ -114,13 +116,18 @@ class _Builder:
 
     def _rotation(self, leaf: Segment, name: str) -> Rotation:
         block = largest_block(leaf.length)
-        if self.block_size is not None and leaf.length % self.block_size == 0:
-            block = self.block_size
+        if self.block_size is not None:
+            if leaf.length % self.block_size == 0:
+                block = self.block_size
+            else:
+                self._note(f"block_size: {self.block_size} does not divide {leaf.length}, rotated in blocks of {block}")
         elif block != leaf.length:
-            note = f"{leaf.length} has no Hadamard matrix: rotated in blocks of {block}"
-            if note not in self.notes:
-                self.notes.append(note)
+            self._note(f"{leaf.length} has no Hadamard matrix: rotated in blocks of {block}")
         return Rotation.make(leaf.length, block_size=block, rng=self.rng)
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
 
     def _placements(self, port: Port, axis: int) -> tuple[Placement, ...]:
         """Runs of equal rotations along an axis."""

@@ -1,0 +1,94 @@
+"""Saving is atomic: the new model whole, or the old one untouched, and nothing beside them."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import small_llama
+
+from onnx_quarot import save as saving
+from onnx_quarot.errors import SaveError
+from onnx_quarot.load import load
+from onnx_quarot.save import check_output, stage, workspace
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """External data for models of any size."""
+    monkeypatch.setattr(saving, "_SINGLE_FILE_BYTES", 0)
+
+
+def store(source: Path, target: Path) -> None:
+    with workspace(target) as folder:
+        stage(load(source), target, folder).publish()
+
+
+def weights(path: Path) -> dict[str, np.ndarray]:
+    return {n: v.const_value.numpy().copy() for n, v in load(path).graph.initializers.items()}  # type: ignore[union-attr]
+
+
+def test_small_models_are_one_file(tmp_path: Path) -> None:
+    store(small_llama.save(tmp_path / "a.onnx"), tmp_path / "b.onnx")
+    assert sorted(os.listdir(tmp_path)) == ["a.onnx", "b.onnx"]
+    a, b = weights(tmp_path / "a.onnx"), weights(tmp_path / "b.onnx")
+    assert a.keys() == b.keys()
+    assert all(np.array_equal(a[n], b[n]) for n in a)
+
+
+@pytest.mark.usefixtures("large")
+def test_large_models_have_one_data_file_also_after_saving_again(tmp_path: Path) -> None:
+    source = small_llama.save(tmp_path / "a.onnx")
+    names = []
+    for _ in range(3):
+        store(source, tmp_path / "b.onnx")
+        (data,) = (n for n in os.listdir(tmp_path) if n.endswith(".data"))
+        names.append(data)
+        assert sorted(os.listdir(tmp_path)) == sorted(["a.onnx", "b.onnx", data])
+        assert weights(tmp_path / "b.onnx").keys() == weights(source).keys()
+    # The old model needs its data until the new one has taken its name.
+    assert names == ["b.onnx.data", "b.onnx.1.data", "b.onnx.data"]
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_full_disk_leaves_the_old_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    source = small_llama.save(tmp_path / "a.onnx")
+    store(source, tmp_path / "b.onnx")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def fail(*args: object, **kwargs: object) -> None:
+        Path(str(args[1])).write_bytes(b"half")
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(ir, "save", fail)
+    with pytest.raises(SaveError, match="nothing was changed"):
+        store(source, tmp_path / "b.onnx")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_an_interrupt_cleans_up(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), workspace(tmp_path / "b.onnx") as folder:
+        (folder / "half").write_bytes(b"x")
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == []
+
+
+def test_impossible_outputs_are_refused_before_any_work(tmp_path: Path) -> None:
+    source = small_llama.save(tmp_path / "a.onnx")
+    (tmp_path / "link.onnx").symlink_to(source)
+    (tmp_path / "folder").mkdir()
+    for target, rule in (
+        (source, "is the input model"),
+        (tmp_path / "link.onnx", "is the input model"),
+        (tmp_path / "folder" / ".." / "a.onnx", "is the input model"),
+        (tmp_path / "folder", "is a folder"),
+        (tmp_path / "nowhere" / "b.onnx", "does not exist"),
+    ):
+        with pytest.raises(SaveError, match=rule):
+            check_output(source, target)
+    assert check_output(source, tmp_path / "b.onnx") == tmp_path / "b.onnx"
