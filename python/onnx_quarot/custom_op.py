@@ -1,9 +1,10 @@
-"""The operator ``onnx_quarot::Hadamard``: the library that runs it fast, and the function that runs it anywhere.
+"""The operator ``onnx_quarot::Hadamard``: the library that runs it fast, and functions that run it anywhere.
 
-A model that rotates activations carries, for each kind of transform in it, a model-local function of the operator's
-name, written in standard ONNX operators. A runtime that knows nothing of us inlines that function; ONNX Runtime with
-the library registered (:func:`register`, :func:`session`) runs the compiled operator and ignores the function.
-Both compute ``(x * signs) @ H * scale`` on the last axis, as :func:`onnx_quarot.transform.hadamard` does.
+A model that rotates activations carries, for each kind of transform in it, a model-local function of the
+operator's name, written in standard ONNX operators. A runtime that knows nothing of us inlines that function;
+ONNX Runtime with the library registered (:func:`register`, :func:`session`) runs the compiled operator and
+ignores the function. Both compute ``(x * signs) @ H * scale`` on the last axis, as
+:func:`onnx_quarot.transform.hadamard` does.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def custom_op_library() -> str:
 
 
 def register(session_options: ort.SessionOptions) -> None:
-    """Make the compiled operators known to sessions made from ``session_options``. Doing it again changes nothing.
+    """Make the compiled operators known to sessions made from ``session_options``. Safe to repeat.
 
     Raises:
         OnnxQuarotError: this ONNX Runtime cannot load the library.
@@ -99,7 +100,7 @@ def session(
         path: an ONNX file.
         session_options: options to start from. They are changed.
         providers: execution providers, default ``["CPUExecutionProvider"]``.
-        use_library: run online rotations in the compiled operator; False runs their portable functions instead.
+        use_library: run online rotations in the compiled operator; False runs their portable functions.
         threads: threads within an operator; default: ONNX Runtime's choice, or that of ``session_options``.
 
     Raises:
@@ -136,14 +137,15 @@ def add_hadamard(
 ) -> ir.Node:
     """Make a node that transforms the last axis of ``x``, and what the model needs to hold for it.
 
-    The caller places the node in a graph. The model gets the operator set import, the signs as an initializer (equal
-    signs are shared), and the portable function, once for each distinct transform.
+    The caller places the node in a graph. The model gets the operator set import, the signs as an initializer
+    (equal signs are shared), and the portable function, once for each distinct transform.
 
     Args:
         model: changed in place; its IR version becomes 10 at least.
         x: ``[..., size]``, float32, float16, bfloat16 or float64.
         size: length of the last axis of ``x``.
-        block_size, signs, transpose, scale: as in :func:`onnx_quarot.transform.hadamard`.
+        block_size, signs, transpose, scale: as in :func:`onnx_quarot.transform.hadamard`. The scale is stored
+            as a float32, whatever the type of ``x``.
         name: of the node; its output is called ``{name}_output``.
 
     Raises:
@@ -157,7 +159,9 @@ def add_hadamard(
     if x.shape is not None and (x.shape.rank() == 0 or x.shape[-1] not in (size, None)):
         last = x.shape[-1] if x.shape.rank() else None
         if last is None or isinstance(last, int):
-            raise ModelError(f"{name}: x ({x.name!r}) has shape {x.shape}: its last axis must have length {size}")
+            raise ModelError(
+                f"{name}: x ({x.name!r}) has shape {x.shape}: its last axis must have length {size}"
+            )
     transform = _Transform.make(size, block_size, signs, transpose, scale, x.dtype)
 
     inputs = [x]
@@ -188,14 +192,16 @@ def _signs_value(model: ir.Model, signs: npt.NDArray[np.int8]) -> ir.Value:
     initializers = model.graph.initializers
     if name not in initializers:
         tensor = ir.tensor(signs, name=name)
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        value = ir.Value(
+            name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(signs.shape), const_value=tensor
+        )
         model.graph.register_initializer(value)
     return initializers[name]
 
 
 @dataclass(frozen=True)
 class _Transform:
-    """What tells one function body from another. The body does not depend on the shape of x, only on its type."""
+    """What tells one function body from another: the type of x does, its shape does not."""
 
     block: int
     signs_length: int  # 0: none
@@ -240,7 +246,7 @@ class _Transform:
         return "_".join(parts) + _TYPE_SUFFIX[self.dtype]
 
     def function(self, opset_version: int) -> ir.Function:
-        """The transform in standard operators. Leading axes, their number and their lengths, are left open."""
+        """The transform in standard operators. The number and the lengths of leading axes are left open."""
         short = self.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
         compute = ir.DataType.FLOAT if short else self.dtype
         body = _Body(compute)
@@ -258,24 +264,30 @@ class _Transform:
             y = self._times_signs(body, y, signs)
         if short:
             y = body.cast(y, self.dtype)
-        y = body.node("Reshape", [y, body.node("Shape", [x])])
+        # A length of 0 in the shape means 0. Before opset 14 it always meant "as in the input", which leaves only
+        # an empty first axis right.
+        allow_zero = {"allowzero": 1} if opset_version >= 14 else {}
+        y = body.node("Reshape", [y, body.node("Shape", [x])], **allow_zero)
         y.name = "Y"
-        graph = ir.Graph(inputs, [y], nodes=body.nodes, opset_imports={"": opset_version}, name=self.overload())
+        name = self.overload()
+        graph = ir.Graph(inputs, [y], nodes=body.nodes, opset_imports={"": opset_version}, name=name)
         # Declared for the nodes that carry them; their values are in the body already.
         declared = [
             ir.AttrInt64("block_size", self.block),
             ir.AttrInt64("transpose", int(self.transpose)),
             ir.AttrFloat32("scale", self.block**-0.5 if self.scale is None else self.scale),
         ]
-        return ir.Function(DOMAIN, OP_TYPE, self.overload(), graph=graph, attributes=declared)
+        return ir.Function(DOMAIN, OP_TYPE, name, graph=graph, attributes=declared)
 
     def _times_signs(self, body: _Body, x: ir.Value, signs: ir.Value) -> ir.Value:
         rows = body.reshape(x, [-1, self.signs_length])
         return body.node("Mul", [rows, body.cast(signs, body.compute)])
 
     def _times_matrix(self, body: _Body, x: ir.Value) -> ir.Value:
-        """Multiply by a Kronecker product, one factor at a time: with x as [-1, f, rest], A.T @ x is the factor A on
-        the axis f, and on the last axis it is x @ A."""
+        """Multiply by a Kronecker product, one factor at a time.
+
+        With x as [-1, f, rest], A.T @ x applies the factor A to the axis f; on the last axis it is x @ A.
+        """
         scale = self.block**-0.5 if self.scale is None else self.scale
         *leading, last = _factor_matrices(self.block)
         rest = self.block
