@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from onnx_quarot.data import Batch
 from onnx_quarot.errors import DataError
 
 Array = npt.NDArray[Any]
@@ -85,3 +86,13 @@ def log_softmax(logits: Array) -> Iterator[tuple[slice, npt.NDArray[np.float32]]
         total = np.exp(shifted).sum(-1, dtype=np.float64, keepdims=True)
         shifted -= np.log(total).astype(np.float32)
         yield part, shifted
+
+
+def real_tokens(batch: Batch) -> npt.NDArray[np.bool_]:
+    """Which of a batch's input_ids [batch, tokens] are text and not padding, by its attention mask."""
+    ids = batch["input_ids"]
+    mask = batch.get("attention_mask")
+    if mask is None or mask.ndim != 2 or mask.shape[1] < ids.shape[1]:
+        return np.ones(ids.shape, np.bool_)
+    # with a filled cache the mask also covers what came before
+    return np.asarray(mask[:, -ids.shape[1] :] > 0)

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnx_quarot.comparison import Comparison, summed_loss
+from onnx_quarot.comparison import Comparison, real_tokens, summed_loss
 from onnx_quarot.custom_op import session as open_session
 from onnx_quarot.data import Batch, InputSpec, as_batches, input_specs
 from onnx_quarot.errors import ConfigError, DataError, ModelError
@@ -30,6 +30,7 @@ Array = npt.NDArray[Any]
 ModelPath = str | os.PathLike[str]
 
 _DECODE_STEPS = 16
+_FLOATS = ("tensor(float)", "tensor(float16)", "tensor(double)")
 # A reference whose earlier logits move by more than this (relative) when the last token changes looks ahead.
 _CAUSAL_TOLERANCE = 1e-3
 
@@ -191,7 +192,11 @@ class _Run:
     def run(self, batch: Batch, outputs: Sequence[str]) -> list[Array]:
         feeds = {spec.name: self._fit(batch, spec) for spec in self.specs}
         start = time.perf_counter()
-        results: list[Array] = self.session.run(list(outputs), feeds)
+        try:
+            results: list[Array] = self.session.run(list(outputs), feeds)
+        except Exception as error:  # onnxruntime raises its own kinds, without a common base
+            reason = str(error).splitlines()[0]
+            raise DataError(f"{os.fspath(self.path)} cannot be run on this data: {reason}") from error
         seconds = time.perf_counter() - start
         ids = batch.get("input_ids")
         if ids is not None:
@@ -276,29 +281,30 @@ def _run(
 def _logits_output(run: _Run, batch: Batch) -> str | None:
     """The output that predicts the next token: [batch, tokens, wider than the largest id], not looking ahead.
 
-    Whether a model looks ahead is tried: the last token is changed, and no earlier row may follow.
+    Whether a model looks ahead is tried: each row's last real token is changed, and nothing before it may move.
     """
     ids = batch.get("input_ids")
-    if ids is None or ids.ndim != 2 or ids.shape[1] < 2:
+    if ids is None or ids.ndim != 2:
         return None
-    changed = dict(batch)
-    changed["input_ids"] = ids.copy()
-    changed["input_ids"][:, -1] = np.where(ids[:, -1] == ids[:, 0], np.maximum(ids[:, -1] - 1, 0), ids[:, 0])
-    candidates = [o.name for o in run.session.get_outputs() if o.type in _FLOATS and len(o.shape) == 3]
+    real = real_tokens(batch)
+    last = ids.shape[1] - 1 - real[:, ::-1].argmax(-1)
+    earlier = real & (np.arange(ids.shape[1]) < last[:, None])
+    if not earlier.any():
+        return None
+    rows = np.arange(ids.shape[0])
+    changed = {**batch, "input_ids": ids.copy()}
+    changed["input_ids"][rows, last] = np.where(ids[rows, last] > 0, ids[rows, last] - 1, 1)
     found: str | None = None
-    for name in candidates:
+    for name in (o.name for o in run.session.get_outputs() if o.type in _FLOATS and len(o.shape) == 3):
         before, after = run.run(batch, [name])[0], run.run(changed, [name])[0]
         if before.shape[:2] != ids.shape or before.shape[2] <= int(ids.max()):
             continue
-        moved = np.linalg.norm((before - after)[:, :-1].astype(np.float32))
-        if moved <= _CAUSAL_TOLERANCE * np.linalg.norm(before[:, :-1].astype(np.float32)):
+        before = before[earlier].astype(np.float32)
+        if np.linalg.norm(after[earlier] - before) <= _CAUSAL_TOLERANCE * np.linalg.norm(before):
             found = name
             break
     run.prefill.clear()
     return found
-
-
-_FLOATS = ("tensor(float)", "tensor(float16)", "tensor(double)")
 
 
 def _shared_outputs(runs: Sequence[_Run], logits: str | None) -> list[str]:
@@ -326,7 +332,8 @@ def _add_outputs(
 
 def _add_logits(runs: Sequence[_Run], comparisons: Sequence[Comparison], batch: Batch, logits: str) -> None:
     ids = batch["input_ids"]
-    counted = _predicted(batch)
+    real = real_tokens(batch)
+    counted = real[:, 1:] & real[:, :-1]
     targets = ids[:, 1:][counted]
     expected = runs[0].run(batch, [logits])[0][:, :-1][counted]
     runs[0].loss += summed_loss(expected, targets)
@@ -335,17 +342,6 @@ def _add_logits(runs: Sequence[_Run], comparisons: Sequence[Comparison], batch: 
         found = run.run(batch, [logits])[0][:, :-1][counted]
         run.loss += comparison.add_logits(expected, found, targets)
         run.predictions += len(targets)
-
-
-def _predicted(batch: Batch) -> npt.NDArray[np.bool_]:
-    """Which positions [batch, tokens - 1] predict a real token from a real token, by the attention mask."""
-    ids = batch["input_ids"]
-    mask = batch.get("attention_mask")
-    if mask is None or mask.ndim != 2 or mask.shape[1] < ids.shape[1]:
-        return np.ones((ids.shape[0], ids.shape[1] - 1), np.bool_)
-    # with a filled cache the mask also covers what came before
-    real = mask[:, -ids.shape[1] :] > 0
-    return np.asarray(real[:, 1:] & real[:, :-1])
 
 
 def _time_decoding(runs: Sequence[_Run], ids: Array) -> None:
