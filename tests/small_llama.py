@@ -120,7 +120,11 @@ class _Builder:
             product = self.node("Mul", [act, up], [f"{p}/product"], f"{p}/mlp/Mul")
             down = self.linear(product, f"{p}/mlp/down_proj/MatMul", c.ffn, c.hidden, gain=2.0)
             last = layer == c.layers - 1
-            name = f"/model/layers.{c.layers}/final_norm_layernorm" if last else f"/model/layers.{layer + 1}/input_layernorm"
+            name = (
+                f"/model/layers.{c.layers}/final_norm_layernorm"
+                if last
+                else f"/model/layers.{layer + 1}/input_layernorm"
+            )
             normed, stream = self._skip_norm(stream, down, name, last)
         weight = head or self.matrix("lm_head.MatMul.weight", c.hidden, c.vocab)
         self.node("MatMul", [normed, weight], ["logits"], "/lm_head/MatMul")
@@ -148,12 +152,16 @@ class _Builder:
             self.const("sin_cache", np.sin(angles).astype(np.float32))
         kv = c.kv_heads * c.head_size
         if c.separate_qkv:
-            qkv = [self.linear(x, f"{p}/attn/{n}_proj/MatMul", c.hidden, w) for n, w in (("q", c.hidden), ("k", kv), ("v", kv))]
+            qkv = [
+                self.linear(x, f"{p}/attn/{n}_proj/MatMul", c.hidden, w)
+                for n, w in (("q", c.hidden), ("k", kv), ("v", kv))
+            ]
         else:
             qkv = [self.linear(x, f"{p}/attn/qkv_proj/MatMul", c.hidden, c.hidden + 2 * kv), "", ""]
+        past = [f"past_key_values.{layer}.{kind}" for kind in ("key", "value")]
         return self.node(
             "GroupQueryAttention",
-            [*qkv, f"past_key_values.{layer}.key", f"past_key_values.{layer}.value", "seqlens_k", "total_length", "cos_cache", "sin_cache"],
+            [*qkv, *past, "seqlens_k", "total_length", "cos_cache", "sin_cache"],
             [f"{p}/attn/output_0", f"present.{layer}.key", f"present.{layer}.value"],
             f"{p}/attn/GroupQueryAttention", domain=MS, num_heads=c.heads, kv_num_heads=c.kv_heads, do_rotary=1,
             scale=c.head_size**-0.5, rotary_interleaved=0,
@@ -162,5 +170,12 @@ class _Builder:
     def _skip_norm(self, stream: str, delta: str, name: str, last: bool = False) -> tuple[str, str]:
         outputs = [f"{name}/output_0"] if last else [f"{name}/output_0", "", "", f"{name}/output_3"]
         weight = self.scale(name.strip("/").replace("/", ".") + ".weight", last and self.c.uniform_final_norm)
-        self.node("SkipSimplifiedLayerNormalization", [stream, delta, weight], outputs, f"{name}/SkipLayerNorm", domain=MS, epsilon=1e-5)
+        self.node(
+            "SkipSimplifiedLayerNormalization",
+            [stream, delta, weight],
+            outputs,
+            f"{name}/SkipLayerNorm",
+            domain=MS,
+            epsilon=1e-5,
+        )
         return outputs[0], outputs[-1]

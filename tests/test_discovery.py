@@ -9,9 +9,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-import small_llama
 from onnx import TensorProto, helper, numpy_helper
 
+import small_llama
 from onnx_quarot.discovery import discover_model
 from onnx_quarot.discovery.shapes import Shapes
 from onnx_quarot.errors import ConfigError, ModelError
@@ -21,8 +21,8 @@ from onnx_quarot.plan import Plan
 ROTATIONS = ("R1", "R2", "R4")
 
 
-def plan_of(tmp_path: Path, config: small_llama.Config = small_llama.Config(), **options: object) -> Plan:
-    model = load(small_llama.save(tmp_path / "m.onnx", config))
+def plan_of(tmp_path: Path, config: small_llama.Config | None = None, **options: object) -> Plan:
+    model = load(small_llama.save(tmp_path / "m.onnx", config or small_llama.Config()))
     return discover_model(model, **{"rotations": ROTATIONS, **options})  # type: ignore[arg-type]
 
 
@@ -168,7 +168,7 @@ def test_two_layers_in_a_row_share_a_free_rotation() -> None:
 def test_what_stands_between_two_layers(
     middle: list[tuple[str, list[str]]], weights: dict[str, np.ndarray], online: bool
 ) -> None:
-    (op, inputs), = middle
+    ((op, inputs),) = middle
     nodes = [
         helper.make_node("MatMul", ["x", "a"], ["h"]),
         helper.make_node(op, inputs, ["m"], name="middle", domain="custom" if op == "Foo" else ""),
@@ -188,7 +188,10 @@ def test_what_stands_between_two_layers(
 
 def test_a_norm_scale_is_folded_only_if_every_reader_absorbs_it() -> None:
     norm = helper.make_node("RMSNormalization", ["h", "g"], ["n"], axis=-1)
-    first, last = helper.make_node("MatMul", ["x", "a"], ["h"]), helper.make_node("MatMul", ["n", "b"], ["y"], name="last")
+    first, last = (
+        helper.make_node("MatMul", ["x", "a"], ["h"]),
+        helper.make_node("MatMul", ["n", "b"], ["y"], name="last"),
+    )
     weights = {"a": rand(16, 32), "b": rand(32, 8), "g": np.linspace(1, 2, 32)}
 
     def decide(*more: onnx.NodeProto, **changed: np.ndarray) -> tuple[str, int]:

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-import small_llama
 from onnx import TensorProto, helper, numpy_helper
 
+import small_llama
 from onnx_quarot.errors import ModelError
 from onnx_quarot.load import external_files, load, total_bytes
 
@@ -29,7 +29,10 @@ def test_external_data_is_not_read_until_needed(tmp_path: Path) -> None:
 
 def test_constant_nodes_become_initializers(tmp_path: Path) -> None:
     weight = numpy_helper.from_array(np.eye(4, dtype=np.float32), "value")
-    nodes = [helper.make_node("Constant", [], ["w"], value=weight), helper.make_node("MatMul", ["x", "w"], ["y"])]
+    nodes = [
+        helper.make_node("Constant", [], ["w"], value=weight),
+        helper.make_node("MatMul", ["x", "w"], ["y"]),
+    ]
     x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["B", 4]) for n in "xy")
     onnx.save(helper.make_model(helper.make_graph(nodes, "g", [x], [y])), tmp_path / "m.onnx")
     assert list(load(tmp_path / "m.onnx").graph.initializers) == ["w"]

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
-import small_llama
-from small_llama import Config
 
 import onnx_quarot as oq
+import small_llama
 from onnx_quarot import verify as verification
 from onnx_quarot.load import load
+from small_llama import Config
 
 CONFIG = Config()
 
@@ -51,7 +51,9 @@ def test_discover_returns_a_plan_that_rotate_executes(model: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("use_library", [True, False])
-def test_quantize_keeps_the_function_with_and_without_the_library(model: Path, tmp_path: Path, use_library: bool) -> None:
+def test_quantize_keeps_the_function_with_and_without_the_library(
+    model: Path, tmp_path: Path, use_library: bool
+) -> None:
     report = oq.quantize(model, tmp_path / "q.onnx", batches())
     assert len(report.quantized) == 11
     assert report.bytes_out < report.bytes_in

@@ -10,22 +10,24 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-import small_llama
-from small_llama import Config
 
+import small_llama
 from onnx_quarot.discovery import discover_model
 from onnx_quarot.errors import ConfigError, VerificationError
 from onnx_quarot.load import load
-from onnx_quarot.plan import Plan, Rebase
+from onnx_quarot.plan import AxisChange, Placement, Plan
 from onnx_quarot.rewrite import change_basis, rotate_model
 from onnx_quarot.save import write
 from onnx_quarot.transform import Rotation
 from onnx_quarot.verify import Verification, verify
+from small_llama import Config
 
 ALL = ("R1", "R2", "R4")
 
 
-def rotated(tmp_path: Path, config: Config, change: Callable[[Plan], Plan] = lambda p: p, **options: object) -> Verification:
+def rotated(
+    tmp_path: Path, config: Config, change: Callable[[Plan], Plan] = lambda p: p, **options: object
+) -> Verification:
     source, target = small_llama.save(tmp_path / "a.onnx", config), tmp_path / "b.onnx"
     model = load(source)
     plan = change(discover_model(model, **{"rotations": ALL, **options}))  # type: ignore[arg-type]
@@ -74,26 +76,31 @@ def inverse_online(plan: Plan) -> Plan:
     return replace(plan, online=tuple(replace(o, inverse=True) for o in plan.online))
 
 
-def r1_transposed_in_writers(plan: Plan) -> Plan:
-    """R^T for R in what writes the stream (axis 1 of the weights)."""
+def r1_without_signs_in_writers(plan: Plan) -> Plan:
+    """Another rotation than the readers' in what writes the stream (axis 1 of the weights)."""
     r1 = plan.rotations["R1.0"]
-    other = Rotation(r1.size, r1.block_size, None)
-    renamed = tuple(
-        replace(
-            r,
-            changes=tuple(
-                replace(c, placements=tuple(replace(p, rotation="R1.x") if c.axis == 1 and p.rotation == "R1.0" else p for p in c.placements))
-                for c in r.changes
-            ),
-        )
-        for r in plan.rebases
-    )  # fmt: skip
-    return replace(plan, rebases=renamed, rotations={**plan.rotations, "R1.x": other})
+
+    def rename(p: Placement) -> Placement:
+        return replace(p, rotation="R1.x") if p.rotation == "R1.0" else p
+
+    def change(c: AxisChange) -> AxisChange:
+        return replace(c, placements=tuple(map(rename, c.placements))) if c.axis == 1 else c
+
+    rebases = tuple(replace(r, changes=tuple(map(change, r.changes))) for r in plan.rebases)
+    unsigned = Rotation(r1.size, r1.block_size, None)
+    return replace(plan, rebases=rebases, rotations={**plan.rotations, "R1.x": unsigned})
 
 
 @pytest.mark.parametrize(
     "mistake",
-    [without_scales, without_ones, without_one_reader, without_online, inverse_online, r1_transposed_in_writers],
+    [
+        without_scales,
+        without_ones,
+        without_one_reader,
+        without_online,
+        inverse_online,
+        r1_without_signs_in_writers,
+    ],
 )
 def test_every_mistake_shows(tmp_path: Path, mistake: Callable[[Plan], Plan]) -> None:
     config = Config(heads=3, kv_heads=1, head_size=48, ffn=88)
@@ -138,7 +145,9 @@ def test_float16_weights_are_rotated_in_float64_and_rounded_once(tmp_path: Path)
     plan = discover_model(load(path), rotations=ALL)
     name = "model.layers.0.mlp.gate_proj.MatMul.weight"
     half = model.graph.initializers[name].const_value.numpy().astype(np.float16)  # type: ignore[union-attr]
-    (job,) = [r for r in plan.rebases if r.node == next(s.node for s in plan.sites if s.inputs == 64 and s.outputs == 96)]
+    (job,) = [
+        r for r in plan.rebases if r.node == next(s.node for s in plan.sites if s.inputs == 64 and s.outputs == 96)
+    ]
     scale = next(iter(job.scales))[1]
     factor = list(load(path).graph)[scale[0]].inputs[scale[1]].const_value.numpy().astype(np.float64)  # type: ignore[union-attr]
     matrix = plan.rotations["R1.0"].matrix()
@@ -161,8 +170,6 @@ def test_change_basis_is_a_matrix_product(axis: int) -> None:
     rng = np.random.default_rng(0)
     rotation = Rotation.make(12, rng=rng)
     x = rng.standard_normal((36, 36, 36))
-    from onnx_quarot.plan import Placement
-
     y = change_basis(x, axis, [Placement(12, 24, "r")], {"r": rotation})
     full = np.eye(36)
     full[12:24, 12:24] = full[24:, 24:] = rotation.matrix()
@@ -174,7 +181,3 @@ def test_change_basis_is_a_matrix_product(axis: int) -> None:
 def test_large_weights_go_through_in_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onnx_quarot.rewrite._SLICE_ELEMENTS", 100)
     assert rotated(tmp_path, Config(), seed=1).worst < 2e-5
-
-
-def test_rebase_defaults() -> None:
-    assert Rebase(0, 1) == Rebase(0, 1, (), (), None)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_llama
-from small_llama import Config
 
 import onnx_quarot as oq
+import small_llama
 from onnx_quarot.load import load
 from onnx_quarot.rotation_config import write_rotation_config
+from small_llama import Config
 
 
 def pairs(layers: int = 2) -> list[dict[str, Any]]:
@@ -39,7 +39,9 @@ def config_file(folder: Path, content: Any) -> Path:
 
 @pytest.mark.parametrize("config", [Config(), Config(tied=False), Config(heads=3, kv_heads=1, head_size=48, ffn=88)])
 @pytest.mark.parametrize("rotations", [("R1",), ("R1", "R2", "R4")])
-def test_a_config_written_by_hand_is_honoured_exactly(tmp_path: Path, config: Config, rotations: tuple[str, ...]) -> None:
+def test_a_config_written_by_hand_is_honoured_exactly(
+    tmp_path: Path, config: Config, rotations: tuple[str, ...]
+) -> None:
     source = small_llama.save(tmp_path / "m.onnx", config)
     path = config_file(tmp_path, {"R1_pairs": pairs()})
     report = oq.rotate(source, tmp_path / "r.onnx", config=path, rotations=rotations, seed=1)

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-import small_llama
 
+import small_llama
 from onnx_quarot import save as saving
 from onnx_quarot.errors import SaveError
 from onnx_quarot.load import load
@@ -72,9 +72,13 @@ def test_a_full_disk_leaves_the_old_output(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_an_interrupt_cleans_up(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), workspace(tmp_path / "b.onnx") as folder:
-        (folder / "half").write_bytes(b"x")
-        raise KeyboardInterrupt
+    def interrupted() -> None:
+        with workspace(tmp_path / "b.onnx") as folder:
+            (folder / "half").write_bytes(b"x")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert os.listdir(tmp_path) == []
 
 

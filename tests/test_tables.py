@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx_quarot.calibrate import Range
 from onnx_quarot.errors import ConfigError
-from onnx_quarot.quantize import linear_sites, quantize_linears
+from onnx_quarot.qdq import linear_sites, quantize_linears
 from onnx_quarot.scheme import TensorSpec, parse_scheme
 from onnx_quarot.tables import quantize_tables
 

@@ -92,6 +92,7 @@ def session(
     session_options: ort.SessionOptions | None = None,
     providers: Sequence[str] | None = None,
     use_library: bool = True,
+    exact: bool = True,
     threads: int | None = None,
 ) -> ort.InferenceSession:
     """An ``onnxruntime.InferenceSession`` for the model at ``path``.
@@ -101,6 +102,9 @@ def session(
         session_options: options to start from. They are changed.
         providers: execution providers, default ``["CPUExecutionProvider"]``.
         use_library: run online rotations in the compiled operator; False runs their portable functions.
+        exact: on x86 CPUs without VNNI, run 8-bit products without saturating their sums in 16 bits (ONNX Runtime's
+            ``session.x64quantprecision``; elsewhere they never saturate). False is faster there, loses a little on
+            rotated models and everything on models with outliers.
         threads: threads within an operator; default: ONNX Runtime's choice, or that of ``session_options``.
 
     Raises:
@@ -114,6 +118,8 @@ def session(
         if threads < 1:
             raise OnnxQuarotError(f"threads is {threads}: it must be at least 1")
         options.intra_op_num_threads = threads
+    if exact:
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if use_library:
         register(options)
     try:

@@ -62,9 +62,7 @@ def _resolve_external_data(model: ir.Model, folder: Path) -> None:
 def external_files(model: ir.Model) -> set[Path]:
     """The files that hold the model's weights."""
     return {
-        Path(t.path)
-        for v in model.graph.initializers.values()
-        if isinstance(t := v.const_value, ir.ExternalTensor)
+        Path(t.path) for v in model.graph.initializers.values() if isinstance(t := v.const_value, ir.ExternalTensor)
     }
 
 

@@ -16,12 +16,13 @@ from onnx_quarot.errors import ConfigError, DataError, ModelError
 from onnx_quarot.load import external_files, load
 from onnx_quarot.plan import ROTATIONS, Plan
 from onnx_quarot.progress import NullProgress, Progress
-from onnx_quarot.quantize import linear_sites, quantize_linears
+from onnx_quarot.qdq import linear_sites, quantize_linears
 from onnx_quarot.report import Report, Stopwatch
 from onnx_quarot.rewrite import rotate_model
 from onnx_quarot.rotation_config import plan_from_config, read_rotation_config
 from onnx_quarot.save import Staged, check_output, stage, workspace
 from onnx_quarot.scheme import parse_scheme
+from onnx_quarot.tables import quantize_tables
 from onnx_quarot.verify import Verification
 from onnx_quarot.verify import verify as verify_model
 
@@ -39,9 +40,9 @@ def discover(
 ) -> Plan:
     """Find out what can be rotated in the model at path ``model``; nothing is written.
 
-    rotations: the kinds that may be used, any of R1, R2, R3, R4 (QuaRot, arXiv:2404.00456). block_size: rotate in blocks
-    of that many features. seed: random signs, reproducible. config: a ``rotation_config.json`` with R1 pairs, honoured
-    instead of what would be found for R1. matrix_dim: the size R1 is expected to have, checked.
+    rotations: the kinds that may be used, any of R1, R2, R3, R4 (QuaRot, arXiv:2404.00456). block_size: rotate in
+    blocks of that many features. seed: random signs, reproducible. config: a ``rotation_config.json`` with R1 pairs,
+    honoured instead of what would be found for R1. matrix_dim: the size R1 is expected to have, checked.
 
     Raises ModelError for a file that is no model or has no linear layer, ConfigError for options that contradict it.
     """
@@ -92,7 +93,7 @@ def quantize(
     tokenizer: str | Path | None = None,
     window: int = 512,
     windows: int | None = None,
-    op_types: Sequence[str] = ("MatMul", "Gemm"),
+    op_types: Sequence[str] = ("MatMul", "Gemm", "Gather"),
     exclude: Sequence[str] = (),
     config: str | Path | None = None,
     matrix_dim: int | None = None,
@@ -101,15 +102,17 @@ def quantize(
 ) -> Report:
     """Rotate the model at ``source``, quantize its linear layers, and write it to ``target``.
 
-    calibration: a CalibrationDataReader of onnxruntime, an iterable of dicts of arrays, the path of an ``.npz``, or text
-    together with ``tokenizer`` (a ``tokenizer.json``), which is cut into windows of ``window`` tokens; at most ``windows``
-    batches are used. scheme: ``a<bits>w<bits>``. method: how activation ranges are found (``minmax``, ``percentile``;
-    None for the scheme's own). exclude: node names (or patterns) that stay in floating point. rotations=() means none.
+    calibration: a CalibrationDataReader of onnxruntime, an iterable of dicts of arrays, the path of an ``.npz``, or
+    text together with ``tokenizer`` (a ``tokenizer.json``), which is cut into windows of ``window`` tokens; at most
+    ``windows`` batches are used. scheme: ``a<bits>w<bits>``. method: how activation ranges are found (``minmax``,
+    ``percentile``; None for the scheme's own). op_types: what is quantized; Gather stands for tables of embeddings,
+    of which only the weights become integers. exclude: names (or patterns) of nodes that stay in floating point.
+    rotations=() means none; config and matrix_dim as in :func:`discover`.
 
     Raises ModelError, DataError, ConfigError, VerificationError or SaveError; then nothing is written.
     """
     path, clock, show = check_output(source, target), Stopwatch(), progress or NullProgress()
-    chosen = parse_scheme(scheme)
+    chosen = parse_scheme(scheme).with_method(method)
     wanted = tuple(rotations)
     with clock.step("discover"):
         model = load(source)
@@ -123,17 +126,17 @@ def quantize(
             staged, proof = _rotated(model, Path(source), inner, folder, plan, clock, verify, show)
             float_path = staged.path
             model = load(float_path)
-        sites = linear_sites(model, tuple(op_types), tuple(exclude))
+        sites = linear_sites(model, tuple(t for t in op_types if t != "Gather"), tuple(exclude))
         if not sites:
             raise ModelError(f"the model has no linear layer left to quantize (op types {', '.join(op_types)})")
         with clock.step("calibrate"):
             names = list(dict.fromkeys(s.activation for s in sites))
-            options = {} if method is None else {"method": method}
-            ranges = calibrate(float_path, names, batches, progress=show, **options)
+            ranges = calibrate(float_path, names, batches, method=chosen.activation.method, progress=show)
         with clock.step("quantize"), show.task("quantizing", None):
             done = quantize_linears(model, sites, ranges, chosen)
+            tables = quantize_tables(model) if "Gather" in op_types else []
             stage(model, path, folder).publish()
-    return _report(source, path, chosen.name, plan, proof, clock, quantized=tuple(done))
+    return _report(source, path, chosen.name, plan, proof, clock, quantized=tuple(done), tables=tuple(tables))
 
 
 def _plan(
@@ -192,6 +195,7 @@ def _report(
     proof: Verification | None,
     clock: Stopwatch,
     quantized: tuple[Any, ...] = (),
+    tables: tuple[Any, ...] = (),
 ) -> Report:
     return Report(
         source=str(source),
@@ -201,6 +205,7 @@ def _report(
         plan=plan,
         verification=proof,
         quantized=quantized,
+        tables=tables,
         bytes_in=_file_bytes(Path(source)),
         bytes_out=_file_bytes(target),
         seconds=clock.seconds,

@@ -120,7 +120,9 @@ class Plan:
         }
 
     def online_cost(self) -> int:
-        """Additions a token that the online transforms cost: width x log2(block) each (orders K count as a power of 2)."""
+        """Additions a token that the online transforms cost: width x log2(block) each (orders K count as a power of
+        2).
+        """
         return sum(o.width * (self.rotations[o.rotation].block_size - 1).bit_length() for o in self.online)
 
     def to_json(self) -> dict[str, Any]:
@@ -143,7 +145,9 @@ class Plan:
                 sites=tuple(Site(**s) for s in d["sites"]),
                 rebases=tuple(_rebase(r) for r in d["rebases"]),
                 ones=tuple((a, b) for a, b in d["ones"]),
-                online=tuple(Online(**{**o, "consumers": tuple((a, b) for a, b in o["consumers"])}) for o in d["online"]),
+                online=tuple(
+                    Online(**{**o, "consumers": tuple((a, b) for a, b in o["consumers"])}) for o in d["online"]
+                ),
                 states=tuple(State(**s) for s in d["states"]),
                 bases={name: tuple(Placement(**p) for p in ps) for name, ps in d["bases"].items()},
                 notes=tuple(d["notes"]),

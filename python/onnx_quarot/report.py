@@ -47,6 +47,7 @@ class Report:
     plan: Plan | None
     verification: Verification | None
     quantized: tuple[Any, ...] = ()
+    tables: tuple[Any, ...] = ()
     bytes_in: int = 0
     bytes_out: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -66,9 +67,13 @@ class Report:
             "rotations": list(self.rotations),
             "plan": None
             if plan is None
-            else {**plan.summary(), "declined_sites": [{"node": s.name, "reason": s.reason} for s in plan.declined]},
+            else {
+                **plan.summary(),
+                "declined_sites": [{"node": s.name, "reason": s.reason} for s in plan.declined],
+            },
             "verification": None if self.verification is None else asdict(self.verification),
             "quantized": [asdict(q) for q in self.quantized],
+            "tables": [asdict(t) for t in self.tables],
             "bytes_in": self.bytes_in,
             "bytes_out": self.bytes_out,
             "seconds": {k: round(v, 3) for k, v in self.seconds.items()},
@@ -89,23 +94,31 @@ class Report:
         yield "model", self.source
         yield "written", self.output
         if self.scheme is not None:
-            yield "scheme", f"{self.scheme}: {len(self.quantized)} linear layers"
+            yield "scheme", f"{self.scheme}: {len(self.quantized)} linear layers, {len(self.tables)} tables"
         if self.plan is None:
             yield "rotations", "none"
         else:
             s = self.plan.summary()
             kinds = ", ".join(f"{k} ({n})" for k, n in s["rotations"].items()) or "none possible"
             yield "rotations", kinds
-            yield "linear inputs", (
-                f"{s['rotated_offline']} rotated offline, {s['rotated_online']} online, {s['declined']} left alone"
+            yield (
+                "linear inputs",
+                (f"{s['rotated_offline']} rotated offline, {s['rotated_online']} online, {s['declined']} left alone"),
             )
             yield "online transforms", f"{s['online_ops']}"
         if self.verification is not None:
             v = self.verification
-            yield "exactness", f"largest difference {v.worst:.1e} (allowed {v.tolerance:.0e}), over {v.outputs} outputs"
+            yield (
+                "exactness",
+                f"largest difference {v.worst:.1e} (allowed {v.tolerance:.0e}), over {v.outputs} outputs",
+            )
         elif self.plan is not None:
             yield "exactness", "not verified, as asked"
-        yield "size", f"{_megabytes(self.bytes_in)} -> {_megabytes(self.bytes_out)} ({self.bytes_out / max(1, self.bytes_in):.3f}x)"
+        ratio = self.bytes_out / max(1, self.bytes_in)
+        yield (
+            "size",
+            f"{_megabytes(self.bytes_in)} -> {_megabytes(self.bytes_out)} ({ratio:.3f}x)",
+        )
         yield "time", ", ".join(f"{k} {v:.1f} s" for k, v in self.seconds.items())
         yield "peak memory", _megabytes(self.peak_memory)
         for note in self.notes:
@@ -119,7 +132,13 @@ def plan_table(plan: Plan) -> RenderableType:
         what = s.reason or (plan.kinds[s.rotation] if s.rotation else "")
         groups.setdefault((s.op_type, s.inputs, s.outputs, s.how, what), []).append(s.name)
     table = Table(title=None, box=None, pad_edge=False)
-    for column, justify in (("layers", "right"), ("shape", "right"), ("input rotated", "left"), ("by / because", "left"), ("first of them", "left")):
+    for column, justify in (
+        ("layers", "right"),
+        ("shape", "right"),
+        ("input rotated", "left"),
+        ("by / because", "left"),
+        ("first of them", "left"),
+    ):
         table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for (op, rows, columns, how, what), names in groups.items():
         table.add_row(f"{len(names)} {op}", f"{rows}x{columns}", how, what, names[0])

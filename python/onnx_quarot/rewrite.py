@@ -1,7 +1,7 @@
 """Executing a plan: constants get lazy tensors in their new basis, activations get online transforms.
 
-All weight algebra is in float64, on slices, with the fast transform; a rewritten weight is computed when it is saved and
-then dropped, so that memory stays bounded by the largest tensor whatever the model's size.
+All weight algebra is in float64, on slices, with the fast transform; a rewritten weight is computed when it is saved
+and then dropped, so that memory stays bounded by the largest tensor whatever the model's size.
 """
 
 from __future__ import annotations
@@ -135,7 +135,11 @@ class _Recipe:
     """One rebased constant, computed when asked. ``back`` maps the use's layout back to the stored one."""
 
     def __init__(
-        self, job: Rebase, rotations: dict[str, Rotation], factors: dict[Any, Array], back: tuple[int, ...] | None
+        self,
+        job: Rebase,
+        rotations: dict[str, Rotation],
+        factors: dict[Any, Array],
+        back: tuple[int, ...] | None,
     ) -> None:
         self.job, self.back = job, back
         self.rotations = rotations
@@ -204,7 +208,12 @@ class _Recipe:
 
 
 def change_basis(
-    x: Array, axis: int, placements: Sequence[Placement], rotations: dict[str, Rotation], *, inverse: bool = False
+    x: Array,
+    axis: int,
+    placements: Sequence[Placement],
+    rotations: dict[str, Rotation],
+    *,
+    inverse: bool = False,
 ) -> Array:
     """``x`` with the features along ``axis`` rotated where ``placements`` say so; the rest is copied."""
     moved = np.array(np.moveaxis(x, axis, -1), order="C")
@@ -224,9 +233,7 @@ def _inverse(permutation: Sequence[int]) -> tuple[int, ...]:
 # Activations.
 
 
-def _insert_online(
-    model: ir.Model, rotation: Rotation, online: Online, nodes: Sequence[ir.Node], number: int
-) -> None:
+def _insert_online(model: ir.Model, rotation: Rotation, online: Online, nodes: Sequence[ir.Node], number: int) -> None:
     """Put one transform behind the producer of a value, in front of the consumers the plan names."""
     graph = model.graph
     value = _produced(graph, nodes, online)

@@ -23,7 +23,11 @@ from onnx_quarot.errors import ConfigError
 from onnx_quarot.plan import AxisChange, Placement, Plan, Rebase
 from onnx_quarot.transform import Rotation, largest_block
 
-_NORM_SCALE = {"SimplifiedLayerNormalization": 1, "RMSNormalization": 1, "SkipSimplifiedLayerNormalization": 2}
+_NORM_SCALE = {
+    "SimplifiedLayerNormalization": 1,
+    "RMSNormalization": 1,
+    "SkipSimplifiedLayerNormalization": 2,
+}
 
 
 @dataclass(frozen=True)
@@ -188,20 +192,21 @@ def write_rotation_config(model: ir.Model, plan: Plan) -> dict[str, Any]:
     for job in plan.rebases:
         node = nodes[job.node]
         axes = {c.axis % 2 for c in job.changes if any(p.rotation in r1 for p in c.placements)}
-        if node.op_type == "Gather" and job.input == 0 and axes:
-            writers.append(str(node.name))
-        elif is_linear(node) and job.input == 1 and (0 if node.attributes.get_int("transB", 0) else 1) in axes:
+        if (node.op_type == "Gather" and job.input == 0 and axes) or (
+            is_linear(node) and job.input == 1 and (0 if node.attributes.get_int("transB", 0) else 1) in axes
+        ):
             writers.append(str(node.name))
     pairs: dict[str, list[str]] = {}
     for job in plan.rebases:
         for _, (norm, _index) in job.scales:
             pairs.setdefault(str(nodes[norm].name), []).append(str(nodes[job.node].name))
     order = {str(n.name): i for i, n in enumerate(nodes)}
-    result, waiting = [], list(writers)
-    for norm, readers in sorted(pairs.items(), key=lambda item: order[item[0]]):
-        before = [w for w in waiting if order[w] < order[norm]]
-        waiting = [w for w in waiting if order[w] > order[norm]]
-        result.append({"prev_nodes": before, "norm_node": norm, "next_nodes": readers})
+    result: list[dict[str, Any]] = []
+    waiting = list(writers)
+    for name, readers in sorted(pairs.items(), key=lambda item: order[item[0]]):
+        before = [w for w in waiting if order[w] < order[name]]
+        waiting = [w for w in waiting if order[w] > order[name]]
+        result.append({"prev_nodes": before, "norm_node": name, "next_nodes": readers})
     if waiting:
         result.append({"prev_nodes": waiting, "next_nodes": []})
     return {"R1_pairs": result}

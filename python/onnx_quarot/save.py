@@ -45,7 +45,9 @@ def workspace(target: Path) -> Iterator[Path]:
         yield folder
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
-            raise SaveError(f"output: writing {str(target)!r} failed ({error.strerror}); nothing was changed") from error
+            raise SaveError(
+                f"output: writing {str(target)!r} failed ({error.strerror}); nothing was changed"
+            ) from error
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)

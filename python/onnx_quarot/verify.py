@@ -56,7 +56,8 @@ def verify(original: Path, candidate: Path, plan: Plan, *, tolerance: float | No
         if not error <= allowed:
             raise VerificationError(
                 f"rotated model: output {name!r} differs by {error:.1e} of its largest value (allowed {allowed:.0e}); "
-                f"first difference at {_first_difference(original, candidate, feeds, plan, allowed)}; nothing was written"
+                f"first difference at {_first_difference(original, candidate, feeds, plan, allowed)}; "
+                "nothing was written"
             )
         if error >= worst:
             worst, where, limit = error, name, allowed
@@ -87,6 +88,8 @@ def random_feeds(model: ir.Model, specs: Iterable[InputSpec], seed: int = 0) -> 
 
 
 def _feed(spec: InputSpec, limit: int | None, rng: np.random.Generator) -> Array:
+    if spec.shape is None:
+        raise VerificationError(f"model: input {spec.name!r} has no shape; verification needs one (or verify=False)")
     shape = tuple(d if isinstance(d, int) else _length(str(d)) for d in spec.shape)
     dtype = np.dtype(spec.dtype)
     if dtype == np.bool_:
@@ -124,7 +127,9 @@ def _index_limits(model: ir.Model) -> dict[str, int]:
                     if table is not None:
                         rows = table.shape[node.attributes.get_int("axis", 0)]
                         limits[str(value.name)] = min(rows, limits.get(str(value.name), rows))
-                elif node.op_type in ("Cast", "Reshape", "Identity", "Unsqueeze", "Squeeze", "Flatten") and use.idx == 0:
+                elif (
+                    node.op_type in ("Cast", "Reshape", "Identity", "Unsqueeze", "Squeeze", "Flatten") and use.idx == 0
+                ):
                     pending += [v for v in node.outputs if v not in seen]
     return limits
 
@@ -146,7 +151,9 @@ def _run(path: Path, feeds: dict[str, Array], names: list[str]) -> list[Array]:
 def _into_basis(feeds: dict[str, Array], plan: Plan) -> dict[str, Array]:
     changed = dict(feeds)
     for state in plan.states:
-        changed[state.past] = _apply(feeds[state.past], [_whole(feeds[state.past], state.rotation)], plan, inverse=False)
+        changed[state.past] = _apply(
+            feeds[state.past], [_whole(feeds[state.past], state.rotation)], plan, inverse=False
+        )
     return changed
 
 
@@ -177,7 +184,9 @@ def _first_difference(original: Path, candidate: Path, feeds: dict[str, Array], 
             name = str(value.name)
             if name not in there or name in graph_outputs or not value.name:
                 continue
-            x, y = (_probe(model, name, fed) for model, fed in ((original, feeds), (candidate, _into_basis(feeds, plan))))
+            x, y = (
+                _probe(model, name, fed) for model, fed in ((original, feeds), (candidate, _into_basis(feeds, plan)))
+            )
             if x.dtype.kind != "f":
                 continue
             if name in plan.bases:

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_quarot.discovery.basis import Segment
-from onnx_quarot.discovery.constants import constant, root_tensor, uniform
+from onnx_quarot.discovery.constants import constant, root_tensor, tensor_shape, uniform
 from onnx_quarot.discovery.labels import Labels
 from onnx_quarot.discovery.rules import apply_rules
 from onnx_quarot.discovery.shapes import Shapes
@@ -44,7 +44,9 @@ def discover_model(
     if unknown := wanted - set(ROTATIONS):
         raise ConfigError(f"rotations: {sorted(unknown)} unknown; choose among {', '.join(ROTATIONS)}")
     if block_size is not None and not has_order(block_size):
-        raise ConfigError(f"block_size: no Hadamard matrix of {block_size} is available; use a power of two, 12, 20, ...")
+        raise ConfigError(
+            f"block_size: no Hadamard matrix of {block_size} is available; use a power of two, 12, 20, ..."
+        )
     typing = Typing(model.graph, Shapes(model))
     apply_rules(typing)
     if not typing.reads:
@@ -60,7 +62,7 @@ def fingerprint(model: ir.Model) -> str:
         digest.update(repr((node.domain, node.op_type, names, [v.name for v in node.outputs])).encode())
     for name, value in sorted(model.graph.initializers.items()):
         tensor = root_tensor(value)
-        digest.update(repr((name, int(tensor.dtype), tuple(int(d) for d in tensor.shape))).encode())
+        digest.update(repr((name, int(tensor.dtype), tensor_shape(tensor))).encode())
     return digest.hexdigest()[:16]
 
 

@@ -16,12 +16,15 @@ class Segment:
     """A run of ``length`` features; a node of the union-find forest, with parts once it was cut."""
 
     __slots__ = ("_parent", "_parts", "length")
+    length: int
+    _parent: Segment | None
+    _parts: list[Segment] | None
 
     def __init__(self, length: int, parts: Sequence[Segment] | None = None) -> None:
         if parts is not None and sum(p.length for p in parts) != length:
             raise AssertionError(f"parts of a segment of {length} sum to {sum(p.length for p in parts)}")
         self.length = length
-        self._parent: Segment | None = None
+        self._parent = None
         self._parts = list(parts) if parts is not None else None
 
     @classmethod

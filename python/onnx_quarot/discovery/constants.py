@@ -23,8 +23,8 @@ class Constant:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        root = root_tensor(self.root).shape
-        return tuple(int(root[axis]) for axis in self.permutation)
+        root = tensor_shape(root_tensor(self.root))
+        return tuple(root[axis] for axis in self.permutation)
 
     @property
     def size(self) -> int:
@@ -35,7 +35,8 @@ class Constant:
         return self.permutation != tuple(range(len(self.permutation)))
 
     def numpy(self) -> np.ndarray[Any, Any]:
-        return root_tensor(self.root).numpy().transpose(self.permutation)
+        array: np.ndarray[Any, Any] = root_tensor(self.root).numpy().transpose(self.permutation)
+        return array
 
     def small(self) -> np.ndarray[Any, Any] | None:
         """The values in float64 if there are few enough to look at, else None."""
@@ -47,6 +48,11 @@ def root_tensor(root: ir.Value) -> ir.TensorProtocol:
     if tensor is None:
         raise AssertionError(f"{root.name!r} is not an initializer")
     return tensor
+
+
+def tensor_shape(tensor: ir.TensorProtocol) -> tuple[int, ...]:
+    """The shape of a constant, which is never symbolic."""
+    return tuple(tensor.shape.numpy())
 
 
 def constant(value: ir.Value | None) -> Constant | None:

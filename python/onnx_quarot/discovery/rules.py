@@ -1,8 +1,8 @@
 """The legality table: what each operator says about the bases of its axes.
 
 A rule states ties (these two axes share a basis) and blocks (this axis keeps its own, because ...); nothing else. It is
-written once an operator, and everything that can be rotated falls out of the table. An operator that is not in it blocks
-every axis it touches.
+written once an operator, and everything that can be rotated falls out of the table. An operator that is not in it
+blocks every axis it touches.
 """
 
 from __future__ import annotations
@@ -13,7 +13,21 @@ import onnx_ir as ir
 
 from onnx_quarot.discovery.basis import Segment
 from onnx_quarot.discovery.constants import constant, uniform
-from onnx_quarot.discovery.typing import Def, Expansion, Kind, Scale, StatePair, Typing, Use, defs, has_input, has_output, uses
+from onnx_quarot.discovery.typing import (
+    Def,
+    Expansion,
+    Kind,
+    Port,
+    Scale,
+    StatePair,
+    Typing,
+    Use,
+    defs,
+    has_input,
+    has_output,
+    ports,
+    uses,
+)
 
 Rule = Callable[[Typing, ir.Node], None]
 RULES: dict[tuple[str, str], Rule] = {}
@@ -34,7 +48,7 @@ def apply_rules(t: Typing) -> None:
             continue  # a view of a constant: its readers see through it
         if not any(v is not None and t.shapes.is_float(v) for v in [*node.inputs, *node.outputs]):
             continue
-        if any(not t.known(p) for p in [*uses(node), *defs(node)] if t.shapes.is_float(p.value) or isinstance(p, Def)):
+        if any(not t.known(p) for p in ports(node) if t.shapes.is_float(p.value) or isinstance(p, Def)):
             t.block_node(node, f"{node.op_type} {node.name!r}: a shape is unknown")
         elif (found := RULES.get((node.domain, node.op_type))) is not None:
             found(t, node)
@@ -151,7 +165,7 @@ def _concat(t: Typing, n: ir.Node) -> None:
             for p in uses(n):
                 t.tie(p, a, y, a)
     if t.segment(y, axis) is None or any(t.segment(p, axis) is None for p in uses(n)):
-        for port in [*uses(n), y]:
+        for port in ports(n):
             t.block(port, axis, describe(n, "joins pieces that have no basis"))
         return
     offset = 0
@@ -206,7 +220,9 @@ def _add(t: Typing, n: ir.Node) -> None:
 
 @rule("Mul", "Div")
 def _mul(t: Typing, n: ir.Node) -> None:
-    """A factor that does not depend on the feature preserves; one a feature folds into the readers; a product blocks."""
+    """A factor that does not depend on the feature preserves; one a feature folds into the readers; a product
+    blocks.
+    """
     y = Def(n.outputs[0])
     for o, operands in _broadcast_axes(t, n):
         if t.segment(y, o) is None:
@@ -286,7 +302,9 @@ def is_linear(n: ir.Node) -> bool:
 
 
 def absorbing_readers(t: Typing, value: ir.Value) -> tuple[ir.Node, ...]:
-    """All readers of ``value`` if every one is a linear layer (through operators that keep the last axis), else none."""
+    """All readers of ``value`` if every one is a linear layer (through operators that keep the last axis), else
+    none.
+    """
     found: list[ir.Node] = []
     if value.is_graph_output() or not value.uses():
         return ()
@@ -360,7 +378,8 @@ def _rms_norm(t: Typing, n: ir.Node, inputs: list[Use], scale_index: int) -> Non
     """An RMS norm commutes with an orthonormal matrix once its scale is uniform or moved into its readers."""
     y = Def(n.outputs[0])
     last = t.rank(y) - 1
-    for port in [*inputs, y]:
+    touched: list[Port] = [*inputs, y]
+    for port in touched:
         t.block_port(port, describe(n, "not the normalised axis"), except_axes=[last])
     t.block_port(Use(n, scale_index), describe(n, "the scale of a norm"))
     scale = constant(n.inputs[scale_index])
@@ -419,7 +438,8 @@ def _group_query_attention(t: Typing, n: ir.Node) -> None:
     head = Segment(size)
     packed = not has_input(n, 1)
     value = query if packed else Use(n, 2)
-    for port in [query, out] + ([] if packed else [Use(n, 1), value]):
+    touched: list[Port] = [query, out] if packed else [query, out, Use(n, 1), value]
+    for port in touched:
         t.block_port(port, describe(n, "not the feature axis"), except_axes=[2])
     keys_reason = describe(n, "queries and keys are compared after RoPE")
     whole, result = t.segment(value, 2), t.segment(out, 2)

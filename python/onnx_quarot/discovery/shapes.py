@@ -17,6 +17,7 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
 from onnx_quarot.discovery.basis import DisjointSets
+from onnx_quarot.discovery.constants import tensor_shape
 
 Shape = tuple[int, ...]
 Array = np.ndarray[Any, Any]
@@ -29,9 +30,9 @@ _PRIMES = ((3, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61),
 class Shapes:
     """Shapes of one concrete walk, with ``static`` flags from comparing it with another.
 
-    Attributes are dictionaries keyed by :class:`onnx_ir.Value`: ``shape``, ``dtype``, ``static`` (a tuple of flags, one a
-    dimension), ``values`` (known integer tensors of the first walk) and ``constants`` (those that are equal in both).
-    Values without an entry have an unknown shape.
+    Attributes are dictionaries keyed by :class:`onnx_ir.Value`: ``shape``, ``dtype``, ``static`` (a tuple of flags,
+    one a dimension), ``values`` (known integer tensors of the first walk) and ``constants`` (those that are equal in
+    both). Values without an entry have an unknown shape.
     """
 
     def __init__(self, model: ir.Model) -> None:
@@ -97,7 +98,7 @@ class _Walk:
             tensor = value.const_value
             if tensor is None:
                 continue
-            st.shape[value] = tuple(int(d) for d in tensor.shape)
+            st.shape[value] = tensor_shape(tensor)
             st.dtype[value] = tensor.dtype
             if tensor.dtype not in FLOATS and tensor.size <= _MAX_TRACKED_ELEMENTS:
                 st.values[value] = tensor.numpy()
@@ -175,7 +176,11 @@ class _Walk:
                 schema,
                 ir.to_proto(node),
                 {str(v.name): make.make_tensor_type_proto(int(st.dtype[v]), st.shape[v]) for v in inputs},
-                {str(v.name): onnx.numpy_helper.from_array(st.values[v], str(v.name)) for v in inputs if v in st.values},
+                {
+                    str(v.name): onnx.numpy_helper.from_array(st.values[v], str(v.name))
+                    for v in inputs
+                    if v in st.values
+                },
                 opset_imports=[make.make_opsetid(d, v) for d, v in self.opsets.items()],
                 ir_version=8,
             )

@@ -1,8 +1,8 @@
 """What one walk over the graph collects: which axes share a basis, and which cannot be rotated.
 
-A *port* is one end of a tensor: where a node produced it (:class:`Def`), where a node uses it (:class:`Use`) or where it
-leaves the graph (:class:`Out`). Structure (segments) belongs to the tensor and is shared by its ports; whether a segment
-is rotated is decided for every port, so that an online rotation can stand between producer and consumer.
+A *port* is one end of a tensor: where a node produced it (:class:`Def`), where a node uses it (:class:`Use`) or where
+it leaves the graph (:class:`Out`). Structure (segments) belongs to the tensor and is shared by its ports; whether a
+segment is rotated is decided for every port, so that an online rotation can stand between producer and consumer.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ class Typing:
                     self.block(port, axis, reason)
 
     def block_node(self, node: ir.Node, reason: str) -> None:
-        for port in [*uses(node), *defs(node)]:
+        for port in ports(node):
             self.block_port(port, reason)
 
     def read(self, port: Use, axis: int) -> None:
@@ -202,7 +202,9 @@ class Typing:
             self.reads.append(Read(port, axis % self.rank(port)))
 
     def mark(self, segment: Segment, kind: str) -> None:
-        """Give the rotation that may live here its name in the literature: R1 (stream), R2 (values), R3 (queries, keys)."""
+        """Give the rotation that may live here its name in the literature: R1 (stream), R2 (values), R3 (queries,
+        keys).
+        """
         self.kinds.append((segment, kind))
 
     def _pair(self, a: Port, axis_a: int, b: Port, axis_b: int) -> tuple[Segment | None, Segment | None]:
@@ -223,6 +225,11 @@ def uses(node: ir.Node) -> list[Use]:
 
 def defs(node: ir.Node) -> list[Def]:
     return [Def(v) for v in node.outputs if v.name]
+
+
+def ports(node: ir.Node) -> list[Port]:
+    """Everything a node touches."""
+    return [*uses(node), *defs(node)]
 
 
 def has_input(node: ir.Node, index: int) -> bool:

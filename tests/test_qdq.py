@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx_quarot.calibrate import Range, calibrate
 from onnx_quarot.errors import ConfigError, ModelError
-from onnx_quarot.quantize import linear_sites, quantize_linears
+from onnx_quarot.qdq import linear_sites, quantize_linears
 from onnx_quarot.scheme import Scheme, TensorSpec, parse_scheme
 
 Array = np.ndarray[Any, Any]
