@@ -43,13 +43,13 @@ class Comparison:
         error, scale = self.squares.get(name, (0.0, 0.0))
         self.squares[name] = (error + float(np.sum((a - b) ** 2)), scale + float(np.sum(a**2)))
 
-    def add_logits(self, reference: Array, candidate: Array, targets: Array) -> float:
-        """Count predictions [n, vocabulary] against what came, [n]; return the candidate's summed loss."""
+    def add_logits(self, reference: Array, candidate: Array, rows: Array, targets: Array) -> float:
+        """Count `rows` of logits [n, vocabulary] against what came, `targets`; return the candidate's loss."""
         if reference.shape != candidate.shape:
             found, expected = candidate.shape[-1], reference.shape[-1]
             raise DataError(f"logits: the vocabulary of the candidate is {found}, {expected} expected")
         loss = 0.0
-        for (part, p), (_, q) in zip(log_softmax(reference), log_softmax(candidate), strict=True):
+        for (part, p), (_, q) in zip(log_softmax(reference, rows), log_softmax(candidate, rows), strict=True):
             loss += _loss(q, targets[part])
             self.divergence += float(np.sum(np.exp(p) * (p - q), dtype=np.float64))
             self.agreeing += int(np.count_nonzero(p.argmax(-1) == q.argmax(-1)))
@@ -68,20 +68,23 @@ class Comparison:
         }
 
 
-def summed_loss(logits: Array, targets: Array) -> float:
-    """Cross entropy in nats, summed over rows: logits [n, vocabulary], targets [n]."""
-    return sum(_loss(rows, targets[part]) for part, rows in log_softmax(logits))
+def summed_loss(logits: Array, rows: Array, targets: Array) -> float:
+    """Cross entropy in nats summed over `rows` of logits [n, vocabulary], each against its target."""
+    return sum(_loss(found, targets[part]) for part, found in log_softmax(logits, rows))
 
 
 def _loss(log_probabilities: Array, targets: Array) -> float:
     return -float(np.sum(log_probabilities[np.arange(len(targets)), targets], dtype=np.float64))
 
 
-def log_softmax(logits: Array) -> Iterator[tuple[slice, npt.NDArray[np.float32]]]:
-    """Log-probabilities of rows [n, vocabulary], a few rows at a time; sums of exponentials are float64."""
-    for start in range(0, len(logits), _ROWS):
+def log_softmax(logits: Array, rows: Array) -> Iterator[tuple[slice, npt.NDArray[np.float32]]]:
+    """Log-probabilities of `rows` of logits [n, vocabulary], a few at a time: (slice of `rows`, their values).
+
+    Sums of exponentials are float64. Only the few rows in hand are copied.
+    """
+    for start in range(0, len(rows), _ROWS):
         part = slice(start, start + _ROWS)
-        shifted = logits[part].astype(np.float32)
+        shifted = logits[rows[part]].astype(np.float32, copy=False)
         shifted -= shifted.max(-1, keepdims=True)
         total = np.exp(shifted).sum(-1, dtype=np.float64, keepdims=True)
         shifted -= np.log(total).astype(np.float32)

@@ -335,13 +335,18 @@ def _add_logits(runs: Sequence[_Run], comparisons: Sequence[Comparison], batch: 
     real = real_tokens(batch)
     counted = real[:, 1:] & real[:, :-1]
     targets = ids[:, 1:][counted]
-    expected = runs[0].run(batch, [logits])[0][:, :-1][counted]
-    runs[0].loss += summed_loss(expected, targets)
+    # numbers of the counted positions when batch and tokens are one axis; the last token predicts nothing known
+    rows = np.flatnonzero(np.pad(counted, ((0, 0), (0, 1))))
+    expected = _flat(runs[0].run(batch, [logits])[0])
+    runs[0].loss += summed_loss(expected, rows, targets)
     runs[0].predictions += len(targets)
     for run, comparison in zip(runs[1:], comparisons, strict=True):
-        found = run.run(batch, [logits])[0][:, :-1][counted]
-        run.loss += comparison.add_logits(expected, found, targets)
+        run.loss += comparison.add_logits(expected, _flat(run.run(batch, [logits])[0]), rows, targets)
         run.predictions += len(targets)
+
+
+def _flat(logits: Array) -> Array:
+    return logits.reshape(-1, logits.shape[-1])
 
 
 def _time_decoding(runs: Sequence[_Run], ids: Array) -> None:
