@@ -1,0 +1,277 @@
+"""The command `onnx-quarot`. Answers go to stdout, progress and errors to stderr.
+
+Exit codes: 0 done, 1 it could not be done, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from . import __version__
+from .console import OneLineErrors, common, progress, rotation_options, show, text_options, tokenizer_for
+from .errors import ConfigError
+
+
+@click.group(
+    cls=OneLineErrors,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.version_option(__version__, prog_name="onnx-quarot")
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """Quantize ONNX models without losing their accuracy: Hadamard rotations first.
+
+    \b
+    Example, a real language model from nothing:
+      onnx-quarot demo --output smollm2
+    It leaves its models in smollm2/; the other commands' examples use them.
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@rotation_options
+@click.option("--write-config", type=click.Path(path_type=Path), help="Write what was found for R1 to this file.")
+@common
+def discover(
+    model: Path,
+    rotations: tuple[str, ...],
+    block_size: int | None,
+    config: Path | None,
+    seed: int | None,
+    write_config: Path | None,
+    as_json: bool,
+) -> None:
+    """Show what can be rotated in MODEL, at what cost, and what was declined and why.
+
+    \b
+    Example (models of onnx-quarot demo --output smollm2):
+      onnx-quarot discover smollm2/float/model.onnx --write-config rotation_config.json
+    """
+    from . import pipeline
+    from .report import plan_table
+
+    plan = pipeline.discover(model, rotations=rotations, block_size=block_size, seed=seed, config=config)
+    if write_config is not None:
+        from .load import load
+        from .rotation_config import write_rotation_config
+
+        write_config.write_text(json.dumps(write_rotation_config(load(model), plan), indent=1) + "\n")
+    show(as_json, plan.to_json, lambda: plan_table(plan))
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("output", type=click.Path(path_type=Path))
+@rotation_options
+@click.option("--no-verify", is_flag=True, help="Do not compare outputs before writing.")
+@common
+def rotate(
+    model: Path,
+    output: Path,
+    rotations: tuple[str, ...],
+    block_size: int | None,
+    config: Path | None,
+    seed: int | None,
+    no_verify: bool,
+    as_json: bool,
+) -> None:
+    """Write MODEL to OUTPUT in rotated bases: the same function, without activation outliers.
+
+    \b
+    Example (models of onnx-quarot demo --output smollm2):
+      onnx-quarot rotate smollm2/float/model.onnx rotated.onnx
+    """
+    from . import pipeline
+
+    if not rotations:
+        raise ConfigError("--rotations is none; rotate needs at least one of R1, R2, R3, R4")
+    report = pipeline.rotate(
+        model,
+        output,
+        rotations=rotations,
+        block_size=block_size,
+        seed=seed,
+        config=config,
+        verify=not no_verify,
+        progress=progress(),
+    )
+    show(as_json, report.to_json, report.table)
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option(
+    "--calibration",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="An .npz with one array for each input, or a text file.",
+)
+@text_options
+@click.option("--scheme", default="a8w8", show_default=True, help="Bits of activations and weights.")
+@click.option("--method", type=click.Choice(["minmax", "percentile"]), help="How activation ranges are found.")
+@click.option("--exclude", multiple=True, metavar="NODE", help="Leave this layer in floating point. Repeatable.")
+@rotation_options
+@click.option("--no-verify", is_flag=True, help="Do not compare outputs of the rotated model before quantizing.")
+@common
+def quantize(
+    model: Path,
+    output: Path,
+    calibration: Path,
+    tokenizer: Path | None,
+    window_length: int,
+    windows: int | None,
+    scheme: str,
+    method: str | None,
+    exclude: Sequence[str],
+    rotations: tuple[str, ...],
+    block_size: int | None,
+    config: Path | None,
+    seed: int | None,
+    no_verify: bool,
+    as_json: bool,
+) -> None:
+    """Rotate MODEL, quantize its linear layers, and write it to OUTPUT.
+
+    \b
+    Example (models of onnx-quarot demo --output smollm2):
+      onnx-quarot quantize smollm2/float/model.onnx a8w8.onnx \\
+        --calibration smollm2/calibration.txt --windows 4
+    """
+    from . import pipeline
+
+    report = pipeline.quantize(
+        model,
+        output,
+        calibration,
+        scheme=scheme,
+        rotations=rotations,
+        block_size=block_size,
+        seed=seed,
+        method=method,
+        tokenizer=tokenizer_for(calibration, model, tokenizer),
+        window=window_length,
+        windows=windows,
+        exclude=tuple(exclude),
+        config=config,
+        verify=not no_verify,
+        progress=progress(),
+    )
+    show(as_json, report.to_json, report.table)
+
+
+@cli.command()
+@click.argument("reference", type=click.Path(path_type=Path))
+@click.argument("candidate", type=click.Path(path_type=Path))
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="An .npz with one array for each input, or text.",
+)
+@text_options
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of the runtime.")
+@common
+def evaluate(
+    reference: Path,
+    candidate: Path,
+    data: Path,
+    tokenizer: Path | None,
+    window_length: int,
+    windows: int | None,
+    threads: int,
+    as_json: bool,
+) -> None:
+    """Compare CANDIDATE with REFERENCE on the same data: accuracy, size and speed.
+
+    \b
+    Example (models of onnx-quarot demo --output smollm2):
+      onnx-quarot evaluate smollm2/float/model.onnx smollm2/a8w8-quarot/model.onnx \\
+        --data smollm2/evaluation.txt --windows 4
+    """
+    from .evaluate import evaluate as run
+    from .info import metrics_table
+
+    metrics = run(
+        reference,
+        candidate,
+        data,
+        tokenizer=tokenizer_for(data, reference, tokenizer),
+        window=window_length,
+        windows=windows,
+        threads=threads,
+        progress=progress(),
+    )
+    show(as_json, metrics.to_json, lambda: metrics_table(metrics))
+
+
+@cli.command()
+@click.argument("model", required=False, type=click.Path(path_type=Path))
+@common
+def info(model: Path | None, as_json: bool) -> None:
+    """Show versions, the kernel in use and where the operator library is; with MODEL, what is in it.
+
+    \b
+    Example:
+      onnx-quarot info
+    """
+    from .info import facts_table, installation, model_facts
+
+    facts = {"installation": installation()}
+    if model is not None:
+        facts["model"] = model_facts(model)
+    show(as_json, lambda: facts, lambda: facts_table(facts))
+
+
+@cli.command()
+@click.option("--model", type=click.Path(path_type=Path), help="Your own model: an .onnx file, or its folder.")
+@click.option("--text", type=click.Path(path_type=Path), help="Your own text: one half calibrates, the other judges.")
+@click.option("--windows", type=click.IntRange(min=1), default=8, show_default=True, help="Windows of 512 to judge by.")
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of the runtime.")
+@click.option("--output", type=click.Path(path_type=Path), help="Keep models and texts in this new folder.")
+@click.option("--picture", type=click.Path(path_type=Path), help="Draw one layer's activations into this PNG.")
+@common
+def demo(
+    model: Path | None,
+    text: Path | None,
+    windows: int,
+    threads: int,
+    output: Path | None,
+    picture: Path | None,
+    as_json: bool,
+) -> None:
+    """Quantize a real language model with and without rotations, and compare.
+
+    \b
+    Example:
+      onnx-quarot demo --output smollm2
+    """
+    from .demo.run import run_demo
+
+    result = run_demo(
+        model=model,
+        text=text,
+        windows=windows,
+        threads=threads,
+        output=output,
+        picture=picture,
+        progress=progress(),
+    )
+    show(as_json, result.to_json, result.table)
+
+
+def main() -> None:
+    """The console script."""
+    cli()
+
+
+if __name__ == "__main__":
+    main()
