@@ -29,14 +29,14 @@ void wide_blocks(const Job& job) {
     T* out = static_cast<T*>(job.out) + static_cast<std::ptrdiff_t>(r) * job.out_stride;
     if (job.order == 1) {
       C* values = direct ? reinterpret_cast<C*>(out) : reinterpret_cast<C*>(scratch + layout.values);
-      rows_of_power(Source<T, SignIn>{in, job.signs}, values, direct ? block : 0, Sink<T, finish>{out, job.signs, scale},
+      power_rows(Source<T, SignIn>{in, job.signs}, values, direct ? block : 0, Sink<T, finish>{out, job.signs, scale},
                     blocks, sign_step, block, one);
       continue;
     }
     for (std::size_t b = 0; b < blocks; ++b, in += block, out += block) {
       const float* signs = job.signs + b * sign_step;
       C* values = direct ? reinterpret_cast<C*>(out) : reinterpret_cast<C*>(scratch + layout.values);
-      rows_of_power(Source<T, SignIn>{in, signs}, values, job.power, Sink<C, Finish::none>{values, nullptr, one},
+      power_rows(Source<T, SignIn>{in, signs}, values, job.power, Sink<C, Finish::none>{values, nullptr, one},
                     job.order, job.power, job.power, one);
       order_step(values, job.power, job.order, job.codes, job.transpose, scratch + layout.table, scale, one);
       if constexpr (!direct || SignOut) {
@@ -44,6 +44,26 @@ void wide_blocks(const Job& job) {
         for (std::size_t i = 0; i < block; i += kLanes<T>) sink.put(i, load(values + i));
       }
     }
+  }
+}
+
+template <std::size_t P, class T>
+ONNX_QUAROT_INLINE void copy_pieces(const T* from, std::size_t from_step, T* to, std::size_t to_step, std::size_t count) {
+  for (std::size_t i = 0; i < count; ++i) std::memcpy(to + i * to_step, from + i * from_step, P * sizeof(T));
+}
+
+// Copies `count` pieces of `power` elements, power less than a vector of any CPU.
+template <class T>
+void copy_pieces(const T* from, std::size_t from_step, T* to, std::size_t to_step, std::size_t count, std::size_t power) {
+  switch (power) {
+    case 1:
+      return copy_pieces<1>(from, from_step, to, to_step, count);
+    case 2:
+      return copy_pieces<2>(from, from_step, to, to_step, count);
+    case 4:
+      return copy_pieces<4>(from, from_step, to, to_step, count);
+    default:
+      return copy_pieces<8>(from, from_step, to, to_step, count);
   }
 }
 
@@ -73,11 +93,9 @@ void narrow_blocks(const Job& job) {
     for (std::size_t u = 0; u < count; ++u) {
       const std::size_t r = (first + u) / job.blocks, b = (first + u) % job.blocks;
       const T* in = static_cast<const T*>(job.in) + static_cast<std::ptrdiff_t>(r) * job.in_stride + b * block;
-      for (std::size_t k = 0; k < order; ++k) {
-        std::memcpy(gathered + k * lanes + u * power, in + k * power, power * sizeof(T));
-        if constexpr (SignIn || SignOut) {
-          std::memcpy(signs + k * lanes + u * power, job.signs + b * job.sign_step + k * power, power * sizeof(float));
-        }
+      copy_pieces(in, power, gathered + u * power, lanes, order, power);
+      if constexpr (SignIn || SignOut) {
+        copy_pieces(job.signs + b * job.sign_step, power, signs + u * power, lanes, order, power);
       }
     }
     const Sink<T, finish> sink{scattered, signs, order == 1 ? scale : one};
@@ -93,9 +111,7 @@ void narrow_blocks(const Job& job) {
     for (std::size_t u = 0; u < count; ++u) {
       const std::size_t r = (first + u) / job.blocks, b = (first + u) % job.blocks;
       T* out = static_cast<T*>(job.out) + static_cast<std::ptrdiff_t>(r) * job.out_stride + b * block;
-      for (std::size_t k = 0; k < order; ++k) {
-        std::memcpy(out + k * power, scattered + k * lanes + u * power, power * sizeof(T));
-      }
+      copy_pieces(static_cast<const T*>(scattered) + u * power, lanes, out, power, order, power);
     }
   }
 }

@@ -86,11 +86,12 @@ ONNX_QUAROT_INLINE void butterflies(V* x, V one) {
 
 // R adjacent vectors, transformed in registers.
 template <std::size_t R, class In, class Out, class V>
-ONNX_QUAROT_INLINE void block_pass(const In& in, const Out& out, V one) {
+ONNX_QUAROT_INLINE void block_pass(In in, Out out, V one) {
   constexpr std::size_t lanes = sizeof(V) / sizeof(one[0]);
   V x[R];
 #pragma GCC unroll 64
-  for (std::size_t i = 0; i < R; ++i) x[i] = lane_stages<1>(in.get(i * lanes));
+  for (std::size_t i = 0; i < R; ++i) x[i] = in.get(i * lanes);
+  lane_stages<R>(x);
   butterflies<R>(x, one);
 #pragma GCC unroll 64
   for (std::size_t i = 0; i < R; ++i) out.put(i * lanes, x[i]);
@@ -98,7 +99,7 @@ ONNX_QUAROT_INLINE void block_pass(const In& in, const Out& out, V one) {
 
 // Butterflies of radix R between elements `step` apart, for R * step adjacent elements.
 template <std::size_t R, class In, class Out, class V>
-void strided_pass(const In& in, const Out& out, std::size_t step, V one) {
+ONNX_QUAROT_INLINE void strided_pass(In in, Out out, std::size_t step, V one) {
   constexpr std::size_t lanes = sizeof(V) / sizeof(one[0]);
   for (std::size_t j = 0; j < step; j += lanes) {
     V x[R];
@@ -110,77 +111,91 @@ void strided_pass(const In& in, const Out& out, std::size_t step, V one) {
   }
 }
 
-template <class In, class Out, class V>
-void strided_pass(const In& in, const Out& out, std::size_t step, std::size_t radix, V one) {
-  static_assert(kMaxRadix == 16 || kMaxRadix == 32);
-  switch (radix) {
-    case 2:
-      return strided_pass<2>(in, out, step, one);
-    case 4:
-      return strided_pass<4>(in, out, step, one);
-    case 8:
-      return strided_pass<8>(in, out, step, one);
-    case 16:
-      return strided_pass<16>(in, out, step, one);
-    default:
-      return strided_pass<kMaxRadix>(in, out, step, one);
-  }
+template <std::size_t R, class In, class Out, class V>
+__attribute__((noinline)) void last_pass(In in, Out out, std::size_t step, V one) {
+  strided_pass<R>(in, out, step, one);
 }
 
-// How a row of n elements, too long for two passes, is cut: the radix of its last pass. Beyond first-level cache only 4
-// and 8, because longer columns at power-of-two distances evict each other.
+// How a row too long for two passes is cut: the radix of its last pass, 8 as often as possible, after the first pass in
+// first-level cache and after chunks of it beyond. Not more than 8: longer columns at power-of-two distances evict each
+// other.
 ONNX_QUAROT_INLINE std::size_t last_radix(std::size_t n, std::size_t element_bytes, std::size_t block) {
-  if (n * element_bytes <= kL1Bytes) {
-    const std::size_t radix = n / (8 * block);
-    return radix < 16 ? radix : 16;
-  }
+  const std::size_t first = n * element_bytes <= kL1Bytes ? block : kChunkBytes / element_bytes;
   unsigned doublings = 0;
-  for (std::size_t size = n * element_bytes; size > kChunkBytes; size /= 2) ++doublings;
+  for (std::size_t size = n; size > first; size /= 2) ++doublings;
   return doublings == 1 ? 2 : (doublings % 3 == 0 ? 8 : 4);
 }
 
-// H_n of one row of n elements, n longer than the block of the first pass. `values` may be the rows of `in` or `out`.
-template <class In, class Out, class C, class V>
-void long_row(const In& in, C* values, const Out& out, std::size_t n, V one) {
-  constexpr std::size_t block = kBlockVectors * sizeof(V) / sizeof(C);
-  const Source<C, false> from{values, nullptr};
-  const Sink<C, Finish::none> to{values, nullptr, one};
-  if (n <= block * kMaxRadix) {
-    for (std::size_t i = 0; i < n; i += block) block_pass<kBlockVectors>(in.at(i), to.at(i), one);
-    return strided_pass(from, out, block, n / block, one);
-  }
-  const std::size_t radix = last_radix(n, sizeof(C), block), part = n / radix;
-  for (std::size_t i = 0; i < n; i += part) long_row(in.at(i), values + i, to.at(i), part, one);
-  strided_pass(from, out, part, radix, one);
-}
-
 template <std::size_t R, class In, class Out, class V>
-void short_rows(const In& in, const Out& out, std::size_t count, std::size_t sign_step, V one) {
+void one_pass_rows(In in, Out out, std::size_t count, std::size_t sign_step, V one) {
   constexpr std::size_t n = R * sizeof(V) / sizeof(one[0]);
   for (std::size_t i = 0; i < count; ++i) block_pass<R>(in.at(i * n, i * sign_step), out.at(i * n, i * sign_step), one);
 }
 
-// H_n of `count` adjacent rows of n elements, n at least a vector. `values` holds one row, or all if `keep` says so.
+template <std::size_t R, class In, class Out, class C, class V>
+void two_pass_rows(In in, C* values, std::size_t values_step, Out out, std::size_t count, std::size_t sign_step, V one) {
+  constexpr std::size_t block = kBlockVectors * sizeof(V) / sizeof(C), n = R * block;
+  for (std::size_t i = 0; i < count; ++i) {
+    const In from = in.at(i * n, i * sign_step);
+    C* row = values + i * values_step;
+    const Sink<C, Finish::none> to{row, nullptr, one};
+    for (std::size_t b = 0; b < n; b += block) block_pass<kBlockVectors>(from.at(b), to.at(b), one);
+    strided_pass<R>(Source<C, false>{row, nullptr}, out.at(i * n, i * sign_step), block, one);
+  }
+}
+
+// H_n of `count` adjacent rows of n elements, n a power of two and at least a vector. The signs of a row begin
+// `sign_step` after those of the row before. `values` holds what is between passes, `values_step` apart: memory of its
+// own, or the rows of `out`.
 template <class In, class Out, class C, class V>
-void rows_of_power(const In& in, C* values, std::size_t values_step, const Out& out, std::size_t count,
-                   std::size_t sign_step, std::size_t n, V one) {
+void power_rows(In in, C* values, std::size_t values_step, Out out, std::size_t count, std::size_t sign_step,
+                std::size_t n, V one) {
   static_assert(kBlockVectors == 8 || kBlockVectors == 16);
-  switch (n / (sizeof(V) / sizeof(C))) {
-    case 1:
-      return short_rows<1>(in, out, count, sign_step, one);
-    case 2:
-      return short_rows<2>(in, out, count, sign_step, one);
-    case 4:
-      return short_rows<4>(in, out, count, sign_step, one);
-    case 8:
-      return short_rows<8>(in, out, count, sign_step, one);
-    case 16:
-      if constexpr (kBlockVectors == 16) return short_rows<16>(in, out, count, sign_step, one);
-      [[fallthrough]];
-    default:
-      for (std::size_t i = 0; i < count; ++i) {
-        long_row(in.at(i * n, i * sign_step), values + i * values_step, out.at(i * n, i * sign_step), n, one);
-      }
+  static_assert(kMaxRadix == 8 || kMaxRadix == 16 || kMaxRadix == 32);
+  constexpr std::size_t lanes = sizeof(V) / sizeof(C), block = kBlockVectors * lanes;
+  if (n <= block) {
+    switch (n / lanes) {
+      case 1:
+        return one_pass_rows<1>(in, out, count, sign_step, one);
+      case 2:
+        return one_pass_rows<2>(in, out, count, sign_step, one);
+      case 4:
+        return one_pass_rows<4>(in, out, count, sign_step, one);
+      case 8:
+        return one_pass_rows<8>(in, out, count, sign_step, one);
+      default:
+        return one_pass_rows<kBlockVectors>(in, out, count, sign_step, one);
+    }
+  }
+  if (n <= block * kMaxRadix) {
+    switch (n / block) {
+      case 2:
+        return two_pass_rows<2>(in, values, values_step, out, count, sign_step, one);
+      case 4:
+        return two_pass_rows<4>(in, values, values_step, out, count, sign_step, one);
+      case 8:
+        return two_pass_rows<8>(in, values, values_step, out, count, sign_step, one);
+      case 16:
+        if constexpr (kMaxRadix >= 16) return two_pass_rows<16>(in, values, values_step, out, count, sign_step, one);
+        [[fallthrough]];
+      default:
+        return two_pass_rows<kMaxRadix>(in, values, values_step, out, count, sign_step, one);
+    }
+  }
+  const std::size_t radix = last_radix(n, sizeof(C), block), part = n / radix;
+  for (std::size_t i = 0; i < count; ++i) {
+    C* row = values + i * values_step;
+    const Sink<C, Finish::none> to{row, nullptr, one};
+    power_rows(in.at(i * n, i * sign_step), row, part, to, radix, part, part, one);
+    const Source<C, false> from{row, nullptr};
+    const Out last = out.at(i * n, i * sign_step);
+    if (radix == 8) {
+      last_pass<8>(from, last, part, one);
+    } else if (radix == 4) {
+      last_pass<4>(from, last, part, one);
+    } else {
+      last_pass<2>(from, last, part, one);
+    }
   }
 }
 

@@ -100,7 +100,7 @@ ONNX_QUAROT_INLINE void table_outputs(const std::uint8_t* codes, std::size_t ord
 
 // Any order, from the codes of its matrix.
 template <class C, class V>
-void table_order(C* values, std::size_t step, std::size_t order, const std::uint8_t* codes, void* scratch, V scale,
+__attribute__((noinline)) void table_order(C* values, std::size_t step, std::size_t order, const std::uint8_t* codes, void* scratch, V scale,
                  V one) {
   V* table = static_cast<V*>(scratch);
   for (std::size_t j = 0; j < step; j += sizeof(V) / sizeof(C)) {

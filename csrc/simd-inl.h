@@ -76,8 +76,18 @@ ONNX_QUAROT_INLINE void load_signs(const float* p, Doubles& v) {
 ONNX_QUAROT_INLINE Words load_words(const std::uint16_t* p) {
   return __builtin_convertvector(*reinterpret_cast<const ShortsAnywhere*>(p), Words);
 }
+// Words below 2^16.
 ONNX_QUAROT_INLINE void store_words(std::uint16_t* p, Words w) {
+#if defined(__AVX2__) && !defined(__AVX512F__)  // gcc masks every word before it packs them
+  for (std::size_t i = 0; i < kVectorBytes / 32; ++i) {
+    __m256i part;
+    std::memcpy(&part, reinterpret_cast<const char*>(&w) + 32 * i, 32);
+    const __m128i low = _mm256_castsi256_si128(part), high = _mm256_extracti128_si256(part, 1);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p) + i, _mm_packus_epi32(low, high));
+  }
+#else
   *reinterpret_cast<ShortsAnywhere*>(p) = __builtin_convertvector(w, Shorts);
+#endif
 }
 
 ONNX_QUAROT_INLINE Floats load(const BFloat* p) { return reinterpret_cast<Floats>(load_words(&p->bits) << 16); }
@@ -87,7 +97,7 @@ ONNX_QUAROT_INLINE void store(BFloat* p, Floats v) {
   const Words bits = reinterpret_cast<Words>(v);
   const Words nan = reinterpret_cast<Words>(v != v);
   const Words rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  store_words(&p->bits, ((nan & (bits | 0x400000u)) | (~nan & rounded)) >> 16);
+  store_words(&p->bits, (nan != 0u ? bits | 0x400000u : rounded) >> 16);
 }
 
 #if defined(__AVX512F__)
@@ -164,15 +174,18 @@ ONNX_QUAROT_INLINE Doubles lane_stage(Doubles x, Indices<I...>) {
   return x * sign + __builtin_shufflevector(x, x, (I ^ D)...);
 }
 
-// The stages of all lanes, or of groups of `width` lanes when that is fewer.
-template <int D, class V>
-ONNX_QUAROT_INLINE V lane_stages(V x) {
+// All stages inside each of R vectors. Stage by stage, not vector by vector: neighbouring instructions are then
+// independent, and a row takes half the time.
+template <std::size_t R, int D = 1, class V>
+ONNX_QUAROT_INLINE void lane_stages(V* x) {
   if constexpr (static_cast<std::size_t>(D) < sizeof(V) / sizeof(V{}[0])) {
-    return lane_stages<2 * D>(lane_stage<D>(x, LanesOf<V>{}));
-  } else {
-    return x;
+#pragma GCC unroll 64
+    for (std::size_t i = 0; i < R; ++i) x[i] = lane_stage<D>(x[i], LanesOf<V>{});
+    lane_stages<R, 2 * D>(x);
   }
 }
+
+// The stages inside groups of `width` lanes.
 template <int D, class V>
 ONNX_QUAROT_INLINE V lane_stages_below(V x, std::size_t width) {
   if constexpr (static_cast<std::size_t>(D) < sizeof(V) / sizeof(V{}[0])) {

@@ -1,0 +1,193 @@
+// Runs kernels on rows of many sizes. Prints what differs and returns how much did.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "fwht.h"
+#include "kernels.h"
+#include "orders.h"
+#include "scratch.h"
+
+namespace onnx_quarot {
+extern const Kernels wide_kernels;
+}
+
+using namespace onnx_quarot;
+
+namespace {
+
+int failures = 0;
+
+void expect(bool condition, const std::string& what) {
+  if (condition) return;
+  ++failures;
+  std::fprintf(stderr, "failed: %s\n", what.c_str());
+}
+
+struct Case {
+  std::size_t size, block;
+  bool transpose;
+  std::size_t signs;  // 0, block or size
+};
+
+using Bytes = std::vector<unsigned char>;
+
+// Runs a job on exactly sized, freshly allocated arrays, so that a sanitizer sees every access outside.
+Bytes run(const Kernels& kernels, DType dtype, const Case& c, const Bytes& in, std::size_t rows,
+          const std::vector<float>& signs, bool in_place) {
+  const Factors factors = factorize(c.block);
+  Job job{};
+  Bytes out = in_place ? in : Bytes(in.size(), 0x55);
+  job.in = in_place ? out.data() : in.data();
+  job.out = out.data();
+  job.rows = rows;
+  job.blocks = c.size / c.block;
+  job.in_stride = job.out_stride = static_cast<std::ptrdiff_t>(c.size);
+  job.order = factors.order;
+  job.power = std::size_t{1} << factors.log2_power;
+  if (factors.order > 1) {
+    const Order& found = order(factors.order);
+    job.codes = c.transpose ? found.codes_transposed.data() : found.codes.data();
+  }
+  job.signs = signs.empty() ? nullptr : signs.data();
+  job.sign_step = signs.size() == c.size ? c.block : 0;
+  job.transpose = c.transpose;
+  job.scale = 1.0 / std::sqrt(static_cast<double>(c.block));
+  const std::size_t compute = dtype == DType::float64 ? 8 : 4;
+  const std::size_t bytes =
+      padded(scratch_layout(job.order, job.power, element_size(dtype), compute, kernels.vector_bytes).total + 1);
+  void* scratch = std::aligned_alloc(kScratchAlignment, bytes);
+  job.scratch = scratch;
+  switch (dtype) {
+    case DType::float32:
+      kernels.float32(job);
+      break;
+    case DType::float16:
+      kernels.float16(job);
+      break;
+    case DType::bfloat16:
+      kernels.bfloat16(job);
+      break;
+    case DType::float64:
+      kernels.float64(job);
+      break;
+  }
+  std::free(scratch);
+  return out;
+}
+
+// x H of one block in float64, by definition for H_K and by butterflies for the power of two.
+std::vector<double> reference(const Case& c, std::vector<double> x, const std::vector<float>& signs) {
+  const Factors factors = factorize(c.block);
+  const std::size_t k = factors.order, m = std::size_t{1} << factors.log2_power;
+  const auto sign = [&](std::size_t i) { return signs.empty() ? 1.0 : static_cast<double>(signs[i % signs.size()]); };
+  std::vector<double> y(x.size());
+  for (std::size_t start = 0; start < c.size; start += c.block) {
+    for (std::size_t i = 0; i < c.block && !c.transpose; ++i) x[start + i] *= sign(start + i);
+    for (std::size_t half = 1; half < m; half *= 2) {
+      for (std::size_t i = 0; i < c.block; ++i) {
+        if ((i % m & half) != 0) continue;
+        const double a = x[start + i], b = x[start + i + half];
+        x[start + i] = a + b;
+        x[start + i + half] = a - b;
+      }
+    }
+    const std::vector<std::int8_t>& h = order(k).matrix;
+    for (std::size_t b = 0; b < k; ++b) {
+      for (std::size_t i = 0; i < m; ++i) {
+        double sum = 0;
+        for (std::size_t a = 0; a < k; ++a) sum += x[start + a * m + i] * (c.transpose ? h[b * k + a] : h[a * k + b]);
+        y[start + b * m + i] = sum / std::sqrt(static_cast<double>(c.block));
+      }
+    }
+    for (std::size_t i = 0; i < c.block && c.transpose; ++i) y[start + i] *= sign(start + i);
+  }
+  return y;
+}
+
+void check(const Case& c, std::mt19937& random) {
+  constexpr std::size_t rows = 3;
+  std::vector<float> signs(c.signs);
+  for (float& sign : signs) sign = (random() & 1u) != 0 ? 1.0f : -1.0f;
+  std::vector<const Kernels*> all = {&wide_kernels};
+  for (const std::string& name : available_isas()) all.push_back(&find_kernels(name.c_str()));
+  for (const DType dtype : {DType::float32, DType::float16, DType::bfloat16, DType::float64}) {
+    const std::size_t count = rows * c.size, item = element_size(dtype);
+    Bytes in(count * item);
+    std::vector<double> values(count);
+    for (std::size_t i = 0; i < count; ++i) {
+      // Small multiples of 1/64 are exact in every type.
+      const int n = static_cast<int>(random() % 255) - 127;
+      const double value = n / 64.0;
+      const float narrow = static_cast<float>(value);
+      std::uint32_t bits = 0;
+      std::memcpy(&bits, &narrow, 4);
+      std::uint16_t half = static_cast<std::uint16_t>(bits >> 16);
+      if (dtype == DType::float16) {
+        half = static_cast<std::uint16_t>((bits >> 16) & 0x8000u);
+        if (n != 0) half = static_cast<std::uint16_t>(half | (((bits & 0x7fffffffu) - 0x38000000u) >> 13));
+      }
+      const void* from = dtype == DType::float64 ? static_cast<const void*>(&value)
+                         : dtype == DType::float32 ? static_cast<const void*>(&narrow)
+                                                   : static_cast<const void*>(&half);
+      std::memcpy(in.data() + i * item, from, item);
+      values[i] = value;
+    }
+    const std::string what = "size " + std::to_string(c.size) + " block " + std::to_string(c.block) + " signs " +
+                             std::to_string(c.signs) + (c.transpose ? " transposed" : "") + " type " +
+                             std::to_string(static_cast<int>(dtype));
+    const Bytes first = run(*all[0], dtype, c, in, rows, signs, false);
+    for (const Kernels* kernels : all) {
+      for (const bool in_place : {false, true}) {
+        expect(run(*kernels, dtype, c, in, rows, signs, in_place) == first,
+               what + ": " + kernels->name + (in_place ? " in place" : "") + " differs from wide");
+      }
+    }
+    if (item < 4) continue;
+    for (std::size_t r = 0; r < rows; ++r) {
+      const auto begin = values.begin() + static_cast<std::ptrdiff_t>(r * c.size);
+      const std::vector<double> y =
+          reference(c, std::vector<double>(begin, begin + static_cast<std::ptrdiff_t>(c.size)), signs);
+      double worst = 0;
+      for (std::size_t i = 0; i < c.size; ++i) {
+        double got = 0;
+        if (dtype == DType::float64) {
+          std::memcpy(&got, first.data() + (r * c.size + i) * item, item);
+        } else {
+          float narrow = 0;
+          std::memcpy(&narrow, first.data() + (r * c.size + i) * item, item);
+          got = static_cast<double>(narrow);
+        }
+        worst = std::max(worst, std::fabs(got - y[i]));
+      }
+      expect(worst < (dtype == DType::float64 ? 1e-13 : 1e-5), what + ": off by " + std::to_string(worst));
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  std::mt19937 random(1);
+  std::vector<std::size_t> sizes;
+  for (std::size_t n = 1; n <= 65536; n *= 2) sizes.push_back(n);
+  for (const unsigned k : {12u, 20u, 28u, 36u, 44u, 92u, 140u, 156u, 188u}) {
+    for (const unsigned m : {1u, 2u, 4u, 8u, 16u, 64u, 512u}) sizes.push_back(k * m);
+  }
+  for (const std::size_t n : sizes) {
+    for (const bool transpose : {false, true}) {
+      check({n, n, transpose, 0}, random);
+      if (n <= 4096) {
+        check({n, n, transpose, n}, random);
+        check({3 * n, n, transpose, n}, random);
+        check({3 * n, n, transpose, 3 * n}, random);
+      }
+    }
+  }
+  std::printf("%d failures\n", failures);
+  return failures == 0 ? 0 : 1;
+}
