@@ -233,6 +233,11 @@ def test_out_that_cannot_be_written() -> None:
     buffer = np.zeros((4, 64), dtype=np.float32)
     with pytest.raises(ValueError, match="out overlaps x"):
         hadamard(buffer[:3], out=buffer[1:])
+    with pytest.raises(ValueError, match="out overlaps x"):
+        hadamard(buffer[0:2], out=buffer[0:4:2])
+    every_second = np.ones((2, 128), dtype=np.float32)[:, ::2]
+    hadamard(every_second, out=every_second)
+    np.testing.assert_allclose(every_second[:, 0], 8.0, rtol=1e-6)
     # Interleaved, but without a common element.
     wide = np.ones((4, 128), dtype=np.float32)
     hadamard(wide[:, :64], out=wide[:, 64:])

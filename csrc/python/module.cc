@@ -179,11 +179,31 @@ void check_out(const py::array& x, const py::array& out) {
   if (!out.writeable()) throw py::value_error("out is read-only: it must be writeable");
 }
 
+// The bytes from an array's first element to its last, wherever it holds nothing between them.
+struct Extent {
+  std::uintptr_t begin, end;
+};
+
+Extent extent_of(const py::array& array) {
+  const auto* proxy = py::detail::array_proxy(array.ptr());
+  Extent extent{reinterpret_cast<std::uintptr_t>(proxy->data), reinterpret_cast<std::uintptr_t>(proxy->data)};
+  for (int axis = 0; axis < proxy->nd; ++axis) {
+    if (proxy->dimensions[axis] == 0) return {0, 0};
+    const py::ssize_t reach = (proxy->dimensions[axis] - 1) * proxy->strides[axis];
+    // Unsigned arithmetic wraps, so that a negative reach moves the beginning down.
+    (reach < 0 ? extent.begin : extent.end) += static_cast<std::uintptr_t>(reach);
+  }
+  extent.end += static_cast<std::uintptr_t>(array.itemsize());
+  return extent;
+}
+
 // Whether two arrays of one shape hold common elements without being the same rows.
 bool overlap_partly(const py::array& x, const Rows& in, const py::array& out, const Rows& to) {
-  if (in.data == to.data && (in.stride == to.stride || in.count == 1)) return false;
-  const py::module_ numpy = py::module_::import("numpy");
-  return py::cast<bool>(numpy.attr("shares_memory")(x, out));
+  if (in.data == to.data && std::equal(x.strides(), x.strides() + x.ndim(), out.strides())) return false;
+  if (in.data == to.data && in.uniform && to.uniform && in.count == 1) return false;
+  const Extent a = extent_of(x), b = extent_of(out);
+  if (a.end <= b.begin || b.end <= a.begin) return false;
+  return py::cast<bool>(py::module_::import("numpy").attr("shares_memory")(x, out));
 }
 
 py::object hadamard(const Arguments& given) {

@@ -80,7 +80,7 @@ def hadamard_matrix(
     for _ in range(power):
         matrix = np.kron(matrix, np.array([[1.0, 1.0], [1.0, -1.0]]))
     matrix *= block**-0.5 if scale is None else scale
-    full = np.kron(np.eye(n // block), matrix)
+    full = np.kron(np.eye(n // block), matrix).astype(np.float64, copy=False)
     if signs is not None:
         full *= _whole_axis(np.asarray(signs, dtype=np.float64), n, block)[:, None]
     # Scaling the rows of H and transposing is H.T with its columns scaled: the signs come last.
@@ -136,9 +136,7 @@ class Rotation:
             object.__setattr__(self, "signs", signs)
 
     @classmethod
-    def make(
-        cls, size: int, *, block_size: int | None = None, rng: np.random.Generator | None = None
-    ) -> Rotation:
+    def make(cls, size: int, *, block_size: int | None = None, rng: np.random.Generator | None = None) -> Rotation:
         """A rotation of ``size``, in one block unless told otherwise; with random signs if ``rng`` is given.
 
         Raises:
