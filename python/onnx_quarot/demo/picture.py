@@ -24,12 +24,22 @@ Array = npt.NDArray[np.float32]
 TOKENS = 128
 
 
-def draw(model: Path, text: Path, target: Path, *, layer: str | None = None, progress: Progress | None = None) -> None:
+def draw(
+    model: Path,
+    text: Path,
+    target: Path,
+    *,
+    layer: str | None = None,
+    tokens: int = TOKENS,
+    progress: Progress | None = None,
+) -> None:
     """Draw the input of one linear layer of `model`, before and after rotation, into the PNG `target`.
 
-    The input is taken on the first 128 tokens of `text`. layer: the node's name; None for the layer whose loudest
+    The input is taken on the first `tokens` tokens of `text`, read with the tokenizer.json beside the model; token 0,
+    an attention sink of a scale of its own, is left out. layer: the node's name; None for the layer whose loudest
     channel stands out most from the median one, token after token.
-    Errors: ConfigError if matplotlib is not installed, ModelError for a layer that the model does not have.
+    Errors: ConfigError if matplotlib is not installed, ModelError for a layer that the model does not have, SaveError
+    for a target that cannot be written, and those of reading `text`.
     """
     try:
         import matplotlib
@@ -41,7 +51,7 @@ def draw(model: Path, text: Path, target: Path, *, layer: str | None = None, pro
         rotated = Path(scratch) / "rotated.onnx"
         pipeline.rotate(model, rotated, verify=False)
         tokenizer = model.parent / "tokenizer.json"
-        batch = next(as_batches(text, input_specs(model), tokenizer=tokenizer, window=TOKENS, limit=1))
+        batch = next(as_batches(text, input_specs(model), tokenizer=tokenizer, window=tokens, limit=1))
         before = _inputs(model, batch)
         name = layer if layer is not None else max(before, key=lambda key: _spread(before[key]))
         if name not in before:
@@ -88,7 +98,6 @@ def _plot(before: Array, after: Array, name: str, target: Path) -> None:
         height_ratios=(1, 1.25),
         layout="constrained",
     )
-    # Token 0 is an attention sink of its own scale; colours and bars are about all the others.
     parts = (("before rotation", np.abs(before[1:])), ("after rotation", np.abs(after[1:])))
     top = max(float(x.max()) for _, x in parts)
     bright = 3 * float(np.quantile(parts[1][1], 0.99))
@@ -101,7 +110,15 @@ def _plot(before: Array, after: Array, name: str, target: Path) -> None:
         bars.set_title(f"{title}: largest {peaks.max():.1f}, median channel {np.median(peaks):.2f}", fontsize=11)
         bars.set_ylim(0, top * 1.05)
         bars.spines[["top", "right"]].set_visible(False)
-        image = grid.imshow(x, aspect="auto", cmap="magma", vmin=0, vmax=bright, interpolation="nearest")
+        image = grid.imshow(
+            x,
+            aspect="auto",
+            cmap="magma",
+            vmin=0,
+            vmax=bright,
+            interpolation="nearest",
+            extent=(-0.5, x.shape[1] - 0.5, x.shape[0] + 0.5, 0.5),
+        )
         grid.set_xlabel("channel")
     axes[0, 0].set_ylabel("largest |x| of channel")
     axes[1, 0].set_ylabel("token")
