@@ -25,6 +25,7 @@ class Config:
     tied: bool = True
     uniform_final_norm: bool = False
     separate_qkv: bool = False
+    symbolic_cache: bool = False  # the builder's newer versions write a symbol for the caches' head size
 
     @property
     def hidden(self) -> int:
@@ -92,11 +93,12 @@ class _Builder:
             helper.make_tensor_value_info("attention_mask", i64, ["batch_size", "total_sequence_length"]),
         ]
         outputs = [helper.make_tensor_value_info("logits", f, ["batch_size", "sequence_length", c.vocab])]
+        size = "kv_cache_dim" if c.symbolic_cache else c.head_size
         for layer in range(c.layers):
             for kind in ("key", "value"):
-                shape = ["batch_size", c.kv_heads, "past_sequence_length", c.head_size]
+                shape = ["batch_size", c.kv_heads, "past_sequence_length", size]
                 inputs.append(helper.make_tensor_value_info(f"past_key_values.{layer}.{kind}", f, shape))
-                shape = ["batch_size", c.kv_heads, "total_sequence_length", c.head_size]
+                shape = ["batch_size", c.kv_heads, "total_sequence_length", size]
                 outputs.append(helper.make_tensor_value_info(f"present.{layer}.{kind}", f, shape))
         head = self.matrix("lm_head.MatMul.weight", c.hidden, c.vocab) if c.tied else ""
         if c.tied:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
-from onnx_quarot.calibrate import MinMax, Percentile, Range, calibrate
+
+from onnx_quarot.calibrate import MinMax, Percentile, Range, TokenMSE, calibrate
 from onnx_quarot.errors import ConfigError, DataError, ModelError
 
 K, N = 16, 24
@@ -46,8 +47,7 @@ def save_model(path: Path, *, external: bool = False) -> tuple[np.ndarray[Any, A
 def batches(count: int = 3, scale: float = 1.0) -> list[dict[str, np.ndarray[Any, Any]]]:
     rng = np.random.default_rng(1)
     return [
-        {"x": scale * rng.standard_normal((5, K), dtype=np.float32), "d": np.ones(1, np.float32)}
-        for _ in range(count)
+        {"x": scale * rng.standard_normal((5, K), dtype=np.float32), "d": np.ones(1, np.float32)} for _ in range(count)
     ]
 
 
@@ -64,9 +64,7 @@ def test_minmax_is_the_extremes_over_all_batches(
     x = np.concatenate([b["x"] for b in data])
     assert list(ranges) == ["r", "x", "h"]
     assert (ranges["x"].low, ranges["x"].high) == (x.min(), x.max())
-    np.testing.assert_allclose(
-        (ranges["h"].low, ranges["h"].high), ((x @ w1).min(), (x @ w1).max()), rtol=1e-5
-    )
+    np.testing.assert_allclose((ranges["h"].low, ranges["h"].high), ((x @ w1).min(), (x @ w1).max()), rtol=1e-5)
     assert ranges["r"].low == 0.0
     assert ranges["r"].high == ranges["h"].high
     assert sorted(p.name for p in tmp_path.iterdir()) == before
@@ -121,9 +119,7 @@ def test_bad_calls(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="percentile: 20"):
         calibrate(tmp_path / "m.onnx", ["h"], batches(), method="percentile", percentile=20)
     with pytest.raises(ModelError, match="does not run"):
-        calibrate(
-            tmp_path / "m.onnx", ["h"], [{"x": np.zeros((2, 3), np.float32), "d": np.ones(1, np.float32)}]
-        )
+        calibrate(tmp_path / "m.onnx", ["h"], [{"x": np.zeros((2, 3), np.float32), "d": np.ones(1, np.float32)}])
     assert calibrate(tmp_path / "m.onnx", [], []) == {}
 
 
@@ -171,9 +167,7 @@ def test_percentile_against_numpy(percentile: float, shape: str) -> None:
 
 @given(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=60), st.floats(50.5, 100))
 @settings(max_examples=200, deadline=None)
-def test_percentile_stays_within_the_bins_of_the_order_statistics(
-    values: list[float], percentile: float
-) -> None:
+def test_percentile_stays_within_the_bins_of_the_order_statistics(values: list[float], percentile: float) -> None:
     array = np.array(values, np.float32)
     observer = Percentile(percentile)
     observer.update(array)
@@ -217,3 +211,46 @@ def test_range_always_holds_zero() -> None:
     positive.update(np.array([3, 4], np.float32))
     assert positive.range() == Range(0.0, 4.0)
     assert Percentile().range() == Range(0.0, 0.0)
+
+
+def quantized(x: np.ndarray, r: Range, levels: int = 255) -> np.ndarray:
+    step = (r.high - r.low) / levels
+    result: np.ndarray = np.clip(np.round(x / step), round(r.low / step), round(r.high / step)) * step
+    return result
+
+
+def token_loss(x: np.ndarray, r: Range) -> float:
+    return float((np.square(quantized(x, r) - x).sum(1) / np.linalg.norm(x, axis=1)).sum())
+
+
+@pytest.mark.parametrize("skew", [0.0, 2.0])
+def test_mse_is_near_the_best_of_all_ranges(skew: float) -> None:
+    rng = np.random.default_rng(0)
+    x = (rng.standard_t(3, (400, 64)) + skew * np.abs(rng.standard_normal((400, 64)))).astype(np.float32)
+    observer = TokenMSE()
+    for part in np.array_split(x, 7):
+        observer.update(part)
+    found = observer.range()
+    grid = [Range(x.min() * a, x.max() * b) for a in np.linspace(0.05, 1, 40) for b in np.linspace(0.05, 1, 40)]
+    assert token_loss(x, found) < 1.03 * min(token_loss(x, r) for r in grid)
+    assert token_loss(x, found) < 0.95 * token_loss(x, Range(float(x.min()), float(x.max())))
+
+
+def test_mse_neither_obeys_nor_gives_up_one_massive_token() -> None:
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((512, 256)).astype(np.float32)
+    x[0] = 100 * np.sign(x[0])
+    observer = TokenMSE()
+    observer.update(x)
+    assert 3.5 < observer.range().high < 90
+
+
+def test_mse_of_symmetric_types_is_symmetric_and_degenerate_data_is_fine() -> None:
+    observer = TokenMSE(symmetric=True)
+    observer.update(np.linspace(-1, 3, 50, dtype=np.float32)[None])
+    assert observer.range().low == -observer.range().high
+    assert 2.5 < observer.range().high <= 3.0
+    assert TokenMSE().range() == Range(0.0, 0.0)
+    zeros = TokenMSE()
+    zeros.update(np.zeros((4, 8), np.float32))
+    assert zeros.range() == Range(0.0, 0.0)

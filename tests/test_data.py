@@ -8,6 +8,8 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
+
+import small_llama
 from onnx_quarot.data import InputSpec, as_batches, input_specs, load_tokenizer, token_batches
 from onnx_quarot.errors import DataError, ModelError
 
@@ -226,3 +228,11 @@ def test_input_specs_of_a_model(tmp_path: Path) -> None:
     assert input_specs(tmp_path / "m.onnx") == [InputSpec("x", ("batch", 4, None), np.dtype(np.float16))]
     with pytest.raises(ModelError, match="no file"):
         input_specs(tmp_path / "absent.onnx")
+
+
+@pytest.mark.parametrize("symbolic", [False, True])
+def test_the_head_size_of_a_cache_is_known_even_where_it_is_a_symbol(tmp_path: Path, symbolic: bool) -> None:
+    config = small_llama.Config(symbolic_cache=symbolic)
+    specs = input_specs(small_llama.save(tmp_path / "m.onnx", config))
+    caches = [s.shape for s in specs if s.name.startswith("past")]
+    assert caches == [("batch_size", 2, "past_sequence_length", 16)] * 4

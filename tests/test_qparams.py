@@ -5,6 +5,7 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from onnx_quarot.calibrate import Range
 from onnx_quarot.qparams import (
     QuantizedWeight,
@@ -66,9 +67,7 @@ def test_each_order_of_reading_gives_the_same_and_lets_the_source_go() -> None:
             log.append("read")
             return weight
 
-        return QuantizedWeight(
-            "w", (6, 4), TensorSpec(per_channel=True), 1, read, lambda: log.append("close")
-        )
+        return QuantizedWeight("w", (6, 4), TensorSpec(per_channel=True), 1, read, lambda: log.append("close"))
 
     first, second = make(), make()
     q1, s1 = first.tensor("q").numpy(), first.scale_tensor("s").numpy()

@@ -44,6 +44,7 @@ def rotated(
         Config(),
         Config(tied=False, separate_qkv=True),
         Config(uniform_final_norm=True),
+        Config(symbolic_cache=True),
         Config(heads=3, kv_heads=1, head_size=48, ffn=88),  # orders 36, 12 and 44: R is not symmetric
         Config(heads=5, kv_heads=5, head_size=16, ffn=236),  # order 20; 236 only in blocks
     ],

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 import pytest
+
 from onnx_quarot.errors import ConfigError
 from onnx_quarot.scheme import SCHEMES, TensorSpec, parse_scheme
 

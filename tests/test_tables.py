@@ -8,6 +8,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+
 from onnx_quarot.calibrate import Range
 from onnx_quarot.errors import ConfigError
 from onnx_quarot.qdq import linear_sites, quantize_linears

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         SaveError,
         VerificationError,
     )
-    from onnx_quarot.evaluate import evaluate
+    from onnx_quarot.evaluation import evaluate
     from onnx_quarot.pipeline import discover, quantize, rotate
     from onnx_quarot.plan import Plan
     from onnx_quarot.quantization.quantizer import ModelQuantizer
@@ -38,7 +38,7 @@ _HOME = {
     "OrderError": "errors",
     "SaveError": "errors",
     "VerificationError": "errors",
-    "evaluate": "evaluate",
+    "evaluate": "evaluation",
     "discover": "pipeline",
     "quantize": "pipeline",
     "rotate": "pipeline",

@@ -12,10 +12,9 @@ import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,106 +22,14 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 import onnxruntime as ort
 
-from .errors import ConfigError, DataError, ModelError
-from .scheme import METHODS
+from .errors import DataError, ModelError
+from .observers import MinMax, Observer, Percentile, Range, TokenMSE, make_observer
+
+__all__ = ["MinMax", "Percentile", "Range", "TokenMSE", "calibrate", "probe"]
 
 Array = npt.NDArray[Any]
 
 _INLINE_LIMIT = 64 * 2**20
-_CHUNK = 2**20
-
-
-@dataclass(frozen=True)
-class Range:
-    """A closed interval of real values; always contains zero, so that zero is representable exactly."""
-
-    low: float
-    high: float
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low <= 0.0 <= self.high):
-            raise DataError(f"range: [{self.low}, {self.high}] must be finite and contain zero")
-
-
-class Observer(Protocol):
-    """Reduces a stream of arrays to a range in bounded memory."""
-
-    def update(self, values: Array) -> None:
-        """Take in one array of finite float32 values."""
-
-    def range(self) -> Range:
-        """The range of everything seen."""
-
-
-class MinMax:
-    """The exact extremes."""
-
-    def __init__(self) -> None:
-        self.low = 0.0
-        self.high = 0.0
-
-    def update(self, values: Array) -> None:
-        self.low = min(self.low, float(values.min(initial=0.0)))
-        self.high = max(self.high, float(values.max(initial=0.0)))
-
-    def range(self) -> Range:
-        return Range(self.low, self.high)
-
-
-class Percentile:
-    """The range that holds `percentile` per cent of the values, an equal share cut off at either end.
-
-    Values are counted in 65,536 fixed bins, one for each setting of the upper 16 bits of a float32 (sign,
-    exponent, 7 bits of mantissa): 512 KiB whatever the amount of data, no re-binning, and the same result in
-    any order of batches. Between neighbouring order statistics numpy's linear interpolation is used, so
-    against `np.percentile` of the kept data a bound is off by less than the width of its bin: 1/128 of its
-    magnitude. The exact extremes are kept as well and never exceeded; percentile 100 is therefore exact.
-    """
-
-    def __init__(self, percentile: float = 99.999) -> None:
-        if not 50.0 < percentile <= 100.0:
-            raise ConfigError(f"percentile: {percentile} is out of range; use more than 50 and at most 100")
-        self.percentile = percentile
-        self.counts = np.zeros(2**16, np.int64)
-        self.extremes = MinMax()
-
-    def update(self, values: Array) -> None:
-        flat = np.ascontiguousarray(values, np.float32).reshape(-1)
-        self.extremes.update(flat)
-        for start in range(0, flat.size, _CHUNK):
-            bits = flat[start : start + _CHUNK].view(np.uint32) >> np.uint32(16)
-            self.counts += np.bincount(bits, minlength=2**16)
-
-    def range(self) -> Range:
-        cut = (100.0 - self.percentile) / 200.0
-        low, high = self._quantile(cut), self._quantile(1.0 - cut)
-        return Range(min(max(low, self.extremes.low), 0.0), max(min(high, self.extremes.high), 0.0))
-
-    def _quantile(self, q: float) -> float:
-        # Bins in increasing order of value: negative ones count down in bit pattern.
-        ordered = np.concatenate([self.counts[:0x7FFF:-1], self.counts[:0x8000]])
-        total = int(ordered.sum())
-        if total == 0:
-            return 0.0
-        before = np.cumsum(ordered)
-        rank = q * (total - 1)
-        below = math.floor(rank)
-        first, second = (
-            self._order_statistic(ordered, before, k) for k in (below, min(below + 1, total - 1))
-        )
-        return first + (rank - below) * (second - first)
-
-    @staticmethod
-    def _order_statistic(ordered: Array, before: Array, k: int) -> float:
-        position = int(np.searchsorted(before, k, side="right"))
-        negative = position < 0x8000
-        pattern = 0xFFFF - position if negative else position - 0x8000
-        near, far = (
-            np.array([b], np.uint32).view(np.float32)[0] for b in (pattern << 16, (pattern << 16) | 0xFFFF)
-        )
-        left, right = (float(far), float(near)) if negative else (float(near), float(far))
-        inside = k - int(before[position] - ordered[position])
-        return left + (right - left) * (inside + 0.5) / int(ordered[position])
 
 
 def calibrate(
@@ -132,22 +39,24 @@ def calibrate(
     *,
     method: str = "minmax",
     percentile: float = 99.999,
+    bits: int = 8,
+    symmetric: bool = False,
     threads: int | None = None,
     progress: Any = None,
 ) -> dict[str, Range]:
     """Run the float model on `batches` and return the range of each of `tensors` (names of values in its
     graph).
 
-    method: "minmax", or "percentile" (see Percentile). threads: of the runtime, None for its default; ranges
-    do not depend on it beyond the rounding of the model itself. Memory: the mapped weights that are used, the
-    asked tensors of one batch, and at most 512 KiB a tensor for percentile. Raises ModelError for a tensor
-    the graph does not have or a model that does not run, DataError for a tensor with a value that is not
-    finite and for data without a batch, ConfigError for an unknown method.
+    method: "minmax", "percentile" or "mse" (see observers); bits and symmetric are the type the last one fits.
+    threads: of the runtime, None for its default; ranges do not depend on it beyond the rounding of the model itself.
+    Memory: the mapped weights that are used, the asked tensors of one batch, and at most 512 KiB a tensor (not for
+    minmax). Raises ModelError for a tensor the graph does not have or a model that does not run, DataError for a
+    tensor with a value that is not finite and for data without a batch, ConfigError for an unknown method.
     """
     names = list(dict.fromkeys(tensors))
     if not names:
         return {}
-    observers = {name: _observer(method, percentile) for name in names}
+    observers = {name: make_observer(method, percentile=percentile, bits=bits, symmetric=symmetric) for name in names}
     seen = 0
     with _session(Path(model_path), names, threads) as (session, computed):
         for index, batch in enumerate(_tracked(batches, progress)):
@@ -162,21 +71,13 @@ def calibrate(
     return {name: observer.range() for name, observer in observers.items()}
 
 
-def _observer(method: str, percentile: float) -> Observer:
-    if method == "minmax":
-        return MinMax()
-    if method == "percentile":
-        return Percentile(percentile)
-    raise ConfigError(f"method: {method!r} is not supported; use one of {', '.join(METHODS)}")
-
-
 def _observe(observer: Observer, name: str, values: Array, index: int) -> None:
     values = values.astype(np.float32, copy=False)
     # One pass without a temporary: a sum of squares is finite only if every element is.
     flat = values.reshape(-1)
     if not math.isfinite(float(np.dot(flat, flat))) and not bool(np.isfinite(flat).all()):
         raise DataError(f"data: tensor {name!r} holds a value that is not finite in batch {index}")
-    observer.update(flat)
+    observer.update(values)
 
 
 def _tracked(batches: Iterable[Mapping[str, Array]], progress: Any) -> Iterator[Mapping[str, Array]]:
@@ -190,9 +91,7 @@ def _tracked(batches: Iterable[Mapping[str, Array]], progress: Any) -> Iterator[
             task.advance()
 
 
-def _run(
-    session: ort.InferenceSession, names: list[str], batch: Mapping[str, Array]
-) -> Iterator[tuple[str, Array]]:
+def _run(session: ort.InferenceSession, names: list[str], batch: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
     arrays = {value.name: _fed(batch, value.name) for value in session.get_inputs()}
     try:
         feeds = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}

@@ -117,7 +117,7 @@ def rotate(
 )
 @text_options
 @click.option("--scheme", default="a8w8", show_default=True, help="Bits of activations and weights.")
-@click.option("--method", type=click.Choice(["minmax", "percentile"]), help="How activation ranges are found.")
+@click.option("--method", type=click.Choice(["minmax", "percentile", "mse"]), help="How activation ranges are found.")
 @click.option("--exclude", multiple=True, metavar="NODE", help="Leave this layer in floating point. Repeatable.")
 @rotation_options
 @click.option("--no-verify", is_flag=True, help="Do not compare outputs of the rotated model before quantizing.")
@@ -197,7 +197,7 @@ def evaluate(
       onnx-quarot evaluate smollm2/float/model.onnx smollm2/a8w8-quarot/model.onnx \\
         --data smollm2/evaluation.txt --windows 4
     """
-    from .evaluate import evaluate as run
+    from .evaluation import evaluate as run
     from .info import metrics_table
 
     metrics = run(

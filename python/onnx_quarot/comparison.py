@@ -29,9 +29,7 @@ class Comparison:
 
     def add_outputs(self, name: str, reference: Array, candidate: Array) -> None:
         if reference.shape != candidate.shape:
-            raise DataError(
-                f"output {name}: shape {candidate.shape} of the candidate, {reference.shape} expected"
-            )
+            raise DataError(f"output {name}: shape {candidate.shape} of the candidate, {reference.shape} expected")
         a = np.atleast_1d(reference).astype(np.float64)
         b = np.atleast_1d(candidate).astype(np.float64)
         lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)

@@ -47,11 +47,15 @@ class InputSpec:
 
 
 def input_specs(model: ir.Model | str | os.PathLike[str]) -> list[InputSpec]:
-    """The inputs a caller has to feed, in graph order; one with an initializer is optional and left out."""
+    """The inputs a caller has to feed, in graph order; one with an initializer is optional and left out.
+
+    A symbolic dimension that the graph pins down all the same (the head size of a cache) comes out as its number.
+    """
     if not isinstance(model, ir.Model):
         if not Path(model).is_file():
             raise ModelError(f"model: no file at {os.fspath(model)}")
         model = ir.load(model)
+    fixed = _implied_sizes(model)
     specs = []
     for value in model.graph.inputs:
         name = value.name or ""
@@ -59,9 +63,32 @@ def input_specs(model: ir.Model | str | os.PathLike[str]) -> list[InputSpec]:
             continue
         if value.dtype is None:
             raise ModelError(f"input {name}: the model does not say its element type")
-        shape = None if value.shape is None else tuple(_dim(d) for d in value.shape)
+        shape = (
+            None
+            if value.shape is None
+            else tuple(fixed.get((value, axis), _dim(d)) for axis, d in enumerate(value.shape))
+        )
         specs.append(InputSpec(name, shape, np.dtype(value.dtype.numpy())))
     return specs
+
+
+def _implied_sizes(model: ir.Model) -> dict[tuple[ir.Value, int], int]:
+    """Sizes of the symbolic last dimensions of inputs, where the graph's own weights determine them."""
+    open_ends = [
+        (value, len(value.shape) - 1)
+        for value in model.graph.inputs
+        if value.shape is not None and len(value.shape) > 2 and not isinstance(value.shape[-1], int)
+    ]
+    if not open_ends:
+        return {}
+    from .discovery.shapes import Shapes  # two walks over the graph: only where they are needed
+
+    shapes = Shapes(model)
+    return {
+        (value, axis): shapes.shape[value][axis]
+        for value, axis in open_ends
+        if shapes.known(value) and shapes.static[value][axis]
+    }
 
 
 def as_batches(
@@ -94,15 +121,11 @@ def as_batches(
 def check_batch(batch: object, inputs: Sequence[InputSpec], *, where: str = "batch") -> Batch:
     """The batch as a dict of arrays in the order of `inputs`; DataError if it does not fit them."""
     if not isinstance(batch, Mapping):
-        raise DataError(
-            f"data: {where} is a {type(batch).__name__}; each batch must be a dict of input name to array"
-        )
+        raise DataError(f"data: {where} is a {type(batch).__name__}; each batch must be a dict of input name to array")
     known = {spec.name for spec in inputs}
     for name in batch:
         if name not in known:
-            raise DataError(
-                f"data: {where} has {name!r}, no input of the model (inputs: {', '.join(sorted(known))})"
-            )
+            raise DataError(f"data: {where} has {name!r}, no input of the model (inputs: {', '.join(sorted(known))})")
     checked: Batch = {}
     for spec in inputs:
         if spec.name not in batch:
@@ -123,9 +146,7 @@ def token_batches(ids: Sequence[int], inputs: Sequence[InputSpec], window: int =
     by_name = {spec.name: spec for spec in inputs}
     ids_spec = by_name.get("input_ids")
     if ids_spec is None or ids_spec.shape is None or len(ids_spec.shape) != 2:
-        raise DataError(
-            f"data: text needs a model with an input_ids input of rank 2 (inputs: {', '.join(by_name)})"
-        )
+        raise DataError(f"data: text needs a model with an input_ids input of rank 2 (inputs: {', '.join(by_name)})")
     if window < 1:
         raise DataError(f"window: {window} tokens; use at least 1")
     rows, length = ids_spec.fixed(0) or 1, ids_spec.fixed(1) or window
@@ -237,9 +258,7 @@ def _check_array(array: Array, spec: InputSpec, where: str) -> Array:
         not isinstance(want, int) or want == got for want, got in zip(spec.shape, array.shape, strict=True)
     )
     if not fits:
-        raise DataError(
-            f"data: {where}, input {spec.name!r} has shape {list(array.shape)}; the model takes {wanted}"
-        )
+        raise DataError(f"data: {where}, input {spec.name!r} has shape {list(array.shape)}; the model takes {wanted}")
     return array
 
 
@@ -260,13 +279,10 @@ def _text_input(spec: InputSpec, ids: Array) -> Array:
         # A cache is [batch, heads, past length, head size] or a reordering of it: the first open axis is the
         # batch, the other open ones are lengths.
         shape = [
-            dim if isinstance(dim, int) else (ids.shape[0] if axis == 0 else 0)
-            for axis, dim in enumerate(spec.shape)
+            dim if isinstance(dim, int) else (ids.shape[0] if axis == 0 else 0) for axis, dim in enumerate(spec.shape)
         ]
         return np.zeros(shape, spec.dtype)
-    raise DataError(
-        f"data: input {spec.name!r} cannot be filled from text; give batches as dicts or as an .npz file"
-    )
+    raise DataError(f"data: input {spec.name!r} cannot be filled from text; give batches as dicts or as an .npz file")
 
 
 def _dim(dim: int | ir.SymbolicDim) -> Dim:

@@ -101,9 +101,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     try:
         import tokenizers
     except ImportError as error:
-        raise DataError(
-            "tokenizer: the package tokenizers is not installed: pip install tokenizers"
-        ) from error
+        raise DataError("tokenizer: the package tokenizers is not installed: pip install tokenizers") from error
     try:
         return tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
@@ -130,21 +128,15 @@ class Decoder:
                 if present not in outputs:
                     raise ModelError(f"cache input {name} has no output {present} to go with it")
                 if spec.shape is None or not isinstance(spec.shape[-1], int):
-                    raise ModelError(
-                        f"cache input {name} has the shape {spec.shape}: its last dimension must be known"
-                    )
+                    raise ModelError(f"cache input {name} has the shape {spec.shape}: its last dimension must be known")
                 self._present[name] = present
             elif name not in ("input_ids", "attention_mask", "position_ids"):
                 raise ModelError(f"input {name} is none that a decoder of text with a cache has")
         if "input_ids" not in self._specs or not self._present:
-            raise ModelError(
-                "the model has no input_ids or no past_key_values inputs: it is no decoder with a cache"
-            )
+            raise ModelError("the model has no input_ids or no past_key_values inputs: it is no decoder with a cache")
         rest = [name for name in outputs if name not in self._present.values()]
         if len(rest) != 1:
-            raise ModelError(
-                f"the model has the outputs {rest} beside its cache: a decoder has one, the logits"
-            )
+            raise ModelError(f"the model has the outputs {rest} beside its cache: a decoder has one, the logits")
         self._logits = rest[0]
         self.reset()
 

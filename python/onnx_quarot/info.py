@@ -13,7 +13,7 @@ from . import __version__
 from .resources import cpu_name
 
 if TYPE_CHECKING:
-    from .evaluate import Metrics
+    from .evaluation import Metrics
 
 PACKAGES = ("numpy", "onnx", "onnx-ir", "onnxruntime", "ml_dtypes")
 QUANTIZED_OPS = (

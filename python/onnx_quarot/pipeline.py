@@ -105,9 +105,9 @@ def quantize(
     calibration: a CalibrationDataReader of onnxruntime, an iterable of dicts of arrays, the path of an ``.npz``, or
     text together with ``tokenizer`` (a ``tokenizer.json``), which is cut into windows of ``window`` tokens; at most
     ``windows`` batches are used. scheme: ``a<bits>w<bits>``. method: how activation ranges are found (``minmax``,
-    ``percentile``; None for the scheme's own). op_types: what is quantized; Gather stands for tables of embeddings,
-    of which only the weights become integers. exclude: names (or patterns) of nodes that stay in floating point.
-    rotations=() means none; config and matrix_dim as in :func:`discover`.
+    ``percentile``, ``mse``; None for the scheme's own). op_types: what is quantized; Gather stands for tables of
+    embeddings, of which only the weights become integers. exclude: names (or patterns) of nodes that stay in floating
+    point. rotations=() means none; config and matrix_dim as in :func:`discover`.
 
     Raises ModelError, DataError, ConfigError, VerificationError or SaveError; then nothing is written.
     """
@@ -131,7 +131,16 @@ def quantize(
             raise ModelError(f"the model has no linear layer left to quantize (op types {', '.join(op_types)})")
         with clock.step("calibrate"):
             names = list(dict.fromkeys(s.activation for s in sites))
-            ranges = calibrate(float_path, names, batches, method=chosen.activation.method, progress=show)
+            spec = chosen.activation
+            ranges = calibrate(
+                float_path,
+                names,
+                batches,
+                method=spec.method,
+                bits=spec.bits,
+                symmetric=spec.symmetric,
+                progress=show,
+            )
         with clock.step("quantize"), show.task("quantizing", None):
             done = quantize_linears(model, sites, ranges, chosen)
             tables = quantize_tables(model) if "Gather" in op_types else []

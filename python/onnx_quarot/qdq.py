@@ -87,9 +87,7 @@ def quantize_linears(
 
 def _check(model: ir.Model, sites: Sequence[LinearSite], ranges: Mapping[str, Range], scheme: Scheme) -> None:
     if scheme.activation.per_channel:
-        raise ConfigError(
-            f"scheme: {scheme.name} asks for activations per channel; they can only be per tensor"
-        )
+        raise ConfigError(f"scheme: {scheme.name} asks for activations per channel; they can only be per tensor")
     if not scheme.weight.symmetric or not scheme.weight.signed:
         raise ConfigError(f"scheme: {scheme.name} asks for weights that are not signed and symmetric")
     opset = model.opset_imports.get("", 0)
@@ -292,9 +290,7 @@ class _Editor:
                 widened = ir.Tensor(np.ascontiguousarray(array, np.float32).reshape(shape))
                 add.replace_input_with(1 - index, self._initializer(widened, f"{bias.name}_widened"))
             else:
-                add.replace_input_with(
-                    1 - index, self._int32_bias(array, bias.name or "", scale, weight, node)
-                )
+                add.replace_input_with(1 - index, self._int32_bias(array, bias.name or "", scale, weight, node))
         elif rank == 2:
             node.op_type = "Gemm"
 

@@ -128,9 +128,7 @@ class QuantizedWeight:
         return np.where(scale < _TINY, 1.0, scale).astype(np.float32)
 
 
-def quantize_symmetric(
-    weight: Array, scale: Array, axis: int | None, spec: TensorSpec, zero_point: int = 0
-) -> Array:
+def quantize_symmetric(weight: Array, scale: Array, axis: int | None, spec: TensorSpec, zero_point: int = 0) -> Array:
     """round(weight / scale) within the spec's bounds, a block of rows at a time; weight has rank 2.
 
     With a zero point the result is shifted by it and unsigned.
@@ -166,9 +164,7 @@ def bias_scale(activation_scale: np.float32, weight: QuantizedWeight) -> Callabl
 
     def evaluate() -> Array:
         unit = activation_scale * weight.scale()
-        return np.broadcast_to(unit, (weight.shape[weight.axis if weight.axis is not None else 1],)).astype(
-            np.float32
-        )
+        return np.broadcast_to(unit, (weight.shape[weight.axis if weight.axis is not None else 1],)).astype(np.float32)
 
     return evaluate
 
@@ -178,9 +174,5 @@ def lazy(function: Callable[[], Array], dtype: ir.DataType, shape: Sequence[int]
     return _lazy(function, dtype, shape, name)
 
 
-def _lazy(
-    function: Callable[[], Array], dtype: ir.DataType, shape: Sequence[int], name: str
-) -> ir.LazyTensor:
-    return ir.LazyTensor(
-        lambda: ir.Tensor(function(), dtype=dtype, name=name), dtype, ir.Shape(shape), name=name
-    )
+def _lazy(function: Callable[[], Array], dtype: ir.DataType, shape: Sequence[int], name: str) -> ir.LazyTensor:
+    return ir.LazyTensor(lambda: ir.Tensor(function(), dtype=dtype, name=name), dtype, ir.Shape(shape), name=name)

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from .errors import ConfigError
 
-METHODS = ("minmax", "percentile")
+METHODS = ("minmax", "percentile", "mse")
 
 _STORAGE: dict[tuple[int, bool], tuple[ir.DataType, np.dtype]] = {
     (4, True): (ir.DataType.INT4, np.dtype(ml_dtypes.int4)),
@@ -84,7 +84,7 @@ class Scheme:
 SCHEMES: dict[str, Scheme] = {
     "a8w8": Scheme(
         "a8w8",
-        activation=TensorSpec(bits=8, signed=False, symmetric=False),
+        activation=TensorSpec(bits=8, signed=False, symmetric=False, method="mse"),
         weight=TensorSpec(bits=8, signed=True, symmetric=True, per_channel=True),
     ),
 }

@@ -83,9 +83,7 @@ def linear_sites(
         matched = {s.node_name for s in sites if s.node_name == pattern}
         matched = matched or {s.node_name for s in sites if fnmatch.fnmatchcase(s.node_name, pattern)}
         if not matched:
-            raise ConfigError(
-                f"exclude: {pattern!r} matches no linear layer of the model ({len(sites)} found)"
-            )
+            raise ConfigError(f"exclude: {pattern!r} matches no linear layer of the model ({len(sites)} found)")
         dropped |= matched
     return [site for site in sites if site.node_name not in dropped]
 

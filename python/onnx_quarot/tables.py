@@ -33,9 +33,7 @@ class TableReport:
     quantized_bytes: int
 
 
-def quantize_tables(
-    model: ir.Model, spec: TensorSpec = TABLE_SPEC, *, min_elements: int = 2**16
-) -> list[TableReport]:
+def quantize_tables(model: ir.Model, spec: TensorSpec = TABLE_SPEC, *, min_elements: int = 2**16) -> list[TableReport]:
     """Quantize, in place, every table that a Gather of the main graph looks rows up in; one scale a row.
 
     A table is a float32 constant of rank 2 and at least `min_elements` values, read directly or through
@@ -44,9 +42,7 @@ def quantize_tables(
     ConfigError for a spec that is not signed, symmetric, 8 or 16 bits wide and per channel.
     """
     if not (spec.signed and spec.symmetric and spec.per_channel and spec.bits >= 8):
-        raise ConfigError(
-            f"spec: {spec} does not suit a table; use 8 or 16 bits, signed, symmetric, per channel"
-        )
+        raise ConfigError(f"spec: {spec} does not suit a table; use 8 or 16 bits, signed, symmetric, per channel")
     return [
         report
         for node in tuple(model.graph)
@@ -59,19 +55,11 @@ def _quantize(graph: ir.Graph, node: ir.Node, spec: TensorSpec, min_elements: in
         return None
     axis = node.attributes.get("axis")
     found = constant_root(node.inputs[0])
-    if (
-        found is None
-        or constant_root(node.inputs[1]) is not None
-        or (axis is not None and axis.as_int() != 0)
-    ):
+    if found is None or constant_root(node.inputs[1]) is not None or (axis is not None and axis.as_int() != 0):
         return None
     root, view = found
     shape = view_shape(root, view)
-    if (
-        len(shape) != 2
-        or shape[0] * shape[1] < min_elements
-        or constant_dtype(root, view) != ir.DataType.FLOAT
-    ):
+    if len(shape) != 2 or shape[0] * shape[1] < min_elements or constant_dtype(root, view) != ir.DataType.FLOAT:
         return None
     tensor = constant_tensor(root)
     assert tensor is not None
@@ -99,9 +87,7 @@ def _replace(graph: ir.Graph, node: ir.Node, weight: QuantizedWeight) -> None:
     table, ids = node.inputs[0], node.inputs[1]
     assert table is not None
     result = node.outputs[0]
-    taken = (
-        set(graph.initializers) | {v.name for v in graph.inputs} | {v.name for n in graph for v in n.outputs}
-    )
+    taken = set(graph.initializers) | {v.name for v in graph.inputs} | {v.name for n in graph for v in n.outputs}
 
     def unique(name: str) -> str:
         candidate, count = name, 1
@@ -124,9 +110,7 @@ def _replace(graph: ir.Graph, node: ir.Node, weight: QuantizedWeight) -> None:
     node.replace_input_with(0, integers)
     rows, result_name = result, result.name
     readers, outputs = tuple(rows.uses()), [i for i, output in enumerate(graph.outputs) if output is rows]
-    floats = ir.Value(
-        name=unique(f"{result_name}_float"), type=ir.TensorType(ir.DataType.FLOAT), shape=rows.shape
-    )
+    floats = ir.Value(name=unique(f"{result_name}_float"), type=ir.TensorType(ir.DataType.FLOAT), shape=rows.shape)
     row_scales = ir.Value(name=unique(f"{result_name}_scale"), type=ir.TensorType(ir.DataType.FLOAT))
     scaled = ir.Value(name=result_name, type=ir.TensorType(ir.DataType.FLOAT), shape=rows.shape)
     rows.name, rows.type = unique(f"{result_name}_quantized"), ir.TensorType(weight.dtype)

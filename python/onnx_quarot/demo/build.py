@@ -43,9 +43,7 @@ def build_model(gguf_path: str | Path, folder: str | Path, *, progress: Progress
     try:
         for name, content in texts.items():
             (scratch / name).write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
-        with (progress or NullProgress()).task(
-            "write float32 ONNX model", len(model.graph.initializers)
-        ) as task:
+        with (progress or NullProgress()).task("write float32 ONNX model", len(model.graph.initializers)) as task:
             ir.save(
                 model,
                 scratch / "model.onnx",

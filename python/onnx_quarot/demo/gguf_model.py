@@ -63,9 +63,7 @@ class GgufLlama:
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
         architecture = self.metadata("general.architecture")
         if architecture != "llama":
-            raise ModelError(
-                f"{self.path} has the architecture {architecture!r}, only 'llama' can be converted"
-            )
+            raise ModelError(f"{self.path} has the architecture {architecture!r}, only 'llama' can be converted")
         self.config = self._read_config()
         self._check_tensors()
 
@@ -119,9 +117,7 @@ class GgufLlama:
             if found != expected:
                 raise ModelError(f"{self.path} has {key} = {found!r}, only {expected!r} can be converted")
         if heads % kv_heads:
-            raise ModelError(
-                f"{self.path} has {heads} heads, which is no multiple of its {kv_heads} key/value heads"
-            )
+            raise ModelError(f"{self.path} has {heads} heads, which is no multiple of its {kv_heads} key/value heads")
         return LlamaConfig(
             layers=int(self._require("llama.block_count")),
             hidden=hidden,
@@ -158,19 +154,13 @@ class GgufLlama:
             layer = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
             known = layer.group(2) in _LAYER_TENSORS if layer else name in _MODEL_TENSORS
             if not known or (layer and int(layer.group(1)) >= c.layers):
-                raise ModelError(
-                    f"{self.path} has a tensor {name}, which the Llama converter has no place for"
-                )
+                raise ModelError(f"{self.path} has a tensor {name}, which the Llama converter has no place for")
             expected = shapes[layer.group(2) if layer else name]
             # GGUF lists the fastest axis first
             found = tuple(int(n) for n in reversed(tensor.shape))
             if found != expected:
-                raise ModelError(
-                    f"{self.path}: tensor {name} has shape {list(found)}, expected {list(expected)}"
-                )
-        wanted = {f"blk.{i}.{name}" for i in range(c.layers) for name in _LAYER_TENSORS} | {
-            "output_norm.weight"
-        }
+                raise ModelError(f"{self.path}: tensor {name} has shape {list(found)}, expected {list(expected)}")
+        wanted = {f"blk.{i}.{name}" for i in range(c.layers) for name in _LAYER_TENSORS} | {"output_norm.weight"}
         missing = sorted(wanted - self._tensors.keys())
         if missing:
             raise ModelError(f"{self.path} has no tensor {missing[0]} ({len(missing)} are missing)")

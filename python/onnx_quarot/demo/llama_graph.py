@@ -44,10 +44,7 @@ class _Llama:
         input_ids = self._input("input_ids", INT64, ["batch_size", "sequence_length"])
         mask = self._input("attention_mask", INT64, ["batch_size", "total_sequence_length"])
         cache = [
-            tuple(
-                self._cache_value(f"past_key_values.{i}.{part}", "past_sequence_length")
-                for part in ("key", "value")
-            )
+            tuple(self._cache_value(f"past_key_values.{i}.{part}", "past_sequence_length") for part in ("key", "value"))
             for i in range(c.layers)
         ]
         self.graph.inputs.extend(value for pair in cache for value in pair)
@@ -67,9 +64,7 @@ class _Llama:
             update = self._project(
                 f"{prefix}/attn/o_proj", attended, f"blk.{i}.attn_output", c.heads * c.head_size, c.hidden
             )
-            normed, stream = self._norm(
-                f"{prefix}/post_attention_layernorm", f"blk.{i}.ffn_norm", stream, update
-            )
+            normed, stream = self._norm(f"{prefix}/post_attention_layernorm", f"blk.{i}.ffn_norm", stream, update)
             update = self._mlp(i, normed)
         normed, _ = self._norm(
             f"/model/layers.{c.layers}/final_norm_layernorm", "output_norm", stream, update, is_last=True
@@ -85,9 +80,7 @@ class _Llama:
     def _sequence_lengths(self, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
         """What GroupQueryAttention asks of the mask: each row's last position, and the longest length."""
         one = self._constant("/model/constants/INT64/[1]", np.array([1], np.int64))
-        total = self._node(
-            "ReduceSum", f"{_MASK}/ReduceSum", [mask, one], [(None, INT64, ["batch_size"])], keepdims=0
-        )
+        total = self._node("ReduceSum", f"{_MASK}/ReduceSum", [mask, one], [(None, INT64, ["batch_size"])], keepdims=0)
         last = self._node("Sub", f"{_MASK}/Sub", [*total, one], [(None, INT64, ["batch_size"])])
         to = int(INT32)
         seqlens_k = self._node("Cast", f"{_MASK}/Sub/Cast", last, [(None, INT32, ["batch_size"])], to=to)[0]
@@ -111,9 +104,7 @@ class _Llama:
         """The embedded tokens and the head [hidden, vocabulary]; tied: the table is the head, transposed."""
         c, source = self.config, self.source
         name = "token_embd" if c.tied else "output"
-        head = self._weight(
-            "lm_head.MatMul.weight", (c.hidden, c.vocabulary), lambda: _transposed(source.weight(name))
-        )
+        head = self._weight("lm_head.MatMul.weight", (c.hidden, c.vocabulary), lambda: _transposed(source.weight(name)))
         if c.tied:
             table = self._node(
                 "Transpose",
@@ -127,9 +118,7 @@ class _Llama:
                 "model.embed_tokens.weight", (c.vocabulary, c.hidden), lambda: source.weight("token_embd")
             )
         tokens = self._tokens(c.hidden)
-        return self._node(
-            "Gather", "/model/embed_tokens/Gather", [table, input_ids], [(None, FLOAT, tokens)]
-        )[0], head
+        return self._node("Gather", "/model/embed_tokens/Gather", [table, input_ids], [(None, FLOAT, tokens)])[0], head
 
     def _norm(
         self, name: str, weight: str, stream: ir.Value, update: ir.Value | None, *, is_last: bool = False
@@ -211,9 +200,7 @@ class _Llama:
         sigmoid = self._node("Sigmoid", f"{prefix}/act_fn/Sigmoid", [gate], wide)[0]
         silu = self._node("Mul", f"{prefix}/act_fn/Mul", [gate, sigmoid], wide)[0]
         product = self._node("Mul", f"{prefix}/Mul", [silu, up], wide)[0]
-        return self._project(
-            f"{prefix}/down_proj", product, f"blk.{layer}.ffn_down", c.intermediate, c.hidden
-        )
+        return self._project(f"{prefix}/down_proj", product, f"blk.{layer}.ffn_down", c.intermediate, c.hidden)
 
     def _project(self, name: str, x: ir.Value, weight: str, inner: int, width: int) -> ir.Value:
         source = self.source
@@ -240,14 +227,10 @@ class _Llama:
     def _constant(self, name: str, value: np.ndarray[Any, Any]) -> ir.Value:
         node_name = name.replace("/constants/", "/constant_nodes/")
         tensor = ir.tensor(value, name=name)
-        return self._node("Constant", node_name, [], [(name, tensor.dtype, list(value.shape))], value=tensor)[
-            0
-        ]
+        return self._node("Constant", node_name, [], [(name, tensor.dtype, list(value.shape))], value=tensor)[0]
 
     def _weight(self, name: str, shape: tuple[int, ...], read: Callable[[], Array]) -> ir.Value:
-        tensor = ir.LazyTensor(
-            lambda: ir.Tensor(read(), name=name), dtype=FLOAT, shape=ir.Shape(shape), name=name
-        )
+        tensor = ir.LazyTensor(lambda: ir.Tensor(read(), name=name), dtype=FLOAT, shape=ir.Shape(shape), name=name)
         value = ir.Value(name=name, type=ir.TensorType(FLOAT), shape=ir.Shape(shape), const_value=tensor)
         self.graph.register_initializer(value)
         return value

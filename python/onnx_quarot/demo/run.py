@@ -17,7 +17,7 @@ from onnx_quarot.demo.fetch import SYSTEM_PROMPT, fetch_smollm2
 from onnx_quarot.demo.job import Done, quantize_apart
 from onnx_quarot.demo.text import calibration_text, evaluation_text
 from onnx_quarot.errors import DataError, ModelError, SaveError
-from onnx_quarot.evaluate import ModelFigures, evaluate_many
+from onnx_quarot.evaluation import ModelFigures, evaluate_many
 from onnx_quarot.generate import generate, load_tokenizer
 from onnx_quarot.progress import NullProgress, Progress
 

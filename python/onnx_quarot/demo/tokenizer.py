@@ -32,9 +32,7 @@ def tokenizer_json(model: GgufLlama) -> dict[str, Any]:
     """
     kind = model.metadata("tokenizer.ggml.model")
     if kind != "gpt2":
-        raise ModelError(
-            f"{model.path} has the tokenizer {kind!r}, only byte-level BPE ('gpt2') can be written"
-        )
+        raise ModelError(f"{model.path} has the tokenizer {kind!r}, only byte-level BPE ('gpt2') can be written")
     splitter = model.metadata("tokenizer.ggml.pre", "gpt-2")
     if splitter not in _PRE_TOKENIZERS:
         known = ", ".join(sorted(_PRE_TOKENIZERS))

@@ -268,5 +268,6 @@ CONTRIB: dict[tuple[str, str], ContribRule] = {
     ("com.microsoft", "GroupQueryAttention"): _group_query_attention,
     ("com.microsoft", "RotaryEmbedding"): _same_as_first,
     ("com.microsoft", "FastGelu"): _same_as_first,
+    ("onnx_quarot", "Hadamard"): _same_as_first,
     ("com.microsoft", "QuickGelu"): _same_as_first,
 }

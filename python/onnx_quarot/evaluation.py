@@ -213,9 +213,7 @@ class _Run:
             # an empty cache: the candidate's may hold quantized numbers, several to an element
             dims = [dim if isinstance(dim, int) else array.shape[i] for i, dim in enumerate(spec.shape)]
             return np.zeros(dims, spec.dtype)
-        raise DataError(
-            f"{os.fspath(self.path)}: input {spec.name!r} takes {spec.dtype}, the data has {array.dtype}"
-        )
+        raise DataError(f"{os.fspath(self.path)}: input {spec.name!r} takes {spec.dtype}, the data has {array.dtype}")
 
     def figures(self) -> ModelFigures:
         return ModelFigures(
@@ -309,9 +307,7 @@ def _logits_output(run: _Run, batch: Batch) -> str | None:
 
 def _shared_outputs(runs: Sequence[_Run], logits: str | None) -> list[str]:
     """The outputs to compare; DataError when a candidate lacks one."""
-    names = (
-        [o.name for o in runs[0].session.get_outputs() if o.type in _FLOATS] if logits is None else [logits]
-    )
+    names = [o.name for o in runs[0].session.get_outputs() if o.type in _FLOATS] if logits is None else [logits]
     if not names:
         raise ModelError(f"{os.fspath(runs[0].path)} has no floating-point output to compare")
     for run in runs[1:]:
@@ -321,9 +317,7 @@ def _shared_outputs(runs: Sequence[_Run], logits: str | None) -> list[str]:
     return names
 
 
-def _add_outputs(
-    runs: Sequence[_Run], comparisons: Sequence[Comparison], batch: Batch, names: Sequence[str]
-) -> None:
+def _add_outputs(runs: Sequence[_Run], comparisons: Sequence[Comparison], batch: Batch, names: Sequence[str]) -> None:
     expected = runs[0].run(batch, names)
     for run, comparison in zip(runs[1:], comparisons, strict=True):
         for name, a, b in zip(names, expected, run.run(batch, names), strict=True):

@@ -15,7 +15,7 @@ import tiny_gguf
 from onnx_quarot.comparison import Comparison, log_softmax
 from onnx_quarot.demo import build_model
 from onnx_quarot.errors import ConfigError, DataError, ModelError
-from onnx_quarot.evaluate import Metrics, evaluate, evaluate_many, measure, model_size
+from onnx_quarot.evaluation import Metrics, evaluate, evaluate_many, measure, model_size
 
 # The probability of each next token (columns) after each token (rows).
 REFERENCE = np.array([[0.5, 0.25, 0.125, 0.125], [0.125, 0.125, 0.5, 0.25], [0.25] * 4, [0.1, 0.2, 0.3, 0.4]])
@@ -56,9 +56,7 @@ STEPS = [(0, 1), (1, 2), (2, 3), (3, 0), (3, 3), (3, 1), (1, 2), (2, 0)]
 
 @pytest.fixture
 def models(tmp_path: Path) -> tuple[Path, Path]:
-    return bigram(tmp_path / "reference.onnx", REFERENCE), bigram(
-        tmp_path / "candidate.onnx", CANDIDATE, shift=-1
-    )
+    return bigram(tmp_path / "reference.onnx", REFERENCE), bigram(tmp_path / "candidate.onnx", CANDIDATE, shift=-1)
 
 
 def test_perplexity_divergence_and_agreement_by_hand(models: tuple[Path, Path]) -> None:
@@ -221,8 +219,7 @@ def test_candidates_that_do_not_fit(models: tuple[Path, Path], tmp_path: Path) -
         evaluate(models[0], wider, BATCHES)
     more = save_text(
         tmp_path / "more.onnx",
-        "g (int64[b, s] input_ids, int64[b, s] extra) => (float[b, s, v] scores) "
-        "{ scores = Gather(table, input_ids) }",
+        "g (int64[b, s] input_ids, int64[b, s] extra) => (float[b, s, v] scores) { scores = Gather(table, input_ids) }",
         {"table": REFERENCE},
     )
     with pytest.raises(DataError, match="'extra'"):
@@ -236,9 +233,7 @@ def test_candidates_that_do_not_fit(models: tuple[Path, Path], tmp_path: Path) -
         evaluate(models[0], renamed, BATCHES)
 
 
-def test_candidate_may_hold_its_cache_in_another_type(
-    llama: tuple[tiny_gguf.Tiny, Path], tmp_path: Path
-) -> None:
+def test_candidate_may_hold_its_cache_in_another_type(llama: tuple[tiny_gguf.Tiny, Path], tmp_path: Path) -> None:
     folder = tmp_path / "half"
     shutil.copytree(llama[1], folder)
     # cast at the border: the reference's empty cache has to be made anew for this one
