@@ -20,8 +20,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 import small_llama
-from onnx_quarot import __version__, pipeline
-from onnx_quarot.cli import cli
+from onnx_quarot import __version__, pipeline, scheme
+from onnx_quarot.cli import METHODS, cli
 from onnx_quarot.progress import NullProgress, PlainProgress, RichProgress, terminal_progress
 
 CONFIG = small_llama.Config()
@@ -113,6 +113,10 @@ def test_discover(model: Path, tmp_path: Path) -> None:
     table = run("discover", model).stdout
     assert "MatMul" in table
     assert max(map(len, table.splitlines())) <= 80
+
+
+def test_methods_are_those_of_the_schemes() -> None:
+    assert METHODS == scheme.METHODS
 
 
 def test_rotate(model: Path, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ from onnx_quarot.quantization.config.spec import (
     XInt8Spec,
 )
 from onnx_quarot.quantization.translate import translate
+from onnx_quarot.scheme import parse_scheme
 
 LAYER = QLayerConfig(activation=UInt8Spec(), weight=Int8Spec())
 CONFIG = small_llama.Config()
@@ -199,10 +200,19 @@ def test_weight_granularity(given: QuantGranularity | None, per_channel: bool) -
     assert translate(QConfig(layer))["scheme"].weight.per_channel is per_channel
 
 
-def test_calibration_method_reaches_the_pipeline() -> None:
-    layer = QLayerConfig(UInt8Spec(calibration_method=CalibMethod.Percentile), weight=Int8Spec())
-    assert translate(QConfig(layer))["method"] == "percentile"
-    assert translate(QConfig(LAYER))["method"] == "minmax"
+@pytest.mark.parametrize(
+    ("given", "method"),
+    [
+        (CalibMethod.MinMax, "minmax"),
+        (CalibMethod.MinMSE, "mse"),
+        (CalibMethod.Percentile, "percentile"),
+        (None, parse_scheme("a8w8").activation.method),
+    ],
+)
+def test_calibration_method_reaches_the_pipeline(given: CalibMethod | None, method: str) -> None:
+    layer = QLayerConfig(UInt8Spec(calibration_method=given), weight=Int8Spec())
+    keywords = translate(QConfig(layer))
+    assert keywords["method"] == keywords["scheme"].activation.method == method
 
 
 def test_algorithms_argument_stands_in_for_the_configured_ones() -> None:

@@ -15,6 +15,9 @@ from . import __version__
 from .console import OneLineErrors, common, progress, rotation_options, show, text_options, tokenizer_for
 from .errors import ConfigError
 
+# As in `scheme`, which takes half a second to import: too long for -h.
+METHODS = ("minmax", "percentile", "mse")
+
 
 @click.group(
     cls=OneLineErrors,

@@ -6,13 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import ConfigError
-from ..scheme import Scheme, TensorSpec
+from ..scheme import Scheme, TensorSpec, parse_scheme
 from .config.algorithm import AlgoConfig, QuarotConfig
 from .config.config import QConfig
 from .config.data_type import DataType
 from .config.spec import CalibMethod, QLayerConfig, QTensorConfig, QuantGranularity, ScaleType
 
-METHODS = {None: "minmax", CalibMethod.MinMax: "minmax", CalibMethod.Percentile: "percentile"}
+METHODS = {
+    None: parse_scheme("a8w8").activation.method,
+    CalibMethod.MinMax: "minmax",
+    CalibMethod.MinMSE: "mse",
+    CalibMethod.Percentile: "percentile",
+}
 OP_TYPES = ("MatMul", "Gemm")
 DEFAULT_ROTATIONS = ("R1", "R2", "R4")
 
@@ -59,7 +64,7 @@ def _activation(spec: QTensorConfig) -> TensorSpec:
     _require(spec, "activation", (DataType.Int8, DataType.UInt8))
     if spec.calibration_method not in METHODS:
         raise ConfigError(
-            f"activation has calibration_method {spec.calibration_method}; supported are MinMax and Percentile"
+            f"activation has calibration_method {spec.calibration_method}; supported are MinMax, MinMSE and Percentile"
         )
     if spec.quant_granularity not in (None, QuantGranularity.Tensor):
         raise ConfigError(f"activation has quant_granularity {spec.quant_granularity}; supported is Tensor")
