@@ -35,7 +35,8 @@ DOMAIN = "onnx_quarot"
 OP_TYPE = "Hadamard"
 OPSET_VERSION = 1
 
-# Function overloads, which tell transforms of different sizes apart, came with this version of the format.
+# Function overloads, which tell transforms of different sizes apart, came with this version of the format. ONNX
+# Runtime follows them from 1.27 on; an older one inlines any overload for all, so there only the library is right.
 _MIN_IR_VERSION = 10
 # Used for the function body where a model imports no standard operators at all.
 _DEFAULT_OPSET = 21
@@ -165,7 +166,9 @@ def add_hadamard(
     if x.shape is not None and (x.shape.rank() == 0 or x.shape[-1] not in (size, None)):
         last = x.shape[-1] if x.shape.rank() else None
         if last is None or isinstance(last, int):
-            raise ModelError(f"{name}: x ({x.name!r}) has shape {x.shape}: its last axis must have length {size}")
+            raise ModelError(
+                f"{name}: x ({x.name!r}) has shape {x.shape}: its last axis must have length {size}"
+            )
     transform = _Transform.make(size, block_size, signs, transpose, scale, x.dtype)
 
     inputs = [x]
@@ -185,7 +188,9 @@ def add_hadamard(
     if scale is not None:
         attributes["scale"] = scale
     output = ir.Value(name=f"{name}_output", type=ir.TensorType(x.dtype), shape=x.shape)
-    return ir.node(OP_TYPE, inputs, attributes, domain=DOMAIN, overload=identifier[2], outputs=[output], name=name)
+    return ir.node(
+        OP_TYPE, inputs, attributes, domain=DOMAIN, overload=identifier[2], outputs=[output], name=name
+    )
 
 
 def _signs_value(model: ir.Model, signs: npt.NDArray[np.int8]) -> ir.Value:
@@ -194,7 +199,9 @@ def _signs_value(model: ir.Model, signs: npt.NDArray[np.int8]) -> ir.Value:
     initializers = model.graph.initializers
     if name not in initializers:
         tensor = ir.tensor(signs, name=name)
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(signs.shape), const_value=tensor)
+        value = ir.Value(
+            name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(signs.shape), const_value=tensor
+        )
         model.graph.register_initializer(value)
     return initializers[name]
 
@@ -284,19 +291,21 @@ class _Transform:
         return body.node("Mul", [rows, body.cast(signs, body.compute)])
 
     def _times_matrix(self, body: _Body, x: ir.Value) -> ir.Value:
-        """Multiply by a Kronecker product, one factor at a time.
+        """Multiply by a Kronecker product, one factor at a time, the last one first.
 
-        With x as [-1, f, rest], A.T @ x applies the factor A to the axis f; on the last axis it is x @ A.
+        Each factor meets its axis as the last one; a transposition then brings the next axis there, and after as
+        many turns as there are factors the axes are in order again. A factor on the left would need no
+        transposition, but ONNX Runtime before 1.32 fails in batched MatMuls of no rows; these are all 2-D.
         """
         scale = self.block**-0.5 if self.scale is None else self.scale
-        *leading, last = _factor_matrices(self.block)
-        rest = self.block
-        for matrix in leading:
-            rest //= len(matrix)
-            left = body.matrix(matrix if self.transpose else matrix.T)
-            x = body.node("MatMul", [left, body.reshape(x, [-1, len(matrix), rest])])
-        right = body.matrix(last.T if self.transpose else last, scale=scale)
-        return body.node("MatMul", [body.reshape(x, [-1, rest]), right])
+        first, *others = reversed(list(_factor_matrices(self.block)))
+        for matrix, factor_scale in [(first, scale), *((other, None) for other in others)]:
+            size = len(matrix)
+            right = body.matrix(matrix.T if self.transpose else matrix, factor_scale)
+            x = body.node("MatMul", [body.reshape(x, [-1, size]), right])
+            if others:
+                x = body.node("Transpose", [body.reshape(x, [-1, self.block // size, size])], perm=[0, 2, 1])
+        return x
 
 
 class _Body:
