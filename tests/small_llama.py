@@ -40,7 +40,7 @@ def build(config: Config = Config(), seed: int = 0) -> onnx.ModelProto:
 def save(path: Path, config: Config = Config(), seed: int = 0, *, external: bool = False) -> Path:
     model = build(config, seed)
     if external:
-        onnx.save(model, path, save_as_external_data=True, location=path.name + ".data", size_threshold=0)
+        onnx.save(model, path, save_as_external_data=True, location=path.name + ".data", size_threshold=256)
     else:
         onnx.save(model, path)
     return path
