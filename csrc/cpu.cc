@@ -23,8 +23,7 @@ struct Candidate {
   bool runs;
 };
 
-// Every kernel of this build, fastest first.
-std::vector<Candidate> candidates() {
+std::vector<Candidate> find_candidates() {
   std::vector<Candidate> found;
   const CpuFeatures cpu = detect_cpu();
 #if defined(__x86_64__)
@@ -37,6 +36,12 @@ std::vector<Candidate> candidates() {
   return found;
 }
 
+// Every kernel of this build, fastest first. Detected once: cpuid traps on a virtual machine and takes microseconds.
+const std::vector<Candidate>& candidates() {
+  static const std::vector<Candidate> found = find_candidates();
+  return found;
+}
+
 // `source` says who asked, for the message.
 const Kernels& choose(const std::string& name, const char* source) {
   for (const Candidate& candidate : candidates()) {
@@ -45,7 +50,9 @@ const Kernels& choose(const std::string& name, const char* source) {
     throw std::invalid_argument(std::string(source) + " is '" + name + "', which this CPU cannot run");
   }
   std::string known;
-  for (const Candidate& candidate : candidates()) known += (known.empty() ? "" : ", ") + std::string(candidate.kernels->name);
+  for (const Candidate& candidate : candidates()) {
+    known += (known.empty() ? "" : ", ") + std::string(candidate.kernels->name);
+  }
   throw std::invalid_argument(std::string(source) + " is '" + name + "'; this build knows " + known);
 }
 
