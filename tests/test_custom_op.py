@@ -64,8 +64,7 @@ def build(
 
 def run_both(path: Path, feeds: dict[str, np.ndarray]) -> dict[str, list[np.ndarray]]:
     return {
-        way: session(path, use_library=way == "library", threads=1).run(None, feeds)
-        for way in ("library", "function")
+        way: session(path, use_library=way == "library", threads=1).run(None, feeds) for way in ("library", "function")
     }
 
 
@@ -334,9 +333,7 @@ def test_add_hadamard_refuses_what_does_not_fit() -> None:
     graph = ir.Graph([], [], nodes=[], opset_imports={"": 21}, name="g")
     model = ir.Model(graph, ir_version=9)
 
-    def value(
-        dtype: ir.DataType | None = ir.DataType.FLOAT, shape: Sequence[int | str] | None = ("b", 96)
-    ) -> ir.Value:
+    def value(dtype: ir.DataType | None = ir.DataType.FLOAT, shape: Sequence[int | str] | None = ("b", 96)) -> ir.Value:
         return ir.Value(
             name="x",
             type=None if dtype is None else ir.TensorType(dtype),

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import small_llama
 
 import onnx_quarot as oq
+import small_llama
 from onnx_quarot.load import load
 from onnx_quarot.rotation_config import write_rotation_config
 

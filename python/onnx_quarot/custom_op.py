@@ -166,9 +166,7 @@ def add_hadamard(
     if x.shape is not None and (x.shape.rank() == 0 or x.shape[-1] not in (size, None)):
         last = x.shape[-1] if x.shape.rank() else None
         if last is None or isinstance(last, int):
-            raise ModelError(
-                f"{name}: x ({x.name!r}) has shape {x.shape}: its last axis must have length {size}"
-            )
+            raise ModelError(f"{name}: x ({x.name!r}) has shape {x.shape}: its last axis must have length {size}")
     transform = _Transform.make(size, block_size, signs, transpose, scale, x.dtype)
 
     inputs = [x]
@@ -188,9 +186,7 @@ def add_hadamard(
     if scale is not None:
         attributes["scale"] = scale
     output = ir.Value(name=f"{name}_output", type=ir.TensorType(x.dtype), shape=x.shape)
-    return ir.node(
-        OP_TYPE, inputs, attributes, domain=DOMAIN, overload=identifier[2], outputs=[output], name=name
-    )
+    return ir.node(OP_TYPE, inputs, attributes, domain=DOMAIN, overload=identifier[2], outputs=[output], name=name)
 
 
 def _signs_value(model: ir.Model, signs: npt.NDArray[np.int8]) -> ir.Value:
@@ -199,9 +195,7 @@ def _signs_value(model: ir.Model, signs: npt.NDArray[np.int8]) -> ir.Value:
     initializers = model.graph.initializers
     if name not in initializers:
         tensor = ir.tensor(signs, name=name)
-        value = ir.Value(
-            name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(signs.shape), const_value=tensor
-        )
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(signs.shape), const_value=tensor)
         model.graph.register_initializer(value)
     return initializers[name]
 
