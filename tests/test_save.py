@@ -12,7 +12,7 @@ import pytest
 
 import small_llama
 from onnx_quarot import save as saving
-from onnx_quarot.errors import SaveError
+from onnx_quarot.errors import ModelError, SaveError
 from onnx_quarot.load import load
 from onnx_quarot.save import check_output, stage, workspace
 
@@ -96,3 +96,23 @@ def test_impossible_outputs_are_refused_before_any_work(tmp_path: Path) -> None:
         with pytest.raises(SaveError, match=rule):
             check_output(source, target)
     assert check_output(source, tmp_path / "b.onnx") == tmp_path / "b.onnx"
+
+
+@pytest.mark.parametrize("inline", [True, False], ids=["one file", "external data"])
+def test_the_error_of_a_lazy_tensor_is_the_callers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inline: bool
+) -> None:
+    if not inline:
+        monkeypatch.setattr(saving, "_SINGLE_FILE_BYTES", 0)
+
+    def fails() -> ir.Tensor:
+        raise ModelError("weight 'w' holds a value that is not finite")
+
+    model = load(small_llama.save(tmp_path / "a.onnx"))
+    value = next(
+        v for v in model.graph.initializers.values() if v.const_value is not None and v.const_value.nbytes > 2000
+    )
+    value.const_value = ir.LazyTensor(fails, dtype=value.dtype, shape=value.shape, name=value.name)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match=r"^weight 'w' holds"), workspace(tmp_path / "b.onnx") as folder:
+        stage(model, tmp_path / "b.onnx", folder)
+    assert os.listdir(tmp_path) == ["a.onnx"]

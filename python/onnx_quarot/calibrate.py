@@ -75,7 +75,9 @@ def _observe(observer: Observer, name: str, values: Array, index: int) -> None:
     values = values.astype(np.float32, copy=False)
     # One pass without a temporary: a sum of squares is finite only if every element is.
     flat = values.reshape(-1)
-    if not math.isfinite(float(np.dot(flat, flat))) and not bool(np.isfinite(flat).all()):
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = float(np.dot(flat, flat))
+    if not math.isfinite(squares) and not bool(np.isfinite(flat).all()):
         raise DataError(f"data: tensor {name!r} holds a value that is not finite in batch {index}")
     observer.update(values)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from onnx_quarot.plan import Plan
+from onnx_quarot.resources import peak_memory
 from onnx_quarot.verify import Verification
 
 
@@ -155,12 +154,6 @@ def plan_table(plan: Plan) -> RenderableType:
     for note in plan.notes:
         facts.add_row("note", note)
     return Group(table, "", facts)
-
-
-def peak_memory() -> int:
-    """The process's highest resident set size in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _megabytes(n: int) -> str:

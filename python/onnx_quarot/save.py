@@ -14,7 +14,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from onnx_quarot.errors import SaveError
+from onnx_quarot.errors import OnnxQuarotError, SaveError
 
 _INLINE_BYTES = 1024  # constants up to this size stay in the .onnx file
 _SINGLE_FILE_BYTES = 64 << 20  # models below this size are one file
@@ -56,8 +56,19 @@ def workspace(target: Path) -> Iterator[Path]:
 def write(model: ir.Model, path: Path, data_name: str, on_tensor: Callable[[], None] | None = None) -> None:
     """Write ``model`` to ``path``: as one file if it is small, else with its large tensors in ``data_name`` beside it.
 
-    Lazy tensors are evaluated one by one, as they are written.
+    Lazy tensors are evaluated one by one, as they are written; an error that one of them raises reaches the caller as
+    it is, not as the serializer's.
     """
+    try:
+        _write(model, path, data_name, on_tensor)
+    except ir.serde.SerdeError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OnnxQuarotError | OSError | MemoryError):
+            cause = cause.__cause__
+        raise cause or error from None
+
+
+def _write(model: ir.Model, path: Path, data_name: str, on_tensor: Callable[[], None] | None) -> None:
     size = sum(t.nbytes for v in model.graph.initializers.values() if (t := v.const_value) is not None)
     if size < _SINGLE_FILE_BYTES:
         ir.save(ir.external_data.load_to_model(model), path)
