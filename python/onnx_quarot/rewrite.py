@@ -6,6 +6,7 @@ and then dropped, so that memory stays bounded by the largest tensor whatever th
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,10 +20,10 @@ from onnx_quarot.discovery import fingerprint
 from onnx_quarot.discovery.constants import Constant, constant, root_tensor
 from onnx_quarot.errors import ConfigError
 from onnx_quarot.plan import Online, Placement, Plan, Rebase
-from onnx_quarot.transform import Rotation
+from onnx_quarot.transform import Rotation, hadamard
 
 Array = np.ndarray[Any, Any]
-_SLICE_ELEMENTS = 1 << 21  # of a weight, converted to float64 at a time: 16 MB
+_SLICE_ELEMENTS = 1 << 17  # of a weight, converted to float64 at a time: 1 MB, which stays in the cache
 
 
 def rotate_model(model: ir.Model, plan: Plan) -> None:
@@ -187,24 +188,36 @@ class _Recipe:
         return self.compute(stored if permutation is None else stored.transpose(permutation), shape, dtype)
 
     def compute(self, x: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        """The constant in its new basis: float64 inside, in slices along the longest axis that keeps its basis."""
+        """The constant in its new basis: float64 inside, one axis at a time, in slices that fit in the cache."""
         x = np.broadcast_to(x, shape)
         changes = [(change.axis % len(shape), change.placements) for change in self.job.changes]
-        changed = {axis for axis, _ in changes}
-        free = [axis for axis in range(len(shape)) if axis not in changed]
-        along = max(free, key=lambda axis: shape[axis]) if free else 0
-        step = max(1, _SLICE_ELEMENTS * shape[along] // max(1, x.size)) if free else shape[0]
-        out = np.empty(shape, dtype)
-        for start in range(0, shape[along], step):
-            index = tuple(slice(start, start + step) if a == along else slice(None) for a in range(len(shape)))
-            part = x[index].astype(np.float64)
-            for axis, factor in self.factors:
-                piece = factor[index[axis]] if axis == along else factor
-                part *= piece.reshape([-1 if a == axis else 1 for a in range(len(shape))])
-            for axis, placements in changes:
-                part = change_basis(part, axis, placements, self.rotations)
-            out[index] = part
-        return out
+        # Between two changes of basis nothing is rounded: intermediate results are float64.
+        for number, (axis, placements) in enumerate(changes or [(0, ())]):
+            last = number >= len(changes) - 1
+            out = np.empty(shape, dtype if last else np.float64)
+            for index in _slices(shape, axis):
+                part = np.moveaxis(x[index], axis, -1).astype(np.float64, order="C")
+                if number == 0:
+                    self._scale(part, index, axis)
+                _rotate_features(part, placements, self.rotations, inverse=False)
+                out[index] = np.moveaxis(part, -1, axis)
+            x = out
+        return x
+
+    def _scale(self, part: Array, index: tuple[slice, ...], last: int) -> None:
+        """Multiply a slice, whose axis ``last`` was moved to the end, by the folded factors."""
+        for axis, factor in self.factors:
+            place = part.ndim - 1 if axis == last else axis - (axis > last)
+            part *= factor[index[axis]].reshape([-1 if a == place else 1 for a in range(part.ndim)])
+
+
+def _slices(shape: tuple[int, ...], whole: int) -> Iterator[tuple[slice, ...]]:
+    """Pieces of about ``_SLICE_ELEMENTS`` that leave axis ``whole`` in one: cut along the longest of the others."""
+    others = [axis for axis in range(len(shape)) if axis != whole]
+    along = max(others, key=lambda axis: shape[axis]) if others else whole
+    step = max(1, _SLICE_ELEMENTS * shape[along] // max(1, math.prod(shape))) if others else max(1, shape[along])
+    for start in range(0, shape[along], step):
+        yield tuple(slice(start, start + step) if a == along else slice(None) for a in range(len(shape)))
 
 
 def change_basis(
@@ -217,12 +230,21 @@ def change_basis(
 ) -> Array:
     """``x`` with the features along ``axis`` rotated where ``placements`` say so; the rest is copied."""
     moved = np.array(np.moveaxis(x, axis, -1), order="C")
+    _rotate_features(moved, placements, rotations, inverse=inverse)
+    return np.moveaxis(moved, -1, axis)
+
+
+def _rotate_features(
+    x: Array, placements: Sequence[Placement], rotations: dict[str, Rotation], *, inverse: bool
+) -> None:
+    """Rotate parts of the last axis of a contiguous array in place."""
     for p in placements:
         rotation = rotations[p.rotation]
-        features = moved[..., p.offset : p.offset + p.length]
+        features = x[..., p.offset : p.offset + p.length]
         tiles = features.reshape(-1, rotation.size)
-        features[...] = rotation.apply(tiles, inverse=inverse).reshape(features.shape)
-    return np.moveaxis(moved, -1, axis)
+        turned = hadamard(tiles, block_size=rotation.block_size, signs=rotation.signs, transpose=inverse, out=tiles)
+        if not np.shares_memory(turned, x):
+            features[...] = turned.reshape(features.shape)
 
 
 def _inverse(permutation: Sequence[int]) -> tuple[int, ...]:
