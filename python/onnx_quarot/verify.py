@@ -13,18 +13,21 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 
 from onnx_quarot.calibrate import probe
 from onnx_quarot.custom_op import session
 from onnx_quarot.data import InputSpec, input_specs
 from onnx_quarot.discovery.constants import constant
 from onnx_quarot.errors import VerificationError
-from onnx_quarot.load import load
+from onnx_quarot.load import load, total_bytes
 from onnx_quarot.plan import Placement, Plan
 from onnx_quarot.rewrite import change_basis
+from onnx_quarot.segments import run_in_segments
 
 Array = np.ndarray[Any, Any]
 _TOLERANCE = {"float64": 1e-8, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1.5e-1}
+_WHOLE_BYTES = 1 << 30  # models with more weights than this run piece by piece
 _LENGTHS = {"batch": 1, "sequence": 8, "past": 4}
 
 
@@ -138,8 +141,11 @@ def _index_limits(model: ir.Model) -> dict[str, int]:
 
 
 def _run(path: Path, feeds: dict[str, Array], names: list[str]) -> list[Array]:
-    import onnxruntime as ort
-
+    model = load(path)
+    if total_bytes(model) > _WHOLE_BYTES or any(
+        v.dtype == ir.DataType.BFLOAT16 for v in [*model.graph.initializers.values(), *model.graph.inputs]
+    ):
+        return run_in_segments(path, feeds, names)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     # Exactness is asked of the graph as written, and packing every weight would double the memory.

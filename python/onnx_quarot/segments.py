@@ -1,0 +1,147 @@
+"""Running a model that is too large to run whole: a piece of the graph at a time, in its own order.
+
+Only the weights of one piece, and the activations that later pieces still need, are in memory. Types that ONNX
+Runtime cannot compute in on a CPU (bfloat16) are widened to float32 on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+
+from onnx_quarot import custom_op
+from onnx_quarot.errors import ModelError
+from onnx_quarot.load import load
+
+Array = np.ndarray[Any, Any]
+SEGMENT_BYTES = 256 << 20
+"""Weights of one piece, unless a single one is larger."""
+
+
+def run_in_segments(
+    path: Path, feeds: Mapping[str, Array], outputs: Sequence[str], *, segment_bytes: int = SEGMENT_BYTES
+) -> list[Array]:
+    """The values of ``outputs`` for ``feeds``, as one session over the whole model at ``path`` would give them.
+
+    bfloat16 values are computed, fed and returned as float32. Raises ModelError, naming the piece by its first node, if
+    ONNX Runtime refuses it.
+    """
+    model = load(path)
+    wide = any(v.dtype == ir.DataType.BFLOAT16 for v in model.graph.initializers.values())
+    values = {name: _widened(array) if wide else array for name, array in feeds.items()}
+    segments = list(_segments(model, segment_bytes))
+    last_use = {v: i for i, nodes in enumerate(segments) for node in nodes for v in _reads(node)}
+    last_use |= dict.fromkeys(outputs, len(segments))
+    for number, nodes in enumerate(segments):
+        made = [str(v.name) for node in nodes for v in node.outputs if last_use.get(str(v.name), -1) > number]
+        if made:
+            inputs = {name: values[name] for node in nodes for name in _reads(node) if name in values}
+            for name, array in zip(made, _run(model, path, nodes, inputs, made, wide), strict=True):
+                values[name] = array
+        for name in [name for name in values if last_use.get(name, -1) <= number]:
+            del values[name]
+    return [values[name] for name in outputs]
+
+
+def _segments(model: ir.Model, limit: int) -> Iterator[list[ir.Node]]:
+    nodes: list[ir.Node] = []
+    held: set[str] = set()
+    size = 0
+    for node in model.graph:
+        new = {n for n in _reads(node) if n in model.graph.initializers} - held
+        more = sum(t.nbytes for n in new if (t := model.graph.initializers[n].const_value) is not None)
+        if nodes and size + more > limit:
+            yield nodes
+            nodes, held, size = [], set(), 0
+        nodes.append(node)
+        held |= new
+        size += more
+    if nodes:
+        yield nodes
+
+
+def _reads(node: ir.Node) -> list[str]:
+    """Names of everything the node reads, its subgraphs included."""
+    names = [str(v.name) for v in node.inputs if v is not None]
+    for attribute in node.attributes.values():
+        graphs = (
+            [attribute.as_graph()]
+            if attribute.type == ir.AttributeType.GRAPH
+            else list(attribute.as_graphs())
+            if attribute.type == ir.AttributeType.GRAPHS
+            else []
+        )
+        for graph in graphs:
+            names += [name for inner in graph for name in _reads(inner)]
+            names += [str(v.name) for v in graph.outputs]
+    return list(dict.fromkeys(names))
+
+
+def _run(
+    model: ir.Model, path: Path, nodes: list[ir.Node], inputs: dict[str, Array], outputs: list[str], wide: bool
+) -> list[Array]:
+    graph = onnx.GraphProto(name="segment")
+    for node in nodes:
+        graph.node.append(ir.serde.serialize_node(node))
+    for name in dict.fromkeys(name for node in nodes for name in _reads(node)):
+        value = model.graph.initializers.get(name)
+        if value is not None and name not in inputs:
+            graph.initializer.append(_tensor(value, wide))
+    for name, array in inputs.items():
+        kind = ir.DataType.from_numpy(array.dtype)
+        graph.input.append(onnx.helper.make_tensor_value_info(name, kind, array.shape))
+    graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
+    if wide:
+        _widen_casts(graph)
+    proto = onnx.ModelProto(graph=graph, ir_version=model.ir_version)
+    for domain, version in model.opset_imports.items():
+        proto.opset_import.append(onnx.OperatorSetIdProto(domain=domain, version=version))
+    for function in model.functions.values():
+        proto.functions.append(ir.serde.serialize_function(function))
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.enable_cpu_mem_arena = False
+    # The graph as written: folding would copy weights, packing would double them.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent.resolve()))
+    custom_op.register(options)
+    try:
+        session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        result: list[Array] = session.run(outputs, inputs)
+    except Exception as error:  # ONNX Runtime's own exceptions share no base class
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"model: the part from node {nodes[0].name!r} on cannot be run: {line}") from None
+    return result
+
+
+def _tensor(value: ir.Value, wide: bool) -> onnx.TensorProto:
+    tensor = value.const_value
+    assert tensor is not None
+    if not wide or tensor.dtype != ir.DataType.BFLOAT16:
+        return ir.serde.serialize_tensor(tensor)
+    array = tensor.numpy().astype(np.float32)
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.release()
+    return onnx.numpy_helper.from_array(array, value.name)
+
+
+def _widened(array: Array) -> Array:
+    return array.astype(np.float32) if array.dtype == ir.DataType.BFLOAT16.numpy() else array
+
+
+def _widen_casts(graph: onnx.GraphProto) -> None:
+    """Whatever would make bfloat16 makes float32; the library's own operators take either."""
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.name in ("to", "dtype") and attribute.i == onnx.TensorProto.BFLOAT16:
+                attribute.i = onnx.TensorProto.FLOAT
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                _widen_casts(attribute.g)
