@@ -1,4 +1,4 @@
-"""A small Llama in the layout onnxruntime-genai's builder writes, with random weights, for tests."""
+"""A Llama in the layout onnxruntime-genai's builder writes, of any size, with random weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Config:
 
 def build(config: Config = Config(), seed: int = 0) -> onnx.ModelProto:
     """The model; norm scales are far from uniform, and two channels of the stream are outliers."""
-    return _Builder(config, seed).model()
+    return Builder(config, seed).model()
 
 
 def save(path: Path, config: Config = Config(), seed: int = 0, *, external: bool = False) -> Path:
@@ -59,7 +59,9 @@ def decoder_feeds(config: Config, rng: np.random.Generator, length: int = 9) -> 
     return feeds
 
 
-class _Builder:
+class Builder:
+    dtype = np.dtype(np.float32)
+
     def __init__(self, c: Config, seed: int) -> None:
         self.c, self.rng = c, np.random.default_rng(seed)
         self.nodes: list[onnx.NodeProto] = []
@@ -70,12 +72,12 @@ class _Builder:
         return name
 
     def matrix(self, name: str, rows: int, columns: int, gain: float = 1.0) -> str:
-        return self.const(name, (gain * self.rng.standard_normal((rows, columns)) / rows**0.5).astype(np.float32))
+        return self.const(name, (gain * self.rng.standard_normal((rows, columns)) / rows**0.5).astype(self.dtype))
 
     def scale(self, name: str, uniform: bool = False) -> str:
         n = self.c.hidden
         values = np.full(n, 1.3) if uniform else self.rng.uniform(0.3, 2.0, n)
-        return self.const(name, values.astype(np.float32))
+        return self.const(name, values.astype(self.dtype))
 
     def node(self, op: str, inputs: list[str], outputs: list[str], name: str, domain: str = "", **attrs: object) -> str:
         self.nodes.append(helper.make_node(op, inputs, outputs, name=name, domain=domain, **attrs))
@@ -87,7 +89,7 @@ class _Builder:
 
     def model(self) -> onnx.ModelProto:
         c = self.c
-        f, i64 = TensorProto.FLOAT, TensorProto.INT64
+        f, i64 = helper.np_dtype_to_tensor_dtype(self.dtype), TensorProto.INT64
         inputs = [
             helper.make_tensor_value_info("input_ids", i64, ["batch_size", "sequence_length"]),
             helper.make_tensor_value_info("attention_mask", i64, ["batch_size", "total_sequence_length"]),
@@ -150,8 +152,8 @@ class _Builder:
         c = self.c
         if not any(w.name == "cos_cache" for w in self.weights):
             angles = np.outer(np.arange(64), 1e4 ** (-np.arange(0, c.head_size, 2) / c.head_size))
-            self.const("cos_cache", np.cos(angles).astype(np.float32))
-            self.const("sin_cache", np.sin(angles).astype(np.float32))
+            self.const("cos_cache", np.cos(angles).astype(self.dtype))
+            self.const("sin_cache", np.sin(angles).astype(self.dtype))
         kv = c.kv_heads * c.head_size
         if c.separate_qkv:
             qkv = [
