@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "convert.h"
 #include "fwht.h"
 #include "orders.h"
 
@@ -23,6 +24,9 @@ namespace {
 // numpy's numbers of its own types; bfloat16 has one only once ml_dtypes is imported.
 constexpr int kNumpyFloat32 = 11, kNumpyFloat64 = 12, kNumpyFloat16 = 23;
 
+// Of a byte order spelled out: arrays mapped from files name theirs even where it is this machine's.
+constexpr char kForeignOrder = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? '>' : '<';
+
 // Below this many elements a second thread costs more than it saves.
 constexpr std::size_t kElementsPerThread = std::size_t{1} << 15;
 
@@ -33,7 +37,7 @@ py::dtype dtype_of(const py::array& array) { return array.dtype(); }
 
 DType dtype_from_numpy(const py::array& array, const char* argument) {
   const py::dtype dtype = dtype_of(array);
-  if (dtype.byteorder() != '>' && dtype.byteorder() != '<') {
+  if (dtype.byteorder() != kForeignOrder) {
     switch (dtype.num()) {
       case kNumpyFloat32:
         return DType::float32;
@@ -292,6 +296,31 @@ PyMethodDef hadamard_method = {
     "hadamard(x, out=None, block_size=None, signs=None, transpose=False, scale=None, threads=1, isa=None)\n\n"
     "Walsh-Hadamard transform of the last axis; see onnx_quarot.hadamard. isa names a kernel, for tests."};
 
+// A matrix as it lies in memory.
+MatrixView view_of(const py::array& array, const char* argument) {
+  if (array.ndim() != 2) {
+    throw py::value_error(std::string(argument) + " has shape " + shape_text(array) + ": it must be two-dimensional");
+  }
+  const auto item = static_cast<py::ssize_t>(array.itemsize());
+  const auto* proxy = py::detail::array_proxy(array.ptr());
+  if ((proxy->flags & py::detail::npy_api::NPY_ARRAY_ALIGNED_) == 0 || array.strides(0) % item != 0 ||
+      array.strides(1) % item != 0) {
+    throw py::value_error(std::string(argument) + " is not aligned to its elements");
+  }
+  return {proxy->data, dtype_from_numpy(array, argument), array.strides(0) / item, array.strides(1) / item};
+}
+
+void convert_arrays(const py::array& from, const py::array& to) {
+  const MatrixView a = view_of(from, "source"), b = view_of(to, "target");
+  if (!same_shape(from, to)) {
+    throw py::value_error("target has shape " + shape_text(to) + ": it must be that of source, " + shape_text(from));
+  }
+  if (!to.writeable()) throw py::value_error("target is read-only: it must be writeable");
+  const auto rows = static_cast<std::size_t>(from.shape(0)), columns = static_cast<std::size_t>(from.shape(1));
+  const py::gil_scoped_release unlocked;
+  convert(a, b, rows, columns);
+}
+
 py::array_t<std::int8_t> order_matrix(std::size_t k) {
   const Order& found = order(k);
   py::array_t<std::int8_t> matrix({k, k});
@@ -319,6 +348,8 @@ PYBIND11_MODULE(_core, module) {
   });
   const py::object name = py::str("onnx_quarot._core");
   module.add_object("hadamard", py::reinterpret_steal<py::object>(PyCFunction_NewEx(&hadamard_method, nullptr, name.ptr())));
+  module.def("convert", &convert_arrays, py::arg("source"), py::arg("target"),
+             "target[:] = source, for matrices of any strides of which one is float64; rounds once. No common memory.");
   module.def("order_matrix", &order_matrix, py::arg("order"), "Hadamard matrix of a supported order, int8.");
   module.def("factorize", &factorize_tuple, py::arg("n"), "(K, m) with n = K 2**m, as used for H_n.");
   module.def("has_order", &has_order, py::arg("n"), "Whether H_n is available.");

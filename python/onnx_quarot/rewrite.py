@@ -7,14 +7,17 @@ and then dropped, so that memory stays bounded by the largest tensor whatever th
 from __future__ import annotations
 
 import math
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from onnx_quarot import _core
 from onnx_quarot.custom_op import add_hadamard
 from onnx_quarot.discovery import fingerprint
 from onnx_quarot.discovery.constants import Constant, constant, root_tensor
@@ -24,6 +27,7 @@ from onnx_quarot.transform import Rotation, hadamard
 
 Array = np.ndarray[Any, Any]
 _SLICE_ELEMENTS = 1 << 17  # of a weight, converted to float64 at a time: 1 MB, which stays in the cache
+_THREADS = min(4, os.cpu_count() or 1)
 
 
 def rotate_model(model: ir.Model, plan: Plan) -> None:
@@ -195,12 +199,27 @@ class _Recipe:
         for number, (axis, placements) in enumerate(changes or [(0, ())]):
             last = number >= len(changes) - 1
             out = np.empty(shape, dtype if last else np.float64)
-            for index in _slices(shape, axis):
-                part = np.moveaxis(x[index], axis, -1).astype(np.float64, order="C")
-                if number == 0:
+
+            def change(
+                index: tuple[slice, ...],
+                x: Array = x,
+                out: Array = out,
+                first: bool = number == 0,
+                axis: int = axis,
+                placements: Sequence[Placement] = placements,
+            ) -> None:
+                source = np.moveaxis(x[index], axis, -1)
+                part = np.empty(source.shape)
+                _copy(source, part)
+                if first:
                     self._scale(part, index, axis)
                 _rotate_features(part, placements, self.rotations, inverse=False)
-                out[index] = np.moveaxis(part, -1, axis)
+                _copy(part, np.moveaxis(out[index], axis, -1))
+
+            # Slices do not depend on each other, and everything costly in them releases the interpreter's lock.
+            with ThreadPoolExecutor(_THREADS) as pool:
+                for _ in pool.map(change, _slices(shape, axis)):
+                    pass
             x = out
         return x
 
@@ -209,6 +228,14 @@ class _Recipe:
         for axis, factor in self.factors:
             place = part.ndim - 1 if axis == last else axis - (axis > last)
             part *= factor[index[axis]].reshape([-1 if a == place else 1 for a in range(part.ndim)])
+
+
+def _copy(source: Array, target: Array) -> None:
+    """target[...] = source, one of them float64; matrices by the compiled copy, which is faster at turning them."""
+    if source.ndim == 2 and source.flags.aligned and target.flags.aligned:
+        _core.convert(source, target)
+    else:
+        target[...] = source
 
 
 def _slices(shape: tuple[int, ...], whole: int) -> Iterator[tuple[slice, ...]]:
