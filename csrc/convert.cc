@@ -1,6 +1,7 @@
 #include "convert.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
@@ -34,14 +35,13 @@ double widen(Half x) {
   return static_cast<double>(bit_cast<float>(bit_cast<std::uint32_t>(scaled) | infinite | sign));
 }
 
-// float64 to float32 by rounding to odd: a second rounding, to fewer than 22 bits, is then as good as a single one.
+// float64 to float32 by rounding to odd: a second rounding, to fewer than 22 bits, is then as good as a single one. No
+// branches: whether a weight is rounded up is as good as random.
 std::uint32_t to_odd(double x) {
   const float near = static_cast<float>(x);
   const double back = static_cast<double>(near);
-  const std::uint32_t bits = bit_cast<std::uint32_t>(near);
-  const bool away = (back > x) != (x < 0) && back != x;  // rounded away from zero
-  const bool overflow = (bits & 0x7fffffffu) == 0x7f800000u;
-  return back == x || x != x || overflow ? bits : (bits - (away ? 1u : 0u)) | 1u;
+  const std::uint32_t away = std::fabs(back) > std::fabs(x), inexact = back != x;
+  return (bit_cast<std::uint32_t>(near) - away) | inexact;
 }
 
 void narrow(double x, double& to) { to = x; }
@@ -49,7 +49,7 @@ void narrow(double x, float& to) { to = static_cast<float>(x); }
 void narrow(double x, BFloat& to) {
   const std::uint32_t bits = to_odd(x);
   const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  to.bits = static_cast<std::uint16_t>(x != x ? (bits >> 16) | 0x40u : rounded);
+  to.bits = static_cast<std::uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded);
 }
 void narrow(double x, Half& to) {
   const std::uint32_t bits = to_odd(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
@@ -63,7 +63,7 @@ void narrow(double x, Half& to) {
   to.bits = static_cast<std::uint16_t>(result | sign);
 }
 
-constexpr std::size_t kLong = 64, kShort = 8;  // a block of a transposed matrix, along its memory and across
+constexpr std::size_t kLong = 64, kShort = 8;  // a block of a transposed matrix: rows and columns
 
 template <class From, class To>
 void copy(const MatrixView& from, const MatrixView& to, std::size_t rows, std::size_t columns) {
@@ -80,16 +80,13 @@ void copy(const MatrixView& from, const MatrixView& to, std::size_t rows, std::s
     }
     return;
   }
-  // Rows are the adjacent elements of one of the two: read runs of it, turn them in a block that stays in registers and
-  // first-level cache, and write runs of the other.
+  // One of the two has adjacent rows: turn blocks that span whole cache lines of both.
   double block[kShort][kLong];
-  const bool source_rows = from.row_stride == 1;
-  const std::size_t rows_step = source_rows ? kLong : kShort, columns_step = source_rows ? kShort : kLong;
-  for (std::size_t i = 0; i < rows; i += rows_step) {
-    const std::size_t height = std::min(rows_step, rows - i);
-    for (std::size_t j = 0; j < columns; j += columns_step) {
-      const std::size_t width = std::min(columns_step, columns - j);
-      if (source_rows) {
+  for (std::size_t i = 0; i < rows; i += kLong) {
+    const std::size_t height = std::min(kLong, rows - i);
+    for (std::size_t j = 0; j < columns; j += kShort) {
+      const std::size_t width = std::min(kShort, columns - j);
+      if (from.row_stride == 1) {
         for (std::size_t b = 0; b < width; ++b) {
           const From* a = source + at(from, i, j + b);
           for (std::size_t k = 0; k < height; ++k) block[b][k] = widen(a[k]);
@@ -99,11 +96,11 @@ void copy(const MatrixView& from, const MatrixView& to, std::size_t rows, std::s
         }
       } else {
         for (std::size_t k = 0; k < height; ++k) {
-          for (std::size_t b = 0; b < width; ++b) block[k][b] = widen(source[at(from, i + k, j + b)]);
+          for (std::size_t b = 0; b < width; ++b) block[b][k] = widen(source[at(from, i + k, j + b)]);
         }
         for (std::size_t b = 0; b < width; ++b) {
           To* a = target + at(to, i, j + b);
-          for (std::size_t k = 0; k < height; ++k) narrow(block[k][b], a[static_cast<std::ptrdiff_t>(k) * to.row_stride]);
+          for (std::size_t k = 0; k < height; ++k) narrow(block[b][k], a[static_cast<std::ptrdiff_t>(k) * to.row_stride]);
         }
       }
     }

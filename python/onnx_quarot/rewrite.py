@@ -27,6 +27,7 @@ from onnx_quarot.transform import Rotation, hadamard
 
 Array = np.ndarray[Any, Any]
 _SLICE_ELEMENTS = 1 << 17  # of a weight, converted to float64 at a time: 1 MB, which stays in the cache
+_SLICE_WIDTH = 64  # at least: narrower columns of a matrix would read every cache line several times
 _THREADS = min(4, os.cpu_count() or 1)
 
 
@@ -242,8 +243,8 @@ def _slices(shape: tuple[int, ...], whole: int) -> Iterator[tuple[slice, ...]]:
     """Pieces of about ``_SLICE_ELEMENTS`` that leave axis ``whole`` in one: cut along the longest of the others."""
     others = [axis for axis in range(len(shape)) if axis != whole]
     along = max(others, key=lambda axis: shape[axis]) if others else whole
-    step = max(1, _SLICE_ELEMENTS * shape[along] // max(1, math.prod(shape))) if others else max(1, shape[along])
-    for start in range(0, shape[along], step):
+    step = max(_SLICE_WIDTH, _SLICE_ELEMENTS * shape[along] // max(1, math.prod(shape))) if others else shape[along]
+    for start in range(0, shape[along], max(1, step)):
         yield tuple(slice(start, start + step) if a == along else slice(None) for a in range(len(shape)))
 
 
