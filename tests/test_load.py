@@ -9,7 +9,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+import onnx_quarot as oq
 import small_llama
+from onnx_quarot import segments
 from onnx_quarot.errors import ModelError
 from onnx_quarot.load import external_files, load, total_bytes
 
@@ -72,3 +74,89 @@ def test_missing_and_truncated_external_data(tmp_path: Path) -> None:
     data.unlink()
     with pytest.raises(ModelError, match=r"'m\.onnx\.data' .* cannot be read"):
         load(path)
+
+
+def hub_cache(folder: Path) -> Path:
+    """A model as a Hugging Face cache holds it: links into a store of blobs."""
+    repository = folder / "models--org--name"
+    snapshot = repository / "snapshots" / "0123abc" / "onnx"
+    blobs = repository / "blobs"
+    for made in (snapshot, blobs):
+        made.mkdir(parents=True)
+    small_llama.save(folder / "model.onnx", external=True)
+    for name, blob in (("model.onnx", "aa11"), ("model.onnx.data", "bb22")):
+        (folder / name).rename(blobs / blob)
+        (snapshot / name).symlink_to(Path("../../../blobs") / blob)
+    return snapshot / "model.onnx"
+
+
+def test_a_linked_cache_is_read_and_rotated(tmp_path: Path) -> None:
+    path = hub_cache(tmp_path)
+    assert [p.name for p in external_files(load(path))] == ["bb22"]
+    report = oq.rotate(path, tmp_path / "rotated.onnx")
+    assert report.verification is not None
+    assert report.verification.worst < 1e-5
+    feeds = small_llama.decoder_feeds(small_llama.Config(), np.random.default_rng(0))
+    (a,), (b,) = (
+        segments.run_in_segments(p, feeds, ["logits"], segment_bytes=1) for p in (path, tmp_path / "rotated.onnx")
+    )
+    np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(a).max())
+
+
+def test_hard_links_and_several_files(tmp_path: Path) -> None:
+    model = small_llama.build()
+    onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, all_tensors_to_one_file=False, size_threshold=256)
+    files = external_files(load(tmp_path / "m.onnx"))
+    assert len(files) > 10
+    for number, file in enumerate(sorted(files)):
+        (tmp_path / f"link{number}").hardlink_to(file)
+    report = oq.rotate(tmp_path / "m.onnx", tmp_path / "r.onnx")
+    assert report.verification is not None
+
+
+@pytest.mark.parametrize("location", ["../secret", "sub/../../secret", "/secret"])
+def test_external_data_outside_the_folder_is_refused(tmp_path: Path, location: str) -> None:
+    (tmp_path / "secret").write_bytes(bytes(1 << 20))
+    (tmp_path / "model" / "sub").mkdir(parents=True)
+    if location.startswith("/"):
+        location = str(tmp_path / "secret")
+    path = small_llama.save(tmp_path / "model" / "m.onnx", external=True)
+    rename_data(path, location)
+    with pytest.raises(ModelError, match="lies outside the model's folder") as error:
+        load(path)
+    one_line(error)
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    path = small_llama.save(tmp_path / "model" / "m.onnx", external=True)
+    (tmp_path / "model" / "m.onnx.data").rename(tmp_path / "secret")
+    (tmp_path / "model" / "m.onnx.data").symlink_to(tmp_path / "secret")
+    with pytest.raises(ModelError, match="link to a file outside"):
+        load(path)
+    # A loop of links has no end at all.
+    (tmp_path / "model" / "m.onnx.data").unlink()
+    (tmp_path / "model" / "m.onnx.data").symlink_to("m.onnx.data")
+    with pytest.raises(ModelError, match="cannot be read"):
+        load(path)
+
+
+@pytest.mark.parametrize(("key", "value"), [("offset", "-8"), ("offset", "99999999"), ("length", "12")])
+def test_places_that_do_not_fit_are_refused(tmp_path: Path, key: str, value: str) -> None:
+    path = small_llama.save(tmp_path / "m.onnx", external=True)
+    model = onnx.load(path, load_external_data=False)
+    for entry in next(t for t in model.graph.initializer if t.external_data).external_data:
+        if entry.key == key:
+            entry.value = value
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ModelError, match=r"is truncated|shape and type need|not a readable ONNX model"):
+        load(path)
+
+
+def rename_data(path: Path, location: str) -> None:
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = location
+    path.write_bytes(model.SerializeToString())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from pathlib import Path
 
 import onnx_ir as ir
@@ -25,8 +27,8 @@ def load(path: str | Path) -> ir.Model:
         raise ModelError(f"model: {str(path)!r} {what}; give the path of an .onnx file")
     try:
         model = ir.load(path)
-    except (DecodeError, ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError) as error:
-        raise ModelError(f"model: {str(path)!r} is not a readable ONNX model ({_first_line(error)})") from error
+    except (DecodeError, ValueError, TypeError, KeyError, AttributeError, OSError, RuntimeError) as error:
+        raise ModelError(f"model: {str(path)!r} is not a readable ONNX model ({_first_line(_root(error))})") from error
     if not model.graph.outputs:
         raise ModelError(f"model: {str(path)!r} is not an ONNX model, or its graph has no outputs")
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
@@ -35,28 +37,58 @@ def load(path: str | Path) -> ir.Model:
 
 
 def _resolve_external_data(model: ir.Model, folder: Path) -> None:
-    """Check every external tensor against its file, so that a broken file is found before any work is done."""
-    sizes: dict[str, int] = {}
+    """Check every external tensor against its file, so that a broken file is found before any work is done.
+
+    A file is read only if it lies in the model's folder, or in the store that a Hugging Face cache links to.
+    """
+    files: dict[str, tuple[Path, int]] = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if tensor is None:
             raise ModelError(f"model: initializer {name!r} has no data")
         if not isinstance(tensor, ir.ExternalTensor):
             continue
-        file = str(tensor.path)
-        if file not in sizes:
+        location = str(tensor.location)
+        if location not in files:
+            path = _allowed(folder, location, name)
             try:
-                sizes[file] = Path(file).stat().st_size
+                files[location] = path, path.stat().st_size
             except OSError as error:
                 raise ModelError(
-                    f"model: external data {str(tensor.location)!r} of {name!r} cannot be read ({error.strerror})"
+                    f"model: external data {location!r} of {name!r} cannot be read ({error.strerror})"
                 ) from error
-        end = (tensor.offset or 0) + tensor.nbytes
-        if sizes[file] < end:
+        path, size = files[location]
+        needed = math.prod(tensor.shape.numpy()) * tensor.dtype.itemsize
+        if tensor.length is not None and tensor.length != math.ceil(needed):
             raise ModelError(
-                f"model: external data {str(tensor.location)!r} is truncated: {name!r} needs bytes up to {end}, "
-                f"the file has {sizes[file]}"
+                f"model: external data of {name!r} is {tensor.length} bytes, its shape and type need {needed:.0f}"
             )
+        offset = tensor.offset or 0
+        if offset < 0 or size < offset + needed:
+            raise ModelError(
+                f"model: external data {location!r} is truncated: {name!r} needs bytes {offset} to "
+                f"{offset + needed:.0f}, the file has {size}"
+            )
+        # By its real path and without a base folder: where it may lie was decided here, and onnx_ir would refuse the
+        # links of caches.
+        value.const_value = ir.ExternalTensor(
+            path, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=tensor.name,
+            doc_string=tensor.doc_string,
+        )  # fmt: skip
+
+
+def _allowed(folder: Path, location: str, name: str) -> Path:
+    """The real path of an external file, if the model may read it."""
+    real_folder, real = (Path(os.path.realpath(p)) for p in (folder, folder / location))
+    if Path(location).is_absolute() or not Path(os.path.abspath(folder / location)).is_relative_to(folder.absolute()):
+        raise ModelError(f"model: external data {location!r} of {name!r} lies outside the model's folder")
+    if real.is_relative_to(real_folder):
+        return real
+    # <cache>/models--org--name/snapshots/<revision>/... links to <cache>/models--org--name/blobs/<hash>.
+    for snapshot in (real_folder, *real_folder.parents):
+        if snapshot.parent.name == "snapshots" and real.parent == snapshot.parent.parent / "blobs":
+            return real
+    raise ModelError(f"model: external data {location!r} of {name!r} is a link to a file outside the model's folder")
 
 
 def external_files(model: ir.Model) -> set[Path]:
@@ -69,6 +101,13 @@ def external_files(model: ir.Model) -> set[Path]:
 def total_bytes(model: ir.Model) -> int:
     """Bytes of all initializers."""
     return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+
+
+def _root(error: BaseException) -> BaseException:
+    """What went wrong, below the serializer's account of where it was."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,6 +6,7 @@ Runtime cannot compute in on a CPU (bfloat16) are widened to float32 on the way.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import onnxruntime as ort
 
 from onnx_quarot import custom_op
 from onnx_quarot.errors import ModelError
-from onnx_quarot.load import load
+from onnx_quarot.load import external_files, load
 
 Array = np.ndarray[Any, Any]
 SEGMENT_BYTES = 256 << 20
@@ -87,12 +88,13 @@ def _run(
     model: ir.Model, path: Path, nodes: list[ir.Node], inputs: dict[str, Array], outputs: list[str], wide: bool
 ) -> list[Array]:
     graph = onnx.GraphProto(name="segment")
+    folder = os.path.commonpath([path.parent.resolve(), *(f.parent for f in external_files(model))])
     for node in nodes:
         graph.node.append(ir.serde.serialize_node(node))
     for name in dict.fromkeys(name for node in nodes for name in _reads(node)):
         value = model.graph.initializers.get(name)
         if value is not None and name not in inputs:
-            graph.initializer.append(_tensor(value, wide))
+            graph.initializer.append(_tensor(value, folder, wide))
     for name, array in inputs.items():
         kind = ir.DataType.from_numpy(array.dtype)
         graph.input.append(onnx.helper.make_tensor_value_info(name, kind, array.shape))
@@ -111,7 +113,7 @@ def _run(
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
     options.add_session_config_entry("session.x64quantprecision", "1")
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent.resolve()))
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     custom_op.register(options)
     try:
         session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -122,11 +124,15 @@ def _run(
     return result
 
 
-def _tensor(value: ir.Value, wide: bool) -> onnx.TensorProto:
+def _tensor(value: ir.Value, folder: str, wide: bool) -> onnx.TensorProto:
     tensor = value.const_value
     assert tensor is not None
     if not wide or tensor.dtype != ir.DataType.BFLOAT16:
-        return ir.serde.serialize_tensor(tensor)
+        proto = ir.serde.serialize_tensor(tensor)
+        for entry in proto.external_data:
+            if entry.key == "location":
+                entry.value = os.path.relpath(entry.value, folder)
+        return proto
     array = tensor.numpy().astype(np.float32)
     if isinstance(tensor, ir.ExternalTensor):
         tensor.release()
