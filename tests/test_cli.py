@@ -246,12 +246,13 @@ def test_interrupt_is_one_line_and_leaves_nothing(model: Path, tmp_path: Path) -
     os.mkfifo(fifo)  # a text that never comes
     arguments = command("quantize", model, tmp_path / "out.onnx", "--calibration", fifo, "--tokenizer", fifo)
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    writer = None
     try:
         deadline = time.monotonic() + 60
-        # Opening the pipe's other end succeeds once the command waits for it.
+        # Opening the pipe's other end succeeds once the command waits for it. It stays open, or the text would end.
         while time.monotonic() < deadline:
             try:
-                os.close(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK))
+                writer = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
                 break
             except OSError:
                 if process.poll() is not None:
@@ -261,6 +262,8 @@ def test_interrupt_is_one_line_and_leaves_nothing(model: Path, tmp_path: Path) -
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
+        if writer is not None:
+            os.close(writer)
     assert process.returncode == 130
     assert errors == "error: interrupted\n"
     assert [path.name for path in tmp_path.iterdir()] == ["slow.txt"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from . import __version__
-from .console import OneLineErrors, common, progress, rotation_options, show, text_options, tokenizer_for
+from .console import OneLineErrors, common, progress, rotation_options, show, text_options, tokenizer_for, write_text
 from .errors import ConfigError
 
 # As in `scheme`, which takes half a second to import: too long for -h.
@@ -42,6 +42,7 @@ def cli(context: click.Context) -> None:
 @click.argument("model", type=click.Path(path_type=Path))
 @rotation_options
 @click.option("--write-config", type=click.Path(path_type=Path), help="Write what was found for R1 to this file.")
+@click.option("--html", type=click.Path(path_type=Path), help="Draw the rotations into this page.")
 @common
 def discover(
     model: Path,
@@ -50,6 +51,7 @@ def discover(
     config: Path | None,
     seed: int | None,
     write_config: Path | None,
+    html: Path | None,
     as_json: bool,
 ) -> None:
     """Show what can be rotated in MODEL, at what cost, and what was declined and why.
@@ -57,6 +59,7 @@ def discover(
     \b
     Example (models of onnx-quarot demo --output smollm2):
       onnx-quarot discover smollm2/float/model.onnx --write-config rotation_config.json
+      onnx-quarot discover smollm2/float/model.onnx --html rotations.html
     """
     from . import pipeline
     from .report import plan_table
@@ -66,7 +69,12 @@ def discover(
         from .load import load
         from .rotation_config import write_rotation_config
 
-        write_config.write_text(json.dumps(write_rotation_config(load(model), plan), indent=1) + "\n")
+        write_text(write_config, json.dumps(write_rotation_config(load(model), plan), indent=1) + "\n")
+    if html is not None:
+        from .load import load
+        from .plan_page import plan_page
+
+        write_text(html, plan_page(load(model), plan, title=f"Rotations of {model.name}"))
     show(as_json, plan.to_json, lambda: plan_table(plan))
 
 

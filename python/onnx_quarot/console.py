@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
-from .errors import OnnxQuarotError
+from .errors import OnnxQuarotError, SaveError
 from .progress import Progress, terminal_progress
 
 KINDS = ("R1", "R2", "R3", "R4")
@@ -171,3 +171,11 @@ def show(as_json: bool, facts: Callable[[], Any], table: Callable[[], Any]) -> N
 def progress() -> Progress:
     """Where commands show what they do."""
     return terminal_progress(sys.stderr)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that was asked for. Raises SaveError in one line."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise SaveError(f"output: {str(path)!r} cannot be written ({error.strerror})") from error
