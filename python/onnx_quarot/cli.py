@@ -190,6 +190,7 @@ def quantize(
 )
 @text_options
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of the runtime.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write a page: figures, outliers, noise by layer, times.")
 @common
 def evaluate(
     reference: Path,
@@ -199,6 +200,7 @@ def evaluate(
     window_length: int,
     windows: int | None,
     threads: int,
+    html: Path | None,
     as_json: bool,
 ) -> None:
     """Compare CANDIDATE with REFERENCE on the same data: accuracy, size and speed.
@@ -206,7 +208,7 @@ def evaluate(
     \b
     Example (models of onnx-quarot demo --output smollm2):
       onnx-quarot evaluate smollm2/float/model.onnx smollm2/a8w8-quarot/model.onnx \\
-        --data smollm2/evaluation.txt --windows 4
+        --data smollm2/evaluation.txt --windows 4 --html evaluation.html
     """
     from .evaluation import evaluate as run
     from .info import metrics_table
@@ -221,6 +223,20 @@ def evaluate(
         threads=threads,
         progress=progress(),
     )
+    if html is not None:
+        from .evaluation_page import evaluation_page
+
+        page = evaluation_page(
+            reference,
+            candidate,
+            metrics,
+            data,
+            tokenizer=tokenizer_for(data, reference, tokenizer),
+            window=window_length,
+            threads=threads,
+            progress=progress(),
+        )
+        write_text(html, page)
     show(as_json, metrics.to_json, lambda: metrics_table(metrics))
 
 

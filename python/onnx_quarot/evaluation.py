@@ -176,6 +176,25 @@ def model_size(path: ModelPath) -> int:
     return sum(found.stat().st_size for found in {file, *external})
 
 
+def fitted(model: ModelPath, specs: Sequence[InputSpec], batch: Batch) -> dict[str, Array]:
+    """What `model`, whose inputs are `specs`, takes of a batch made for its reference. DataError if it does not fit."""
+    feeds: dict[str, Array] = {}
+    for spec in specs:
+        if spec.name not in batch:
+            raise DataError(f"{os.fspath(model)} has an input {spec.name!r} which the reference lacks")
+        array = batch[spec.name]
+        if array.dtype != spec.dtype:
+            if array.size != 0 or spec.shape is None or len(spec.shape) != array.ndim:
+                raise DataError(
+                    f"{os.fspath(model)}: input {spec.name!r} takes {spec.dtype}, the data has {array.dtype}"
+                )
+            # an empty cache: the candidate's may hold quantized numbers, several to an element
+            dims = [dim if isinstance(dim, int) else array.shape[i] for i, dim in enumerate(spec.shape)]
+            array = np.zeros(dims, spec.dtype)
+        feeds[spec.name] = array
+    return feeds
+
+
 class _Run:
     """One open model and what was seen of it so far."""
 
@@ -190,7 +209,7 @@ class _Run:
         self.decode: list[float] = []
 
     def run(self, batch: Batch, outputs: Sequence[str]) -> list[Array]:
-        feeds = {spec.name: self._fit(batch, spec) for spec in self.specs}
+        feeds = fitted(self.path, self.specs, batch)
         start = time.perf_counter()
         try:
             results: list[Array] = self.session.run(list(outputs), feeds)
@@ -202,18 +221,6 @@ class _Run:
         if ids is not None:
             self.prefill.append(ids.size / seconds)
         return results
-
-    def _fit(self, batch: Batch, spec: InputSpec) -> Array:
-        if spec.name not in batch:
-            raise DataError(f"{os.fspath(self.path)} has an input {spec.name!r} which the reference lacks")
-        array = batch[spec.name]
-        if array.dtype == spec.dtype:
-            return array
-        if array.size == 0 and spec.shape is not None and len(spec.shape) == array.ndim:
-            # an empty cache: the candidate's may hold quantized numbers, several to an element
-            dims = [dim if isinstance(dim, int) else array.shape[i] for i, dim in enumerate(spec.shape)]
-            return np.zeros(dims, spec.dtype)
-        raise DataError(f"{os.fspath(self.path)}: input {spec.name!r} takes {spec.dtype}, the data has {array.dtype}")
 
     def figures(self) -> ModelFigures:
         return ModelFigures(

@@ -16,6 +16,7 @@ from onnx_quarot.errors import ConfigError, DataError, ModelError
 from onnx_quarot.load import external_files, load
 from onnx_quarot.plan import ROTATIONS, Plan
 from onnx_quarot.progress import NullProgress, Progress
+from onnx_quarot.provenance import record
 from onnx_quarot.qdq import linear_sites, quantize_linears
 from onnx_quarot.report import Report, Stopwatch
 from onnx_quarot.rewrite import rotate_model
@@ -182,6 +183,7 @@ def _rotated(
     """Stage the rotated model and prove that it is the same function."""
     with clock.step("rotate"), show.task("rotating weights", len(model.graph.initializers)) as task:
         rotate_model(model, plan)
+        record(model, plan)
         staged = stage(model, target, folder, on_tensor=task.advance)
     if not verify:
         return staged, None

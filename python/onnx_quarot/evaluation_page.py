@@ -1,0 +1,218 @@
+"""An evaluation as one self-contained HTML page: figures, outliers, noise by layer, time by operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from math import ceil, floor, log10
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnx_quarot.data import as_batches, input_specs
+from onnx_quarot.errors import DataError
+from onnx_quarot.evaluation import Metrics, ModelFigures, fitted
+from onnx_quarot.layers import LayerFigures, compare_layers
+from onnx_quarot.op_times import op_times
+from onnx_quarot.progress import Progress
+
+Array = np.ndarray[Any, Any]
+_BEFORE, _AFTER = "#c2410c", "#1d4ed8"
+_PICTURES = 6  # layers whose channels are drawn
+_BINS = 240  # of a picture; the loudest channel of each is drawn
+_WIDTH, _HEIGHT = 860, 200
+
+
+def evaluation_page(
+    reference: Path,
+    candidate: Path,
+    metrics: Metrics,
+    data: object,
+    *,
+    tokenizer: object = None,
+    window: int = 512,
+    threads: int = 1,
+    progress: Progress | None = None,
+) -> str:
+    """The page for `metrics`, with what the first batch of `data` (as for `evaluate`) shows about every layer.
+
+    Raises what `evaluate` does, and ModelError if the two models have no linear layer in common.
+    """
+    specs = input_specs(reference)
+    batch = next(iter(as_batches(data, specs, tokenizer=tokenizer, window=window, limit=1)), None)
+    if batch is None:
+        raise DataError("data: holds no batch; at least one is needed")
+    feeds = (fitted(reference, specs, batch), fitted(candidate, input_specs(candidate), batch))
+    layers = compare_layers(reference, candidate, feeds, progress=progress)
+    times = [op_times(path, fed, threads=threads) for path, fed in zip((reference, candidate), feeds, strict=True)]
+    return render(metrics, layers, times)
+
+
+def render(metrics: Metrics, layers: Sequence[LayerFigures], times: Sequence[Mapping[str, float]]) -> str:
+    """The page from its figures."""
+    ratios = [layer.outlier_ratios() for layer in layers]
+    kurtoses = [layer.kurtosis for layer in layers]
+    loudest = sorted(range(len(layers)), key=lambda i: -ratios[i][0])[:_PICTURES]
+    sections = [
+        ("Figures", _table(metrics)),
+        (
+            "Outliers of every layer's input: loudest channel over median channel",
+            _lines(layers, [[r[0] for r in ratios], [r[1] for r in ratios]], "times", logarithmic=True),
+        ),
+        (
+            "Kurtosis of every layer's input (3 is a normal distribution)",
+            _lines(layers, [[k[0] for k in kurtoses], [k[1] for k in kurtoses]], "kurtosis", logarithmic=True),
+        ),
+        (
+            "Signal over noise: quantization of the input, and the output beside the reference's",
+            _lines(
+                layers,
+                [[x.input_sqnr for x in layers], [x.output_sqnr for x in layers]],
+                "dB",
+                names=("input", "output"),
+            )
+            + _worst(layers),
+        ),
+        (
+            "Largest magnitude of every channel, for the layers with the loudest",
+            _pictures([layers[i] for i in loudest]),
+        ),
+        ("Where the time goes, in milliseconds a run", _times(times)),
+    ]
+    body = "\n".join(f"<h2>{escape(title)}</h2>\n{content}" for title, content in sections)
+    title = f"{Path(metrics.candidate.path).name} beside {Path(metrics.reference.path).name}"
+    return _PAGE.format(title=escape(title), body=body, before=_BEFORE, after=_AFTER)
+
+
+def _table(metrics: Metrics) -> str:
+    def number(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    rows: list[tuple[str, Callable[[ModelFigures], str]]] = [
+        ("size, MB", lambda m: f"{m.size_bytes / 1e6:,.1f}"),
+        ("perplexity", lambda m: number(m.perplexity, ".3f")),
+        ("prefill, tokens/s", lambda m: number(m.prefill_tokens_per_second, ".0f")),
+        ("decode, tokens/s", lambda m: number(m.decode_tokens_per_second, ".1f")),
+    ]
+    lines = [
+        f"<tr><th>{name}</th><td>{show(metrics.reference)}</td><td>{show(metrics.candidate)}</td></tr>"
+        for name, show in rows
+        if show(metrics.reference) or show(metrics.candidate)
+    ]
+    both: list[tuple[str, str]] = [
+        ("perplexity, times the reference's", number(metrics.perplexity_ratio, ".4f")),
+        ("KL divergence, nats", number(metrics.kl_divergence, ".5f")),
+        ("same most likely token", number(metrics.top1_agreement, ".2%")),
+        *((f"cosine of {name}", f"{value:.5f}") for name, value in metrics.cosine.items()),
+    ]
+    lines += [f"<tr><th>{escape(n)}</th><td></td><td>{v}</td></tr>" for n, v in both if v]
+    head = "<tr><th></th><th>reference</th><th>candidate</th></tr>"
+    count = f"{metrics.tokens:,} predictions" if metrics.tokens else f"{metrics.windows} batches"
+    return f"<table>{head}{''.join(lines)}</table><p>{count}.</p>"
+
+
+def _lines(
+    layers: Sequence[LayerFigures],
+    series: Sequence[Sequence[float | None]],
+    unit: str,
+    *,
+    names: tuple[str, str] = ("reference", "candidate"),
+    logarithmic: bool = False,
+) -> str:
+    """One dot a layer and series, over the layers in the order of the graph."""
+    known = [v for values in series for v in values if v is not None and np.isfinite(v)]
+    if not known:
+        return "<p>None of the layers has this figure.</p>"
+
+    def scaled(value: float) -> float:
+        return log10(max(value, 1e-6)) if logarithmic else value
+
+    low, high = (f(scaled(v)) for f, v in ((floor, min(known)), (ceil, max(known))))
+    step = max(1, ceil((high - low) / 5))
+    high = low + step * max(1, ceil((high - low) / step))
+    parts = []
+    for tick in range(low, high + 1, step):
+        y = _HEIGHT - (tick - low) / (high - low) * (_HEIGHT - 16) - 8
+        label = f"{10.0**tick:g}" if logarithmic else f"{tick}"
+        parts.append(f'<line x1="46" x2="{_WIDTH}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
+        parts.append(f'<text x="42" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
+    for values, colour, name in zip(series, (_BEFORE, _AFTER), names, strict=True):
+        for i, value in enumerate(values):
+            if value is None or not np.isfinite(value):
+                continue
+            x = 52 + i / max(1, len(layers) - 1) * (_WIDTH - 62)
+            y = _HEIGHT - (scaled(value) - low) / (high - low) * (_HEIGHT - 16) - 8
+            tip = escape(f"{layers[i].name}: {name} {value:.3g} {unit}")
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6" fill="{colour}"><title>{tip}</title></circle>')
+    legend = "".join(
+        f'<span class="key"><i style="background:{c}"></i>{n}</span>'
+        for c, n in zip((_BEFORE, _AFTER), names, strict=True)
+    )
+    return f'<p>{legend}</p><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg>'
+
+
+def _worst(layers: Sequence[LayerFigures]) -> str:
+    known = sorted((x for x in layers if x.output_sqnr is not None), key=lambda x: x.output_sqnr or 0.0)[:8]
+    if not known:
+        return ""
+    lines = "".join(
+        f"<tr><td>{escape(x.name)}</td><td>{'' if x.input_sqnr is None else f'{x.input_sqnr:.1f}'}</td>"
+        f"<td>{x.output_sqnr:.1f}</td></tr>"
+        for x in known
+    )
+    return f"<table><tr><th>the noisiest outputs</th><th>input, dB</th><th>output, dB</th></tr>{lines}</table>"
+
+
+def _pictures(layers: Sequence[LayerFigures]) -> str:
+    figures = []
+    for layer in layers:
+        top = max(float(p.max()) for p in layer.peaks) or 1.0
+        halves = []
+        for peaks, colour, name in zip(layer.peaks, (_BEFORE, _AFTER), ("reference", "candidate"), strict=True):
+            bins = np.array_split(peaks, min(_BINS, peaks.size))
+            heights = [float(b.max()) / top * 90 for b in bins]
+            bars = "".join(f"M{i * 400 / len(bins):.1f} 96v-{max(h, 0.5):.1f}" for i, h in enumerate(heights))
+            halves.append(
+                f'<svg viewBox="0 0 400 112" role="img"><path d="{bars}" stroke="{colour}" stroke-width="1.4"/>'
+                f'<text x="0" y="110">{name}: largest {peaks.max():.3g}, median {np.median(peaks):.3g}</text></svg>'
+            )
+        figures.append(f"<figure><figcaption>{escape(layer.name)}</figcaption>{''.join(halves)}</figure>")
+    return f'<div class="pictures">{"".join(figures)}</div>'
+
+
+def _times(times: Sequence[Mapping[str, float]]) -> str:
+    longest = max((sum(t.values()) for t in times), default=1.0)
+    parts = []
+    for name, found in zip(("reference", "candidate"), times, strict=True):
+        total = sum(found.values())
+        shown = list(found.items())[:8]
+        shown.append(("the rest", total - sum(v for _, v in shown)))
+        lines = ""
+        for op, ms in shown:
+            bar = f'<i class="bar" style="width:{ms / longest * 420:.0f}px"></i>'
+            lines += f"<tr><td>{escape(op)}</td><td>{ms:.1f}</td><td>{bar}</td></tr>"
+        parts.append(f"<table><tr><th>{name}</th><th>{total:.1f}</th><th></th></tr>{lines}</table>")
+    return "".join(parts)
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+ body {{ font: 14px/1.45 system-ui, sans-serif; color: #0f172a; margin: 2rem auto; max-width: 58rem; padding: 0 1rem }}
+ h1 {{ font-size: 1.35rem }} h2 {{ font-size: 1.05rem; margin-top: 2rem }}
+ table {{ border-collapse: collapse; margin: .6rem 0 }} td, th {{ padding: .2rem .8rem .2rem 0; text-align: left }}
+ td + td, th + th {{ text-align: right; font-variant-numeric: tabular-nums }} td:has(.bar) {{ text-align: left }}
+ tr {{ border-bottom: 1px solid #e2e8f0 }}
+ svg {{ width: 100%; height: auto }} svg text {{ font-size: 11px; fill: #475569 }} .grid {{ stroke: #e2e8f0 }}
+ .key {{ margin-right: 1.2rem }} .key i {{ display: inline-block; width: .7rem; height: .7rem; border-radius: 50%;
+   margin-right: .4rem }}
+ .bar {{ display: inline-block; height: .7rem; background: {after} }}
+ .pictures figure {{ display: grid; grid-template-columns: 1fr 1fr; gap: 0 1rem; margin: .8rem 0 }}
+ figcaption {{ grid-column: 1 / 3; color: #475569 }}
+</style></head><body>
+<h1>{title}</h1>
+{body}
+</body></html>
+"""

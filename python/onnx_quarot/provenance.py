@@ -1,0 +1,62 @@
+"""What a rotated model says about itself, in its metadata: which inner values are in another basis, and in which.
+
+Evaluation reads it to compare inner values with the original's; people can read it to see what was done.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_quarot.errors import ConfigError, ModelError
+from onnx_quarot.plan import Placement, Plan
+from onnx_quarot.rewrite import change_basis
+from onnx_quarot.transform import Rotation
+
+Array = np.ndarray[Any, Any]
+KEY = "onnx_quarot.bases"
+
+
+@dataclass(frozen=True)
+class Bases:
+    """The recorded bases: values by name, rotations by id."""
+
+    values: dict[str, tuple[Placement, ...]]
+    rotations: dict[str, Rotation]
+
+    def undo(self, name: str, x: Array) -> Array:
+        """``x``, the value ``name`` of the rotated model, [..., features], in the original basis; float32."""
+        placements = self.values.get(name, ())
+        if not placements:
+            return x
+        turned = change_basis(x.astype(np.float64), x.ndim - 1, placements, self.rotations, inverse=True)
+        return turned.astype(np.float32)
+
+
+def record(model: ir.Model, plan: Plan) -> None:
+    """Write the bases of ``plan`` into the metadata of the model it was applied to."""
+    values = {name: [[p.offset, p.length, p.rotation] for p in placements] for name, placements in plan.bases.items()}
+    rotations = {name: rotation.to_json() for name, rotation in plan.rotations.items()}
+    text = json.dumps({"version": 1, "values": values, "rotations": rotations}, separators=(",", ":"))
+    model.metadata_props[KEY] = text
+
+
+def recorded(model: ir.Model) -> Bases:
+    """What :func:`record` wrote; empty for a model without. Raises ModelError for a record that cannot be read."""
+    text = model.metadata_props.get(KEY)
+    if text is None:
+        return Bases({}, {})
+    try:
+        data = json.loads(text)
+        if data["version"] != 1:
+            raise ConfigError(f"version {data['version']!r}")
+        return Bases(
+            {name: tuple(Placement(o, n, r) for o, n, r in ps) for name, ps in data["values"].items()},
+            {name: Rotation.from_json(r) for name, r in data["rotations"].items()},
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ModelError(f"model: its metadata entry {KEY!r} cannot be read ({error})") from error
