@@ -14,7 +14,7 @@ namespace {
 std::string number(std::size_t value) { return std::to_string(value); }
 
 // Scratch of ordinary sizes lives on the stack: a malloc would be a large part of a short call.
-constexpr std::size_t kStackScratch = 32768;
+constexpr std::size_t kStackScratch = 65536;
 
 struct AlignedDelete {
   void operator()(unsigned char* p) const { ::operator delete[](p, std::align_val_t{kScratchAlignment}); }

@@ -15,6 +15,7 @@ void wide_blocks(const Job& job) {
   const V one = opaque<V>(1.0f);
   const V scale = V{} + static_cast<C>(job.scale);
   const std::size_t block = job.order * job.power;
+  [[maybe_unused]] const bool pairs = kPaired<T> && job.power > kLanes<T>;
 
   // Adjacent rows are one long row of blocks, unless signs tell them apart.
   std::size_t rows = job.rows, blocks = job.blocks;
@@ -29,18 +30,27 @@ void wide_blocks(const Job& job) {
     T* out = static_cast<T*>(job.out) + static_cast<std::ptrdiff_t>(r) * job.out_stride;
     if (job.order == 1) {
       C* values = direct ? reinterpret_cast<C*>(out) : reinterpret_cast<C*>(scratch + layout.values);
-      power_rows(Source<T, SignIn>{in, job.signs}, values, direct ? block : 0, Sink<T, finish>{out, job.signs, scale},
-                    blocks, sign_step, block, one);
+      const Rows<C> between{values, block, direct ? kEveryRow : block * sizeof(C) <= kTwoRowsBytes ? kTwoRows : 0};
+      power_rows(Source<T, SignIn>{in, job.signs}, between, Sink<T, finish>{out, job.signs, scale}, blocks, sign_step,
+                 block, one);
       continue;
     }
     for (std::size_t b = 0; b < blocks; ++b, in += block, out += block) {
       const float* signs = job.signs + b * sign_step;
       C* values = direct ? reinterpret_cast<C*>(out) : reinterpret_cast<C*>(scratch + layout.values);
-      power_rows(Source<T, SignIn>{in, signs}, values, job.power, Sink<C, Finish::none>{values, nullptr, one},
-                    job.order, job.power, job.power, one);
+      power_rows(Source<T, SignIn>{in, signs}, Rows<C>{values, job.power, kEveryRow},
+                 Sink<C, Finish::none>{values, nullptr, one}, job.order, job.power, job.power, one);
       order_step(values, job.power, job.order, job.codes, job.transpose, scratch + layout.table, scale, one);
       if constexpr (!direct || SignOut) {
         const Sink<T, finish> sink{out, signs, one};
+        if constexpr (kPaired<T>) {
+          if (pairs) {
+            for (std::size_t i = 0; i < block; i += 2 * kLanes<T>) {
+              sink.put_pair(i, load(values + i), load(values + i + kLanes<T>));
+            }
+            continue;
+          }
+        }
         for (std::size_t i = 0; i < block; i += kLanes<T>) sink.put(i, load(values + i));
       }
     }

@@ -1,6 +1,7 @@
 // The transform, written once. Included by each file in isa/, which names the vector width and what the registers hold:
 //   ONNX_QUAROT_BLOCK_VECTORS   vectors of the first pass, kept in registers (a power of two)
 //   ONNX_QUAROT_MAX_RADIX       largest radix of a strided pass
+//   ONNX_QUAROT_FUSED_DIFFERENCE  1: subtract by fused multiply-add
 // Stages run in the same order whatever the width: element bits from low to high, then the step of order K. Sums are
 // therefore formed in the same order on every CPU, and results agree bit for bit.
 #include "kernels.h"
@@ -13,22 +14,35 @@ namespace {
 
 constexpr std::size_t kBlockVectors = ONNX_QUAROT_BLOCK_VECTORS;
 constexpr std::size_t kMaxRadix = ONNX_QUAROT_MAX_RADIX;
+constexpr bool kFusedDifference = ONNX_QUAROT_FUSED_DIFFERENCE != 0;
 constexpr std::size_t kL1Bytes = 32768;    // rows up to here are transformed in first-level cache
 constexpr std::size_t kChunkBytes = 16384; // pieces of longer ones
 
 // Where values come from: an array, multiplied by signs if there are any.
 template <class T, bool Signed>
 struct Source {
+  static constexpr bool paired = kPaired<T>;
+  using Vector = typename Compute<T>::Vector;
   const T* values;
   const float* signs;
-  ONNX_QUAROT_INLINE typename Compute<T>::Vector get(std::size_t i) const {
-    typename Compute<T>::Vector v = load(values + i);
+  ONNX_QUAROT_INLINE Vector get(std::size_t i) const {
+    Vector v = load(values + i);
     if constexpr (Signed) {
-      typename Compute<T>::Vector s;
+      Vector s;
       load_signs(signs + i, s);
       v *= s;
     }
     return v;
+  }
+  // Two vectors of elements, those of even index and those of odd index.
+  ONNX_QUAROT_INLINE void get_pair(std::size_t i, Vector& even, Vector& odd) const {
+    load_pair(values + i, even, odd);
+    if constexpr (Signed) {
+      Vector e, o;
+      load_pair(signs + i, e, o);
+      even *= e;
+      odd *= o;
+    }
   }
   ONNX_QUAROT_INLINE Source at(std::size_t i) const { return at(i, i); }
   ONNX_QUAROT_INLINE Source at(std::size_t i, std::size_t sign) const {
@@ -41,17 +55,32 @@ enum class Finish { none, scale, scale_and_sign };
 // Where values go.
 template <class T, Finish F>
 struct Sink {
+  static constexpr bool paired = kPaired<T>;
+  using Vector = typename Compute<T>::Vector;
   T* values;
   const float* signs;
-  typename Compute<T>::Vector factor;
-  ONNX_QUAROT_INLINE void put(std::size_t i, typename Compute<T>::Vector v) const {
+  Vector factor;
+  ONNX_QUAROT_INLINE void put(std::size_t i, Vector v) const {
     if constexpr (F != Finish::none) v *= factor;
     if constexpr (F == Finish::scale_and_sign) {
-      typename Compute<T>::Vector s;
+      Vector s;
       load_signs(signs + i, s);
       v *= s;
     }
     store(values + i, v);
+  }
+  ONNX_QUAROT_INLINE void put_pair(std::size_t i, Vector even, Vector odd) const {
+    if constexpr (F != Finish::none) {
+      even *= factor;
+      odd *= factor;
+    }
+    if constexpr (F == Finish::scale_and_sign) {
+      Vector e, o;
+      load_pair(signs + i, e, o);
+      even *= e;
+      odd *= o;
+    }
+    store_pair(values + i, even, odd);
   }
   ONNX_QUAROT_INLINE Sink at(std::size_t i) const { return at(i, i); }
   ONNX_QUAROT_INLINE Sink at(std::size_t i, std::size_t sign) const {
@@ -59,20 +88,33 @@ struct Sink {
   }
 };
 
+constexpr std::size_t kEveryRow = ~std::size_t{0}, kTwoRows = 1;
+
+// Where rows stay between passes: row i at `values` + i `step`, or every second row in the same place.
+template <class C>
+struct Rows {
+  C* values;
+  std::size_t step;
+  std::size_t mask;  // of row numbers
+  ONNX_QUAROT_INLINE C* at(std::size_t i) const { return values + (i & mask) * step; }
+};
+
+// On CPUs that run additions and fused multiply-adds on different units, subtractions are made the latter: the product
+// by an opaque 1 is exact. Where a multiply-add borrows a port of the adders (Zen 3), that costs instead.
 template <class V>
 ONNX_QUAROT_INLINE V difference(V a, V b, V one) {
-#if defined(__FMA__)
-  return a - one * b;
-#else
-  (void)one;
-  return a - b;
-#endif
+  if constexpr (kFusedDifference) {
+    return a - one * b;
+  } else {
+    (void)one;
+    return a - b;
+  }
 }
 
-// Butterflies between R vectors, neighbours first.
-template <std::size_t R, std::size_t H = 1, class V>
+// Butterflies between R vectors, neighbours first, from distance H to below End.
+template <std::size_t R, std::size_t H = 1, std::size_t End = R, class V>
 ONNX_QUAROT_INLINE void butterflies(V* x, V one) {
-  if constexpr (H < R) {
+  if constexpr (H < End) {
 #pragma GCC unroll 64
     for (std::size_t i = 0; i < R; ++i) {
       if ((i & H) != 0) continue;
@@ -80,45 +122,68 @@ ONNX_QUAROT_INLINE void butterflies(V* x, V one) {
       x[i] = a + b;
       x[i + H] = difference(a, b, one);
     }
-    butterflies<R, 2 * H>(x, one);
+    butterflies<R, 2 * H, End>(x, one);
   }
 }
 
-// R adjacent vectors, transformed in registers.
+// R adjacent vectors, transformed in registers. A paired type arrives with even and odd elements apart, which makes
+// its first stage one between vectors, and stays so: passes over whole vectors do not mind, and the last one brings
+// them together.
 template <std::size_t R, class In, class Out, class V>
 ONNX_QUAROT_INLINE void block_pass(In in, Out out, V one) {
   constexpr std::size_t lanes = sizeof(V) / sizeof(one[0]);
+  constexpr bool pairs = In::paired && R > 1;
+  V x[R];
+  if constexpr (pairs) {
+#pragma GCC unroll 64
+    for (std::size_t i = 0; i < R; i += 2) in.get_pair(i * lanes, x[i], x[i + 1]);
+    butterflies<R, 1, 2>(x, one);
+  } else {
+#pragma GCC unroll 64
+    for (std::size_t i = 0; i < R; ++i) x[i] = in.get(i * lanes);
+  }
+  lane_stages<R>(x);
+  butterflies<R, pairs ? 2 : 1>(x, one);
+  if constexpr (Out::paired && R > 1) {
+#pragma GCC unroll 64
+    for (std::size_t i = 0; i < R; i += 2) out.put_pair(i * lanes, x[i], x[i + 1]);
+  } else {
+#pragma GCC unroll 64
+    for (std::size_t i = 0; i < R; ++i) out.put(i * lanes, x[i]);
+  }
+}
+
+// One or, for a paired type, two adjacent columns of R vectors `step` elements apart.
+template <std::size_t R, class In, class Out, class V>
+ONNX_QUAROT_INLINE void column_pass(In in, Out out, std::size_t step, V one) {
+  constexpr std::size_t lanes = sizeof(V) / sizeof(one[0]);
   V x[R];
 #pragma GCC unroll 64
-  for (std::size_t i = 0; i < R; ++i) x[i] = in.get(i * lanes);
-  lane_stages<R>(x);
+  for (std::size_t i = 0; i < R; ++i) x[i] = in.get(i * step);
   butterflies<R>(x, one);
+  if constexpr (Out::paired) {
+    V odd[R];
 #pragma GCC unroll 64
-  for (std::size_t i = 0; i < R; ++i) out.put(i * lanes, x[i]);
+    for (std::size_t i = 0; i < R; ++i) odd[i] = in.get(i * step + lanes);
+    butterflies<R>(odd, one);
+#pragma GCC unroll 64
+    for (std::size_t i = 0; i < R; ++i) out.put_pair(i * step, x[i], odd[i]);
+  } else {
+#pragma GCC unroll 64
+    for (std::size_t i = 0; i < R; ++i) out.put(i * step, x[i]);
+  }
 }
 
 // Butterflies of radix R between elements `step` apart, for R * step adjacent elements.
 template <std::size_t R, class In, class Out, class V>
-ONNX_QUAROT_INLINE void strided_pass(In in, Out out, std::size_t step, V one) {
-  constexpr std::size_t lanes = sizeof(V) / sizeof(one[0]);
-  for (std::size_t j = 0; j < step; j += lanes) {
-    V x[R];
-#pragma GCC unroll 64
-    for (std::size_t i = 0; i < R; ++i) x[i] = in.get(i * step + j);
-    butterflies<R>(x, one);
-#pragma GCC unroll 64
-    for (std::size_t i = 0; i < R; ++i) out.put(i * step + j, x[i]);
-  }
-}
-
-template <std::size_t R, class In, class Out, class V>
 __attribute__((noinline)) void last_pass(In in, Out out, std::size_t step, V one) {
-  strided_pass<R>(in, out, step, one);
+  constexpr std::size_t width = (Out::paired ? 2 : 1) * sizeof(V) / sizeof(one[0]);
+  for (std::size_t j = 0; j < step; j += width) column_pass<R>(in.at(j), out.at(j), step, one);
 }
 
-// How a row too long for two passes is cut: the radix of its last pass, 8 as often as possible, after the first pass in
-// first-level cache and after chunks of it beyond. Not more than 8: longer columns at power-of-two distances evict each
-// other.
+// How a row too long for two passes is cut: the radix of its last pass, 8 as often as possible, after the first passes
+// in first-level cache and after chunks of it beyond. Not more than 8: longer columns at power-of-two distances evict
+// each other.
 ONNX_QUAROT_INLINE std::size_t last_radix(std::size_t n, std::size_t element_bytes, std::size_t block) {
   const std::size_t first = n * element_bytes <= kL1Bytes ? block : kChunkBytes / element_bytes;
   unsigned doublings = 0;
@@ -132,27 +197,41 @@ void one_pass_rows(In in, Out out, std::size_t count, std::size_t sign_step, V o
   for (std::size_t i = 0; i < count; ++i) block_pass<R>(in.at(i * n, i * sign_step), out.at(i * n, i * sign_step), one);
 }
 
+// Rows of R blocks. The first pass keeps the arithmetic units busy and the second one loads and stores: the second pass
+// of a row runs piece by piece between the pieces of the next row's first pass.
 template <std::size_t R, class In, class Out, class C, class V>
-void two_pass_rows(In in, C* values, std::size_t values_step, Out out, std::size_t count, std::size_t sign_step, V one) {
-  constexpr std::size_t block = kBlockVectors * sizeof(V) / sizeof(C), n = R * block;
-  for (std::size_t i = 0; i < count; ++i) {
+void two_pass_rows(In in, Rows<C> rows, Out out, std::size_t count, std::size_t sign_step, V one) {
+  constexpr std::size_t lanes = sizeof(V) / sizeof(C), block = kBlockVectors * lanes, n = R * block;
+  constexpr std::size_t width = (Out::paired ? 2 : 1) * lanes, columns = block / width;
+  constexpr std::size_t pieces = R < columns ? R : columns;
+  const auto row_sink = [&](std::size_t i) { return Sink<C, Finish::none>{rows.at(i), nullptr, one}; };
+  if (count == 0) return;
+  one_pass_rows<kBlockVectors>(in, row_sink(0), R, block, one);
+  for (std::size_t i = 1; i < count; ++i) {
     const In from = in.at(i * n, i * sign_step);
-    C* row = values + i * values_step;
-    const Sink<C, Finish::none> to{row, nullptr, one};
-    for (std::size_t b = 0; b < n; b += block) block_pass<kBlockVectors>(from.at(b), to.at(b), one);
-    strided_pass<R>(Source<C, false>{row, nullptr}, out.at(i * n, i * sign_step), block, one);
+    const Sink<C, Finish::none> to = row_sink(i);
+    const Source<C, false> before{rows.at(i - 1), nullptr};
+    const Out done = out.at((i - 1) * n, (i - 1) * sign_step);
+    std::size_t b = 0, c = 0;
+    for (std::size_t piece = 0; piece < pieces; ++piece) {
+#pragma GCC unroll 1
+      for (std::size_t k = 0; k < R / pieces; ++k, b += block) block_pass<kBlockVectors>(from.at(b), to.at(b), one);
+#pragma GCC unroll 1
+      for (std::size_t k = 0; k < columns / pieces; ++k, c += width) column_pass<R>(before.at(c), done.at(c), block, one);
+    }
   }
+  last_pass<R>(Source<C, false>{rows.at(count - 1), nullptr}, out.at((count - 1) * n, (count - 1) * sign_step), block, one);
 }
 
 // H_n of `count` adjacent rows of n elements, n a power of two and at least a vector. The signs of a row begin
-// `sign_step` after those of the row before. `values` holds what is between passes, `values_step` apart: memory of its
-// own, or the rows of `out`.
+// `sign_step` after those of the row before. `rows` is where they are between passes: memory of its own, or the rows of
+// `out`.
 template <class In, class Out, class C, class V>
-void power_rows(In in, C* values, std::size_t values_step, Out out, std::size_t count, std::size_t sign_step,
-                std::size_t n, V one) {
+void power_rows(In in, Rows<C> rows, Out out, std::size_t count, std::size_t sign_step, std::size_t n, V one) {
   static_assert(kBlockVectors == 8 || kBlockVectors == 16);
   static_assert(kMaxRadix == 8 || kMaxRadix == 16 || kMaxRadix == 32);
   constexpr std::size_t lanes = sizeof(V) / sizeof(C), block = kBlockVectors * lanes;
+  static_assert(block * kMaxRadix * sizeof(C) <= kTwoRowsBytes);
   if (n <= block) {
     switch (n / lanes) {
       case 1:
@@ -170,23 +249,23 @@ void power_rows(In in, C* values, std::size_t values_step, Out out, std::size_t 
   if (n <= block * kMaxRadix) {
     switch (n / block) {
       case 2:
-        return two_pass_rows<2>(in, values, values_step, out, count, sign_step, one);
+        return two_pass_rows<2>(in, rows, out, count, sign_step, one);
       case 4:
-        return two_pass_rows<4>(in, values, values_step, out, count, sign_step, one);
+        return two_pass_rows<4>(in, rows, out, count, sign_step, one);
       case 8:
-        return two_pass_rows<8>(in, values, values_step, out, count, sign_step, one);
+        return two_pass_rows<8>(in, rows, out, count, sign_step, one);
       case 16:
-        if constexpr (kMaxRadix >= 16) return two_pass_rows<16>(in, values, values_step, out, count, sign_step, one);
+        if constexpr (kMaxRadix >= 16) return two_pass_rows<16>(in, rows, out, count, sign_step, one);
         [[fallthrough]];
       default:
-        return two_pass_rows<kMaxRadix>(in, values, values_step, out, count, sign_step, one);
+        return two_pass_rows<kMaxRadix>(in, rows, out, count, sign_step, one);
     }
   }
   const std::size_t radix = last_radix(n, sizeof(C), block), part = n / radix;
   for (std::size_t i = 0; i < count; ++i) {
-    C* row = values + i * values_step;
+    C* row = rows.at(i);
     const Sink<C, Finish::none> to{row, nullptr, one};
-    power_rows(in.at(i * n, i * sign_step), row, part, to, radix, part, part, one);
+    power_rows(in.at(i * n, i * sign_step), Rows<C>{row, part, kEveryRow}, to, radix, part, part, one);
     const Source<C, false> from{row, nullptr};
     const Out last = out.at(i * n, i * sign_step);
     if (radix == 8) {

@@ -9,6 +9,8 @@ namespace onnx_quarot {
 namespace {
 
 constexpr std::size_t kScratchAlignment = 64;
+// Rows up to here are worked on two at a time, and have room for two.
+constexpr std::size_t kTwoRowsBytes = 32768;
 
 // Offsets in bytes. `lanes` is the number of elements computed in one vector.
 struct ScratchLayout {
@@ -30,7 +32,8 @@ constexpr ScratchLayout scratch_layout(std::size_t order, std::size_t power, std
   const bool packs = power < lanes;
   const std::size_t elements = order * (packs ? lanes : power);
   ScratchLayout layout{};
-  layout.table = packs || element_bytes != compute_bytes ? padded(elements * compute_bytes) : 0;
+  const std::size_t row_bytes = packs || element_bytes != compute_bytes ? padded(elements * compute_bytes) : 0;
+  layout.table = order == 1 && row_bytes <= kTwoRowsBytes ? 2 * row_bytes : row_bytes;
   layout.gathered = layout.table + (order > 1 ? padded(order / 4 * 16 * vector_bytes) : 0);
   layout.scattered = layout.gathered + (packs ? padded(elements * element_bytes) : 0);
   layout.signs = layout.scattered + (packs ? padded(elements * element_bytes) : 0);

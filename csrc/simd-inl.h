@@ -24,6 +24,7 @@ typedef float FloatsAnywhere __attribute__((vector_size(kVectorBytes), aligned(4
 typedef double DoublesAnywhere __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
 typedef float HalfFloatsAnywhere __attribute__((vector_size(kVectorBytes / 2), aligned(4), may_alias));
 typedef std::uint32_t Words __attribute__((vector_size(kVectorBytes)));
+typedef std::uint32_t WordsAnywhere __attribute__((vector_size(kVectorBytes), aligned(2), may_alias));
 typedef std::int32_t Ints __attribute__((vector_size(kVectorBytes)));
 typedef std::uint16_t Shorts __attribute__((vector_size(kVectorBytes / 2)));
 typedef std::uint16_t ShortsAnywhere __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
@@ -98,6 +99,39 @@ ONNX_QUAROT_INLINE void store(BFloat* p, Floats v) {
   const Words nan = reinterpret_cast<Words>(v != v);
   const Words rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
   store_words(&p->bits, (nan != 0u ? bits | 0x400000u : rounded) >> 16);
+}
+
+// bfloat16 is the upper half of float: two of them in a word become floats, and back, by shifts and masks alone, where
+// converting adjacent elements takes a shuffle. So it is loaded and stored in pairs of vectors, those of even elements
+// and those of odd ones.
+template <class T>
+constexpr bool kPaired = false;
+template <>
+constexpr bool kPaired<BFloat> = true;
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "pairs are read as words");
+
+ONNX_QUAROT_INLINE void load_pair(const BFloat* p, Floats& even, Floats& odd) {
+  const Words words = *reinterpret_cast<const WordsAnywhere*>(p);
+  even = reinterpret_cast<Floats>(words << 16);
+  odd = reinterpret_cast<Floats>(words & 0xffff0000u);
+}
+// To nearest even, in the upper half. A carry turns no NaN into a number: NaNs come from a bfloat16 or from an invalid
+// operation, and both leave the lower half zero.
+ONNX_QUAROT_INLINE Words rounded(Floats v) {
+  const Words bits = reinterpret_cast<Words>(v);
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+ONNX_QUAROT_INLINE void store_pair(BFloat* p, Floats even, Floats odd) {
+  *reinterpret_cast<WordsAnywhere*>(p) = (rounded(even) >> 16) | (rounded(odd) & 0xffff0000u);
+}
+template <int... I>
+ONNX_QUAROT_INLINE void load_pair(const float* p, Floats& even, Floats& odd, Indices<I...>) {
+  const Floats low = load(p), high = load(p + sizeof...(I));
+  even = __builtin_shufflevector(low, high, (2 * I)...);
+  odd = __builtin_shufflevector(low, high, (2 * I + 1)...);
+}
+ONNX_QUAROT_INLINE void load_pair(const float* p, Floats& even, Floats& odd) {
+  load_pair(p, even, odd, LanesOf<Floats>{});
 }
 
 #if defined(__AVX512F__)

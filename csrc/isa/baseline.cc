@@ -2,6 +2,7 @@
 #define ONNX_QUAROT_VECTOR_BYTES 16
 #define ONNX_QUAROT_BLOCK_VECTORS 8
 #define ONNX_QUAROT_MAX_RADIX 8
+#define ONNX_QUAROT_FUSED_DIFFERENCE 0
 #include "kernel-inl.h"
 
 ONNX_QUAROT_KERNELS(baseline_kernels, "baseline")

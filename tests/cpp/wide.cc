@@ -2,6 +2,7 @@
 #define ONNX_QUAROT_VECTOR_BYTES 64
 #define ONNX_QUAROT_BLOCK_VECTORS 16
 #define ONNX_QUAROT_MAX_RADIX 32
+#define ONNX_QUAROT_FUSED_DIFFERENCE 1
 #include "kernel-inl.h"
 
 namespace onnx_quarot {
