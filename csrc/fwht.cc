@@ -1,8 +1,11 @@
 #include "fwht.h"
 
 #include <cmath>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <new>
+#include <numeric>
 
 #include "kernels.h"
 #include "orders.h"
@@ -10,6 +13,12 @@
 
 namespace onnx_quarot {
 namespace {
+
+unsigned log2_of(std::size_t power_of_two) {
+  unsigned log2 = 0;
+  for (; power_of_two > 1; power_of_two /= 2) ++log2;
+  return log2;
+}
 
 std::string number(std::size_t value) { return std::to_string(value); }
 
@@ -35,20 +44,43 @@ std::size_t element_size(DType dtype) {
   return 4;
 }
 
-Factors factorize(std::size_t n) {
-  if (n == 0) throw UnsupportedOrder("size 0 has no Hadamard matrix: it must be at least 1");
+namespace {
+
+// What is left to the power of two where K is a product: enough to fill the vectors of every CPU.
+constexpr unsigned kSplitLog2Power = 4;
+
+Factors find_factors(std::size_t n) {
   std::size_t odd = n;
   unsigned twos = 0;
   for (; odd % 2 == 0; odd /= 2) ++twos;
-  if (odd == 1) return {1, twos};
+  // The orders with the smallest sum: a step costs about as many additions an element as its order has fours.
+  std::size_t best = 0, best_sum = 0;
   for (unsigned used = 2; used <= twos; ++used) {
-    const std::size_t k = odd << used;
-    if (k >> used != odd) break;
-    if (order_exists(k)) return {k, twos - used};
+    const std::vector<std::size_t> orders = order_factors(odd << used);
+    if (orders.empty() || (orders.size() > 1 && used + kSplitLog2Power > twos)) continue;
+    const std::size_t sum = std::accumulate(orders.begin(), orders.end(), std::size_t{0});
+    if (best == 0 || sum < best_sum) {
+      best = odd << used;
+      best_sum = sum;
+    }
   }
+  if (best != 0) return {best, static_cast<unsigned>(twos - log2_of(best / odd))};
   throw UnsupportedOrder("size " + number(n) + " = " + number(odd) + " * 2^" + std::to_string(twos) +
                          " has no Hadamard matrix here: it must be K * 2^m for a supported order K; a block_size that "
                          "divides it can be used instead");
+}
+
+}  // namespace
+
+Factors factorize(std::size_t n) {
+  if (n == 0) throw UnsupportedOrder("size 0 has no Hadamard matrix: it must be at least 1");
+  if ((n & (n - 1)) == 0) return {1, log2_of(n)};
+  static std::mutex mutex;
+  static std::map<std::size_t, Factors> found;
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto entry = found.find(n);
+  if (entry == found.end()) entry = found.emplace(n, find_factors(n)).first;
+  return entry->second;
 }
 
 bool has_order(std::size_t n) {
@@ -101,15 +133,17 @@ void Transform::rows(const void* in, void* out, std::size_t rows, std::ptrdiff_t
   job.out_stride = out_stride;
   job.order = order_ == nullptr ? 1 : order_->k;
   job.power = power_;
-  if (order_ != nullptr) job.codes = transpose_ ? order_->codes_transposed.data() : order_->codes.data();
+  if (order_ != nullptr) {
+    job.steps = transpose_ ? order_->steps_transposed.data() : order_->steps.data();
+    job.step_count = order_->steps.size();
+  }
   job.signs = signs;
   job.sign_step = signs_length_ == size_ ? block_ : 0;
   job.transpose = transpose_;
   job.scale = scale_;
 
   const std::size_t compute_size = dtype_ == DType::float64 ? sizeof(double) : sizeof(float);
-  const std::size_t needed =
-      scratch_layout(job.order, job.power, element_size(dtype_), compute_size, kernels_->vector_bytes).total;
+  const std::size_t needed = scratch_layout(job, element_size(dtype_), compute_size, kernels_->vector_bytes).total;
   alignas(kScratchAlignment) unsigned char local[kStackScratch];
   std::unique_ptr<unsigned char[], AlignedDelete> heap;
   job.scratch = local;

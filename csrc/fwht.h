@@ -1,8 +1,8 @@
 // Walsh-Hadamard transforms of the last axis: the whole C++ interface of the kernel.
 //
 // A block of n = K 2^m values is multiplied, as a row vector, by H_n = H_K (x) H_{2^m}, where H_{2^m} is Sylvester's
-// matrix and H_K the matrix of orders.h (K = 1, or the smallest order with the odd part of n). The matrix depends on n
-// alone: not on the type, the CPU or the build.
+// matrix and H_K the matrix of orders.h: K = 1, or an order with the odd part of n, itself a product of small ones where
+// n has the twos for it. The matrix depends on n alone: not on the type, the CPU or the build.
 #ifndef ONNX_QUAROT_FWHT_H
 #define ONNX_QUAROT_FWHT_H
 

@@ -10,7 +10,7 @@ void wide_blocks(const Job& job) {
   using V = typename Compute<T>::Vector;
   constexpr bool direct = sizeof(T) == sizeof(C);  // values can be kept in the output
   constexpr Finish finish = SignOut ? Finish::scale_and_sign : Finish::scale;
-  const ScratchLayout layout = scratch_layout(job.order, job.power, sizeof(T), sizeof(C), kVectorBytes);
+  const ScratchLayout layout = scratch_layout(job, sizeof(T), sizeof(C), kVectorBytes);
   char* scratch = static_cast<char*>(job.scratch);
   const V one = opaque<V>(1.0f);
   const V scale = V{} + static_cast<C>(job.scale);
@@ -40,7 +40,7 @@ void wide_blocks(const Job& job) {
       C* values = direct ? reinterpret_cast<C*>(out) : reinterpret_cast<C*>(scratch + layout.values);
       power_rows(Source<T, SignIn>{in, signs}, Rows<C>{values, job.power, kEveryRow},
                  Sink<C, Finish::none>{values, nullptr, one}, job.order, job.power, job.power, one);
-      order_step(values, job.power, job.order, job.codes, job.transpose, scratch + layout.table, scale, one);
+      order_steps(values, job.power, job, scratch, layout, scale, one);
       if constexpr (!direct || SignOut) {
         const Sink<T, finish> sink{out, signs, one};
         if constexpr (kPaired<T>) {
@@ -84,7 +84,7 @@ void narrow_blocks(const Job& job) {
   using V = typename Compute<T>::Vector;
   constexpr std::size_t lanes = kLanes<T>;
   constexpr Finish finish = SignOut ? Finish::scale_and_sign : Finish::scale;
-  const ScratchLayout layout = scratch_layout(job.order, job.power, sizeof(T), sizeof(C), kVectorBytes);
+  const ScratchLayout layout = scratch_layout(job, sizeof(T), sizeof(C), kVectorBytes);
   char* scratch = static_cast<char*>(job.scratch);
   C* values = reinterpret_cast<C*>(scratch + layout.values);
   T* gathered = reinterpret_cast<T*>(scratch + layout.gathered);
@@ -115,7 +115,7 @@ void narrow_blocks(const Job& job) {
       for (std::size_t k = 0; k < order; ++k) {
         store(values + k * lanes, lane_stages_below<1>(source.get(k * lanes), power));
       }
-      order_step(values, lanes, order, job.codes, job.transpose, scratch + layout.table, scale, one);
+      order_steps(values, lanes, job, scratch, layout, scale, one);
       for (std::size_t i = 0; i < order * lanes; i += lanes) sink.put(i, load(values + i));
     }
     for (std::size_t u = 0; u < count; ++u) {

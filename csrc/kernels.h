@@ -7,6 +7,13 @@
 
 namespace onnx_quarot {
 
+// One step of order K: columns of K elements are multiplied by +-H_K.
+struct OrderStep {
+  std::size_t order;
+  const std::uint8_t* codes;  // as in Order
+  bool halved;                // codes are those of half the order, as Order says
+};
+
 // A row is `blocks` adjacent blocks of `order` * `power` elements. Distances are in elements.
 struct Job {
   const void* in;
@@ -17,7 +24,8 @@ struct Job {
   std::ptrdiff_t out_stride;
   std::size_t order;            // K
   std::size_t power;            // M = 2^m
-  const std::uint8_t* codes;    // Order::codes of the matrix to multiply by; null for K = 1
+  const OrderStep* steps;       // their orders have the product K; null for K = 1
+  std::size_t step_count;
   const float* signs;           // null: none
   std::size_t sign_step;        // from the signs of one block to those of the next: 0 or the block size
   bool transpose;

@@ -80,45 +80,115 @@ __attribute__((noinline)) void small_order(C* values, std::size_t step, V scale,
   }
 }
 
-// R outputs of one column: `codes` point at the first output's entry of group 0 and are `order` apart.
-template <std::size_t R, class C, class V>
-ONNX_QUAROT_INLINE void table_outputs(const std::uint8_t* codes, std::size_t order, const char* table, C* values,
-                                      std::size_t step, V scale) {
-  constexpr std::size_t unit = sizeof(V) / 8;  // a code is 8 times the index of a table entry
-  V sum[R];
+// R outputs of W vectors each from `groups` groups: `codes` point at the first output's entry of group 0 and are
+// `outputs` apart; sums begin with `sum` or, for the first groups of all, with the first entry.
+template <std::size_t R, std::size_t W, class V>
+ONNX_QUAROT_INLINE void table_sums(const std::uint8_t* codes, std::size_t outputs, std::size_t groups, bool first,
+                                   const V* table, V* sums) {
+  constexpr std::size_t unit = W * sizeof(V) / 8;  // a code is 8 times the index of a table entry, which is W vectors
+  const char* bytes = reinterpret_cast<const char*>(table);
+  V sum[R][W];
+  std::size_t g = 0;
+  if (first) {
 #pragma GCC unroll 64
-  for (std::size_t r = 0; r < R; ++r) sum[r] = *reinterpret_cast<const V*>(table + codes[r] * unit);
-  for (std::size_t g = 1; g < order / 4; ++g) {
-    codes += order;
-    table += 16 * sizeof(V);
+    for (std::size_t r = 0; r < R; ++r) {
+      const V* entry = reinterpret_cast<const V*>(bytes + codes[r] * unit);
+      for (std::size_t w = 0; w < W; ++w) sum[r][w] = entry[w];
+    }
+    g = 1;
+  } else {
 #pragma GCC unroll 64
-    for (std::size_t r = 0; r < R; ++r) sum[r] += *reinterpret_cast<const V*>(table + codes[r] * unit);
+    for (std::size_t r = 0; r < R; ++r) {
+      for (std::size_t w = 0; w < W; ++w) sum[r][w] = sums[W * r + w];
+    }
+  }
+  for (; g < groups; ++g) {
+    const std::uint8_t* code = codes + g * outputs;
+    const char* group = bytes + g * 16 * W * sizeof(V);
+#pragma GCC unroll 64
+    for (std::size_t r = 0; r < R; ++r) {
+      const V* entry = reinterpret_cast<const V*>(group + code[r] * unit);
+      for (std::size_t w = 0; w < W; ++w) sum[r][w] += entry[w];
+    }
   }
 #pragma GCC unroll 64
-  for (std::size_t r = 0; r < R; ++r) store(values + r * step, sum[r] * scale);
+  for (std::size_t r = 0; r < R; ++r) {
+    for (std::size_t w = 0; w < W; ++w) sums[W * r + w] = sum[r][w];
+  }
+}
+
+// W vectors of every input times a matrix of +-1 given by codes, left in `sums`, [outputs][W]. input(i, v) gives the
+// vectors of input i.
+template <std::size_t W, class V, class Input>
+ONNX_QUAROT_INLINE void table_product(Input input, std::size_t n, const std::uint8_t* codes, V* table, V* sums, V one) {
+  const std::size_t groups = (n + 3) / 4;
+  for (std::size_t done = 0; done < groups; done += table_groups(sizeof(V))) {
+    const std::size_t count = groups - done < table_groups(sizeof(V)) ? groups - done : table_groups(sizeof(V));
+    for (std::size_t g = 0; g < count; ++g) {
+      V x[4][W] = {};
+      for (std::size_t i = 0; i < 4 && 4 * (done + g) + i < n; ++i) input(4 * (done + g) + i, x[i]);
+#pragma GCC unroll 4
+      for (std::size_t v = 0; v < W; ++v) {
+        V entries[8];
+        signed_sums(x[0][v], x[1][v], x[2][v], x[3][v], entries, one);
+#pragma GCC unroll 64
+        for (std::size_t e = 0; e < 8; ++e) {
+          table[W * (16 * g + 8 + e) + v] = entries[e];
+          table[W * (16 * g + 7 - e) + v] = -entries[e];
+        }
+      }
+    }
+    const std::uint8_t* code = codes + done * n;
+    std::size_t b = 0;
+    for (; b + 12 / W <= n; b += 12 / W) table_sums<12 / W, W>(code + b, n, count, done == 0, table, sums + W * b);
+    for (; b < n; b += 2) table_sums<2, W>(code + b, n, count, done == 0, table, sums + W * b);
+  }
+}
+
+template <std::size_t W, class C, class V>
+ONNX_QUAROT_INLINE void table_columns(C* column, std::size_t step, const OrderStep& order, V* table, V* sums, V scale,
+                                      V one) {
+  constexpr std::size_t lanes = sizeof(V) / sizeof(C);
+  table_product<W>(
+      [&](std::size_t i, V* x) {
+        for (std::size_t w = 0; w < W; ++w) x[w] = load(column + i * step + w * lanes);
+      },
+      order.order, order.codes, table, sums, one);
+  for (std::size_t i = 0; i < order.order; ++i) {
+    for (std::size_t w = 0; w < W; ++w) store(column + i * step + w * lanes, sums[W * i + w] * scale);
+  }
 }
 
 // Any order, from the codes of its matrix.
 template <class C, class V>
-__attribute__((noinline)) void table_order(C* values, std::size_t step, std::size_t order, const std::uint8_t* codes, void* scratch, V scale,
-                 V one) {
-  V* table = static_cast<V*>(scratch);
-  for (std::size_t j = 0; j < step; j += sizeof(V) / sizeof(C)) {
-    for (std::size_t g = 0; g < order / 4; ++g) {
-      const C* x = values + 4 * g * step + j;
-      V sums[8];
-      signed_sums(load(x), load(x + step), load(x + 2 * step), load(x + 3 * step), sums, one);
-#pragma GCC unroll 64
-      for (std::size_t e = 0; e < 8; ++e) {
-        table[16 * g + 8 + e] = sums[e];
-        table[16 * g + 7 - e] = -sums[e];
+__attribute__((noinline)) void table_order(C* values, std::size_t step, const OrderStep& order, char* table_bytes,
+                                           char* sums_bytes, V scale, V one) {
+  constexpr std::size_t lanes = sizeof(V) / sizeof(C);
+  V* table = reinterpret_cast<V*>(table_bytes);
+  V* sums = reinterpret_cast<V*>(sums_bytes);
+  if (order.halved) {
+    for (std::size_t j = 0; j < step; j += lanes) {
+      C* column = values + j;
+      table_product<2>(
+          [&](std::size_t i, V* x) {
+            const V a = load(column + 2 * i * step), b = load(column + (2 * i + 1) * step);
+            x[0] = a + b;
+            x[1] = difference(a, b, one);
+          },
+          order.order / 2, order.codes, table, sums, one);
+      for (std::size_t i = 0; i < order.order / 2; ++i) {
+        C* even = column + 2 * i * step;
+        C* odd = even + step;
+        const V a = load(even), b = load(odd);
+        store(even, (sums[2 * i] - (b + b)) * scale);
+        store(odd, (sums[2 * i + 1] - (a + a)) * scale);
       }
     }
-    const char* bytes = static_cast<const char*>(scratch);
-    std::size_t b = 0;
-    for (; b + 12 <= order; b += 12) table_outputs<12>(codes + b, order, bytes, values + b * step + j, step, scale);
-    for (; b < order; b += 4) table_outputs<4>(codes + b, order, bytes, values + b * step + j, step, scale);
+    return;
   }
+  std::size_t j = 0;
+  for (; j + 2 * lanes <= step; j += 2 * lanes) table_columns<2>(values + j, step, order, table, sums, scale, one);
+  for (; j < step; j += lanes) table_columns<1>(values + j, step, order, table, sums, scale, one);
 }
 
 template <std::size_t T, class V>
@@ -126,11 +196,11 @@ ONNX_QUAROT_INLINE void small_order(float* values, std::size_t step, bool transp
   return transpose ? small_order<T, true>(values, step, scale, one) : small_order<T, false>(values, step, scale, one);
 }
 
-// values[b] <- scale * sum over a of values[a] H[a][b], for `step` adjacent columns. `codes` are those of H or H^T, as
-// `transpose` says.
-ONNX_QUAROT_INLINE void order_step(float* values, std::size_t step, std::size_t order, const std::uint8_t* codes,
-                                   bool transpose, void* scratch, Floats scale, Floats one) {
-  switch (order) {
+// values[b] <- scale * sum over a of values[a] H[a][b], for `step` adjacent columns; the codes are those of H or of H^T,
+// as `transpose` says.
+ONNX_QUAROT_INLINE void order_step(float* values, std::size_t step, const OrderStep& order, bool transpose, char* table,
+                                   char* sums, Floats scale, Floats one) {
+  switch (order.order) {
     case 12:
       return small_order<3>(values, step, transpose, scale, one);
     case 20:
@@ -139,13 +209,29 @@ ONNX_QUAROT_INLINE void order_step(float* values, std::size_t step, std::size_t 
       return small_order<7>(values, step, transpose, scale, one);
     case 36:
       return small_order<9>(values, step, transpose, scale, one);
+    case 44:
+      return small_order<11>(values, step, transpose, scale, one);
     default:
-      return table_order(values, step, order, codes, scratch, scale, one);
+      return table_order(values, step, order, table, sums, scale, one);
   }
 }
-ONNX_QUAROT_INLINE void order_step(double* values, std::size_t step, std::size_t order, const std::uint8_t* codes, bool,
-                                   void* scratch, Doubles scale, Doubles one) {
-  return table_order(values, step, order, codes, scratch, scale, one);
+ONNX_QUAROT_INLINE void order_step(double* values, std::size_t step, const OrderStep& order, bool, char* table, char* sums,
+                                   Doubles scale, Doubles one) {
+  return table_order(values, step, order, table, sums, scale, one);
+}
+
+// All steps of a block of K columns, `step` adjacent ones at a time: innermost factor first, the scale with the last.
+template <class C, class V>
+void order_steps(C* values, std::size_t step, const Job& job, char* scratch, const ScratchLayout& layout, V scale, V one) {
+  const std::size_t total = job.order * step;
+  for (std::size_t i = job.step_count; i-- > 0;) {
+    const OrderStep& order = job.steps[i];
+    for (std::size_t start = 0; start < total; start += order.order * step) {
+      order_step(values + start, step, order, job.transpose, scratch + layout.table, scratch + layout.sums,
+                 i == 0 ? scale : one, one);
+    }
+    step *= order.order;
+  }
 }
 
 }  // namespace

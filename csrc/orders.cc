@@ -1,9 +1,12 @@
 #include "orders.h"
 
+#include <array>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <string>
+#include <utility>
 
 #include "fwht.h"
 #include "williamson-inl.h"
@@ -229,61 +232,153 @@ Matrix turyn_matrix() {
   return goethals_seidel(rows);
 }
 
-Matrix construct(std::size_t k) {
-  if (k == 1) return {1};
-  if ((k & (k - 1)) == 0) return doubled(construct(k / 2), k / 2);
-  if (k % 8 == 4) {
-    if (const WilliamsonSeed* seed = find_williamson(k / 4)) return williamson(*seed);
-  }
-  if (const OrbitSeed* seed = find_orbit_seed(k)) return orbit_matrix(*seed);
-  if (k == kTurynOrder) return turyn_matrix();
-  if (has_paley1(k)) return paley1(k);
-  if (has_paley2(k)) return paley2(k);
-  return doubled(construct(k / 2), k / 2);
+// The construction of an order: Paley's second one where there is a choice, because its step takes half the work.
+enum class Construction { none, sylvester, williamson, paley2, orbits, turyn, paley1, doubled };
+
+Construction construction(std::size_t k) {
+  if (k == 0 || k > kLargestOrder) return Construction::none;
+  if ((k & (k - 1)) == 0) return Construction::sylvester;
+  if (k % 4 != 0) return Construction::none;
+  const bool unrolled = k % 8 == 4 && k <= kLargestUnrolledOrder && find_williamson(k / 4) != nullptr;
+  if (unrolled) return Construction::williamson;
+  if (has_paley2(k)) return Construction::paley2;
+  if (k % 8 == 4 && find_williamson(k / 4) != nullptr) return Construction::williamson;
+  if (find_orbit_seed(k) != nullptr) return Construction::orbits;
+  if (k == kTurynOrder) return Construction::turyn;
+  if (has_paley1(k)) return Construction::paley1;
+  if (k % 8 == 0 && construction(k / 2) != Construction::none) return Construction::doubled;
+  return Construction::none;
 }
 
-std::vector<std::uint8_t> make_codes(const Matrix& h, std::size_t k, bool transpose) {
-  std::vector<std::uint8_t> codes(k / 4 * k);
-  for (std::size_t g = 0; g < k / 4; ++g) {
-    for (std::size_t b = 0; b < k; ++b) {
+Matrix construct(std::size_t k) {
+  switch (construction(k)) {
+    case Construction::williamson:
+      return williamson(*find_williamson(k / 4));
+    case Construction::paley2:
+      return paley2(k);
+    case Construction::orbits:
+      return orbit_matrix(*find_orbit_seed(k));
+    case Construction::turyn:
+      return turyn_matrix();
+    case Construction::paley1:
+      return paley1(k);
+    default:
+      return k == 1 ? Matrix{1} : doubled(construct(k / 2), k / 2);
+  }
+}
+
+// The smallest order with this odd part, 0 if there is none.
+std::size_t smallest_order(std::size_t odd) {
+  for (std::size_t k = 4 * odd; k <= kLargestOrder; k *= 2) {
+    if (construction(k) != Construction::none) return k;
+  }
+  return 0;
+}
+
+std::size_t sum(const std::vector<std::size_t>& values) { return std::accumulate(values.begin(), values.end(), std::size_t{0}); }
+
+// k as a product of smallest orders, from `least` on, with the smallest sum; empty if there is none. k is not a power of
+// two.
+std::vector<std::size_t> product(std::size_t k, std::size_t least) {
+  std::size_t odd = k;
+  while (odd % 2 == 0) odd /= 2;
+  std::vector<std::size_t> best;
+  for (std::size_t divisor = 3; divisor <= odd; divisor += 2) {
+    if (odd % divisor != 0) continue;
+    const std::size_t first = smallest_order(divisor);
+    if (first < least || first == 0 || k % first != 0) continue;
+    std::vector<std::size_t> found = {first};
+    if (first != k) {
+      if (odd == divisor) continue;
+      const std::vector<std::size_t> rest = product(k / first, first);
+      if (rest.empty()) continue;
+      found.insert(found.end(), rest.begin(), rest.end());
+    }
+    if (best.empty() || sum(found) < sum(best)) best = std::move(found);
+  }
+  return best;
+}
+
+// Of n by n values at distances `row` and `column`; a last group of two lacks its upper bits.
+std::vector<std::uint8_t> make_codes(const Matrix& h, std::size_t n, std::size_t row, std::size_t column) {
+  const std::size_t groups = (n + 3) / 4;
+  std::vector<std::uint8_t> codes(groups * n);
+  for (std::size_t g = 0; g < groups; ++g) {
+    for (std::size_t b = 0; b < n; ++b) {
       unsigned bits = 0;
-      for (std::size_t i = 0; i < 4; ++i) {
-        const std::size_t a = 4 * g + i;
-        if ((transpose ? h[b * k + a] : h[a * k + b]) > 0) bits |= 1u << i;
+      for (std::size_t i = 0; i < 4 && 4 * g + i < n; ++i) {
+        if (h[(4 * g + i) * row + b * column] > 0) bits |= 1u << i;
       }
-      codes[g * k + b] = static_cast<std::uint8_t>(8 * bits);
+      codes[g * n + b] = static_cast<std::uint8_t>(8 * bits);
     }
   }
   return codes;
 }
 
+// What is made is kept until the end of the process.
+struct Store {
+  std::mutex mutex;
+  std::map<std::size_t, std::unique_ptr<const Order>> orders;
+  std::map<std::size_t, std::array<std::vector<std::uint8_t>, 2>> codes;  // by order: of H and of H^T
+};
+
+OrderStep make_step(Store& store, std::size_t k, bool transpose) {
+  const bool halved = construction(k) == Construction::paley2;
+  std::array<std::vector<std::uint8_t>, 2>& codes = store.codes[k];
+  if (codes[0].empty()) {
+    const Matrix h = construct(k);
+    codes[0] = halved ? make_codes(h, k / 2, 2 * k, 2) : make_codes(h, k, k, 1);
+    codes[1] = halved ? codes[0] : make_codes(h, k, 1, k);
+  }
+  return {k, codes[transpose ? 1 : 0].data(), halved};
+}
+
 }  // namespace
 
-bool order_exists(std::size_t k) {
-  if (k == 0 || k > kLargestOrder) return false;
-  if ((k & (k - 1)) == 0) return true;
-  if (k % 4 != 0) return false;
-  return (k % 8 == 4 && find_williamson(k / 4) != nullptr) || find_orbit_seed(k) != nullptr ||
-         k == kTurynOrder || has_paley1(k) || has_paley2(k) || (k % 8 == 0 && order_exists(k / 2));
+std::vector<std::size_t> order_factors(std::size_t k) {
+  if (k == 0) return {};
+  if ((k & (k - 1)) == 0) return k <= kLargestOrder ? std::vector<std::size_t>{k} : std::vector<std::size_t>{};
+  const std::vector<std::size_t> factors = product(k, 0);
+  if (!factors.empty()) return factors;
+  return construction(k) != Construction::none ? std::vector<std::size_t>{k} : std::vector<std::size_t>{};
 }
 
 const Order& order(std::size_t k) {
-  if (!order_exists(k)) {
-    throw UnsupportedOrder("order " + std::to_string(k) + ": no Hadamard matrix of this order is available");
-  }
-  static std::mutex mutex;
-  static std::map<std::size_t, std::unique_ptr<const Order>> made;
-  const std::lock_guard<std::mutex> lock(mutex);
-  std::unique_ptr<const Order>& entry = made[k];
+  static Store store;
+  const std::lock_guard<std::mutex> lock(store.mutex);
+  std::unique_ptr<const Order>& entry = store.orders[k];
   if (entry == nullptr) {
     auto fresh = std::make_unique<Order>();
     fresh->k = k;
-    fresh->matrix = construct(k);
-    fresh->codes = make_codes(fresh->matrix, k, false);
-    fresh->codes_transposed = make_codes(fresh->matrix, k, true);
+    fresh->factors = order_factors(k);
+    if (fresh->factors.empty()) {
+      throw UnsupportedOrder("order " + std::to_string(k) + ": no Hadamard matrix of this order is available");
+    }
+    for (const std::size_t factor : fresh->factors) {
+      fresh->steps.push_back(make_step(store, factor, false));
+      fresh->steps_transposed.push_back(make_step(store, factor, true));
+    }
     entry = std::move(fresh);
   }
   return *entry;
+}
+
+std::vector<std::int8_t> order_matrix(std::size_t k) {
+  Matrix whole = {1};
+  std::size_t n = 1;
+  for (const std::size_t factor : order(k).factors) {
+    const Matrix h = construct(factor);
+    const std::size_t m = n * factor;
+    Matrix next(m * m);
+    for (std::size_t i = 0; i < m; ++i) {
+      for (std::size_t j = 0; j < m; ++j) {
+        next[i * m + j] = static_cast<std::int8_t>(whole[i / factor * n + j / factor] * h[i % factor * factor + j % factor]);
+      }
+    }
+    whole = std::move(next);
+    n = m;
+  }
+  return whole;
 }
 
 }  // namespace onnx_quarot

@@ -10,22 +10,31 @@
 #include <cstdint>
 #include <vector>
 
+#include "kernels.h"
+
 namespace onnx_quarot {
 
-// One order with what the kernels need to multiply by its matrix.
+// What the kernels need to multiply by H_k, a Kronecker product of matrices that are no further products. A step of such
+// an order k has
+//   codes   for output b and group g of four inputs, [g][b]: 8 * bits, bit i set where input 4 g + i enters with +1
+//   halved  set for Paley's second construction, of 2 x 2 cells: with P the symmetric matrix of the cells' first
+//           entries, y[2 j] = (P s)[j] - 2 x[2 j + 1] and y[2 j + 1] = (P d)[j] - 2 x[2 j], where s and d are the sums
+//           and differences of pairs of inputs. The codes are those of P, of order k / 2: half the work.
 struct Order {
-  std::size_t k;
-  std::vector<std::int8_t> matrix; // [k][k], row major, entries +1 and -1
-  // For output column b and group g of four inputs: 8 * bits, bit i set where input 4 g + i enters with +1.
-  // [g][b]; codes multiplies by H, codes_transposed by H^T.
-  std::vector<std::uint8_t> codes;
-  std::vector<std::uint8_t> codes_transposed;
+  std::size_t k = 0;
+  std::vector<std::size_t> factors;  // ascending; the first is the outermost
+  std::vector<OrderStep> steps;      // of each factor, to multiply by H
+  std::vector<OrderStep> steps_transposed;
 };
 
-// Whether H_k is available, k = 1, 2 or a multiple of 4. Cheap.
-bool order_exists(std::size_t k);
-// The matrix of an available order, made at first use and kept. Thread-safe. Throws UnsupportedOrder.
+// k as the product of orders whose matrices make up H_k: {k} for an order constructed as a whole, empty if there is none.
+std::vector<std::size_t> order_factors(std::size_t k);
+// Whether H_k is available, k = 1, 2 or a multiple of 4.
+inline bool order_exists(std::size_t k) { return !order_factors(k).empty(); }
+// An available order, made at first use and kept. Thread-safe. Throws UnsupportedOrder.
 const Order& order(std::size_t k);
+// H_k, [k][k], row major, entries +1 and -1, of an available order. Throws UnsupportedOrder.
+std::vector<std::int8_t> order_matrix(std::size_t k);
 
 }  // namespace onnx_quarot
 

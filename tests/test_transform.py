@@ -54,6 +54,30 @@ def test_order_is_a_hadamard_matrix(order: int) -> None:
     np.testing.assert_array_equal(h @ h.T, order * np.eye(order, dtype=np.int64))
 
 
+@pytest.mark.parametrize(
+    ("n", "factors", "power"),
+    [
+        (4096, [1], 4096),
+        (1536, [12], 128),
+        (576, [36], 16),  # 12 and 12 would leave a power of two shorter than some vectors
+        (8960, [20, 28], 16),
+        (13824, [12, 36], 32),
+        (27648, [12, 12, 12], 16),
+        (11008, [172], 64),
+        (235 * 4 * 512, [20, 188], 128),
+    ],
+)
+def test_orders_are_products_of_small_ones_where_the_twos_allow_it(n: int, factors: list[int], power: int) -> None:
+    order, log2_power = _core.factorize(n)
+    assert (order * 2**log2_power, 2**log2_power) == (n, power)
+    assert _core.order_factors(order) == factors
+    expected = np.ones((1, 1), dtype=np.int8)
+    for factor in factors:
+        expected = np.kron(expected, _core.order_matrix(factor))
+    if order <= 2048:
+        np.testing.assert_array_equal(_core.order_matrix(order), expected)
+
+
 def test_orders_tell_the_transpose_apart() -> None:
     h = _core.order_matrix(12)
     assert not np.array_equal(h, h.T)
@@ -87,7 +111,10 @@ def test_every_order(isa: str, order: int) -> None:
         check(y, expected, np.float32)
 
 
-@pytest.mark.parametrize("n", [2**12, 2**13, 2**14, 2**16, 2**17, 2**20, 2**22, 12 * 2**14, 28 * 512, 140 * 64])
+LONG = [2**12, 2**13, 2**14, 2**16, 2**17, 2**20, 2**22, 12 * 2**14, 28 * 512, 172 * 64, 8960, 13824, 27648]
+
+
+@pytest.mark.parametrize("n", LONG)
 def test_long_rows_agree_between_kernels_and_are_their_own_check(n: int) -> None:
     x = np.random.default_rng(0).standard_normal((1, n)).astype(np.float32)
     results = [_core.hadamard(x, isa=isa) for isa in ISAS]

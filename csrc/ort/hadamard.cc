@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "fwht.h"
+#include "orders.h"
 #include "status.h"
 
 namespace onnx_quarot::ort {
@@ -16,10 +17,14 @@ namespace {
 // two such pieces never touch the pool.
 constexpr std::size_t kChunkCost = std::size_t{1} << 18;
 
-// Additions a row, about: the stages of the power of two, and a quarter of the order (the kernels look up sums of four).
+// Additions a row, about: the stages of the power of two, and a quarter of each order (the kernels look up sums of four).
 std::size_t row_cost(const Transform& transform) {
   const Factors factors = factorize(transform.block_size());
-  return transform.size() * (1 + factors.log2_power + factors.order / 4);
+  std::size_t cost = 1 + factors.log2_power;
+  if (factors.order > 1) {
+    for (const std::size_t order : order_factors(factors.order)) cost += order / 4;
+  }
+  return transform.size() * cost;
 }
 
 DType dtype_of(ElementType type) {

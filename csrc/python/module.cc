@@ -321,10 +321,10 @@ void convert_arrays(const py::array& from, const py::array& to) {
   convert(a, b, rows, columns);
 }
 
-py::array_t<std::int8_t> order_matrix(std::size_t k) {
-  const Order& found = order(k);
+py::array_t<std::int8_t> order_matrix_array(std::size_t k) {
+  const std::vector<std::int8_t> values = order_matrix(k);
   py::array_t<std::int8_t> matrix({k, k});
-  std::copy(found.matrix.begin(), found.matrix.end(), matrix.mutable_data());
+  std::copy(values.begin(), values.end(), matrix.mutable_data());
   return matrix;
 }
 
@@ -350,7 +350,9 @@ PYBIND11_MODULE(_core, module) {
   module.add_object("hadamard", py::reinterpret_steal<py::object>(PyCFunction_NewEx(&hadamard_method, nullptr, name.ptr())));
   module.def("convert", &convert_arrays, py::arg("source"), py::arg("target"),
              "target[:] = source, for matrices of any strides of which one is float64; rounds once. No common memory.");
-  module.def("order_matrix", &order_matrix, py::arg("order"), "Hadamard matrix of a supported order, int8.");
+  module.def("order_matrix", &order_matrix_array, py::arg("order"), "Hadamard matrix of a supported order, int8.");
+  module.def("order_factors", &order_factors, py::arg("order"),
+             "Orders whose matrices have H_order as their Kronecker product; empty if there is none.");
   module.def("factorize", &factorize_tuple, py::arg("n"), "(K, m) with n = K 2**m, as used for H_n.");
   module.def("has_order", &has_order, py::arg("n"), "Whether H_n is available.");
   module.def("isa", &active_isa, "Name of the kernel in use.");

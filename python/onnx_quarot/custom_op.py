@@ -332,23 +332,28 @@ class _Body:
         return self.node("Mul", [matrix, self.constant(np.array(scale, self.compute.numpy()))])
 
 
-def _factor_sizes(order: int, log2_power: int, limit: int = 64) -> list[int]:
-    """Sizes of as few factors as possible whose product is ``order * 2**log2_power``, about equal and at most
-    ``limit`` unless the order is larger; the one with the order in it comes first."""
-    for count in range(1, log2_power + 2):
-        sizes = [order] + [1] * (count - 1)
+def _factor_sizes(orders: list[int], log2_power: int, limit: int = 64) -> list[int]:
+    """Sizes of as few factors as possible whose product is that of ``orders`` times ``2**log2_power``, about equal and
+    at most ``limit`` unless an order is larger; those with the orders in them come first."""
+    for count in range(len(orders), len(orders) + log2_power + 1):
+        sizes = [*orders, *[1] * (count - len(orders))]
         for _ in range(log2_power):
-            sizes[sizes.index(min(sizes))] *= 2
-        if max(sizes) <= max(limit, order):
+            # Sylvester's factors stand behind the orders, so only the last order can take one in.
+            last = sizes[len(orders) - 1 :]
+            sizes[len(orders) - 1 + last.index(min(last))] *= 2
+        if max(sizes) <= max(limit, *orders):
             break
     return sizes
 
 
 def _factor_matrices(block: int) -> Iterator[npt.NDArray[np.int8]]:
     order, log2_power = _core.factorize(block)
-    first, *others = _factor_sizes(order, log2_power)
-    yield np.kron(_core.order_matrix(order), _sylvester(first // order))
-    yield from map(_sylvester, others)
+    orders = _core.order_factors(order)
+    for index, size in enumerate(_factor_sizes(orders, log2_power)):
+        if index < len(orders):
+            yield np.kron(_core.order_matrix(orders[index]), _sylvester(size // orders[index]))
+        else:
+            yield _sylvester(size)
 
 
 def _sylvester(power: int) -> npt.NDArray[np.int8]:

@@ -51,15 +51,15 @@ Bytes run(const Kernels& kernels, DType dtype, const Case& c, const Bytes& in, s
   job.power = std::size_t{1} << factors.log2_power;
   if (factors.order > 1) {
     const Order& found = order(factors.order);
-    job.codes = c.transpose ? found.codes_transposed.data() : found.codes.data();
+    job.steps = c.transpose ? found.steps_transposed.data() : found.steps.data();
+    job.step_count = found.steps.size();
   }
   job.signs = signs.empty() ? nullptr : signs.data();
   job.sign_step = signs.size() == c.size ? c.block : 0;
   job.transpose = c.transpose;
   job.scale = 1.0 / std::sqrt(static_cast<double>(c.block));
   const std::size_t compute = dtype == DType::float64 ? 8 : 4;
-  const std::size_t bytes =
-      padded(scratch_layout(job.order, job.power, element_size(dtype), compute, kernels.vector_bytes).total + 1);
+  const std::size_t bytes = padded(scratch_layout(job, element_size(dtype), compute, kernels.vector_bytes).total + 1);
   void* scratch = std::aligned_alloc(kScratchAlignment, bytes);
   job.scratch = scratch;
   switch (dtype) {
@@ -96,7 +96,7 @@ std::vector<double> reference(const Case& c, std::vector<double> x, const std::v
         x[start + i + half] = a - b;
       }
     }
-    const std::vector<std::int8_t>& h = order(k).matrix;
+    const std::vector<std::int8_t> h = order_matrix(k);
     for (std::size_t b = 0; b < k; ++b) {
       for (std::size_t i = 0; i < m; ++i) {
         double sum = 0;
@@ -175,7 +175,7 @@ int main() {
   std::mt19937 random(1);
   std::vector<std::size_t> sizes;
   for (std::size_t n = 1; n <= 65536; n *= 2) sizes.push_back(n);
-  for (const unsigned k : {12u, 20u, 28u, 36u, 44u, 92u, 140u, 156u, 188u}) {
+  for (const unsigned k : {12u, 20u, 28u, 36u, 44u, 52u, 92u, 108u, 140u, 156u, 188u}) {
     for (const unsigned m : {1u, 2u, 4u, 8u, 16u, 64u, 512u}) sizes.push_back(k * m);
   }
   for (const std::size_t n : sizes) {
