@@ -49,7 +49,7 @@ def discover(
     rotations: tuple[str, ...],
     block_size: int | None,
     config: Path | None,
-    seed: int | None,
+    seed: int | str | None,
     write_config: Path | None,
     html: Path | None,
     as_json: bool,
@@ -90,7 +90,7 @@ def rotate(
     rotations: tuple[str, ...],
     block_size: int | None,
     config: Path | None,
-    seed: int | None,
+    seed: int | str | None,
     no_verify: bool,
     as_json: bool,
 ) -> None:
@@ -146,7 +146,7 @@ def quantize(
     rotations: tuple[str, ...],
     block_size: int | None,
     config: Path | None,
-    seed: int | None,
+    seed: int | str | None,
     no_verify: bool,
     as_json: bool,
 ) -> None:

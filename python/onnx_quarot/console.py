@@ -109,11 +109,24 @@ def parse_rotations(_context: click.Context, _parameter: click.Parameter, value:
     return kinds
 
 
+def parse_seed(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | str | None:
+    """A number, or search:K (which the pipeline checks)."""
+    if value is None or value.startswith("search:"):
+        return value
+    try:
+        return int(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no number, and not search:K") from None
+
+
 def rotation_options(function: F) -> F:
     """Options that choose rotations."""
-    function = click.option("--seed", type=int, help="Random signs, the same for the same seed. [default: no signs]")(
-        function
-    )
+    function = click.option(
+        "--seed",
+        metavar="N",
+        callback=parse_seed,
+        help="Random signs, the same for the same seed; quantize also takes search:K, and tries K. [default: no signs]",
+    )(function)
     function = click.option(
         "--config",
         type=click.Path(path_type=Path),

@@ -23,6 +23,7 @@ from onnx_quarot.rewrite import rotate_model
 from onnx_quarot.rotation_config import plan_from_config, read_rotation_config
 from onnx_quarot.save import Staged, check_output, stage, workspace
 from onnx_quarot.scheme import parse_scheme
+from onnx_quarot.seed_search import plain_seed, searches_seeds
 from onnx_quarot.tables import quantize_tables
 from onnx_quarot.verify import Verification
 from onnx_quarot.verify import verify as verify_model
@@ -35,7 +36,7 @@ def discover(
     *,
     rotations: Iterable[str] = ROTATIONS,
     block_size: int | None = None,
-    seed: int | None = None,
+    seed: int | str | None = None,
     config: str | Path | None = None,
     matrix_dim: int | None = None,
 ) -> Plan:
@@ -57,7 +58,7 @@ def rotate(
     plan: Plan | None = None,
     rotations: Iterable[str] = DEFAULT_ROTATIONS,
     block_size: int | None = None,
-    seed: int | None = None,
+    seed: int | str | None = None,
     config: str | Path | None = None,
     verify: bool = True,
     progress: Progress | None = None,
@@ -81,6 +82,7 @@ def rotate(
     return _report(source, path, None, plan, proof, clock)
 
 
+@searches_seeds
 def quantize(
     source: str | Path,
     target: str | Path,
@@ -89,7 +91,7 @@ def quantize(
     scheme: str = "a8w8",
     rotations: Iterable[str] = DEFAULT_ROTATIONS,
     block_size: int | None = None,
-    seed: int | None = None,
+    seed: int | str | None = None,
     method: str | None = None,
     tokenizer: str | Path | None = None,
     window: int = 512,
@@ -108,7 +110,9 @@ def quantize(
     ``windows`` batches are used. scheme: ``a<bits>w<bits>``. method: how activation ranges are found (``minmax``,
     ``percentile``, ``mse``; None for the scheme's own). op_types: what is quantized; Gather stands for tables of
     embeddings, of which only the weights become integers. exclude: names (or patterns) of nodes that stay in floating
-    point. rotations=() means none; config and matrix_dim as in :func:`discover`.
+    point. rotations=() means none; config and matrix_dim as in :func:`discover`. seed: random signs in the rotations;
+    ``"search:K"`` tries the seeds 0 to K - 1 and keeps the one closest to the float model on the calibration data, at
+    K + 1 times the cost.
 
     Raises ModelError, DataError, ConfigError, VerificationError or SaveError; then nothing is written.
     """
@@ -153,15 +157,15 @@ def _plan(
     model: ir.Model,
     rotations: Iterable[str],
     block_size: int | None,
-    seed: int | None,
+    seed: int | str | None,
     config: str | Path | None,
     matrix_dim: int | None,
 ) -> Plan:
     if config is None:
-        plan = discover_model(model, rotations=rotations, block_size=block_size, seed=seed)
+        plan = discover_model(model, rotations=rotations, block_size=block_size, seed=plain_seed(seed))
     else:
         plan = plan_from_config(
-            model, read_rotation_config(config), rotations=rotations, block_size=block_size, seed=seed
+            model, read_rotation_config(config), rotations=rotations, block_size=block_size, seed=plain_seed(seed)
         )
     sizes = {plan.rotations[name].size for name, kind in plan.kinds.items() if kind == "R1"}
     if matrix_dim is not None and sizes and sizes != {matrix_dim}:
