@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnx_quarot.calibrate import MinMax, Percentile, Range, TokenMSE, calibrate
 from onnx_quarot.errors import ConfigError, DataError, ModelError
+from onnx_quarot.observers import Entropy
 
 K, N = 16, 24
 
@@ -94,10 +95,10 @@ def test_values_that_are_not_finite_are_named(tmp_path: Path) -> None:
     save_model(tmp_path / "m.onnx")
     data = batches(2)
     data[1]["d"][:] = 0
-    with pytest.raises(DataError, match=r"'bad' .*not finite in batch 1"):
+    with pytest.raises(DataError, match=r"'bad' .*not finite, in batch 1"):
         calibrate(tmp_path / "m.onnx", ["r", "bad"], data)
     data[0]["x"][2, 3] = np.nan
-    with pytest.raises(DataError, match=r"'x' .*not finite in batch 0"):
+    with pytest.raises(DataError, match=r"'x' .*not finite, in batch 0"):
         calibrate(tmp_path / "m.onnx", ["x"], data, method="percentile")
 
 
@@ -254,3 +255,39 @@ def test_mse_of_symmetric_types_is_symmetric_and_degenerate_data_is_fine() -> No
     zeros = TokenMSE()
     zeros.update(np.zeros((4, 8), np.float32))
     assert zeros.range() == Range(0.0, 0.0)
+
+
+def test_entropy_keeps_a_gaussian_and_cuts_rare_outliers() -> None:
+    rng = np.random.default_rng(0)
+    observer = Entropy()
+    for _ in range(4):
+        observer.update(rng.standard_normal((500, 100)).astype(np.float32))
+    plain = observer.range()
+    assert 3.0 < plain.high < 5.2
+    assert -5.2 < plain.low < -3.0
+    observer.update(np.array([[100.0]], np.float32))
+    cut = observer.range()
+    assert cut.high < 20.0
+    assert observer.extremes.high == 100.0
+
+
+def test_entropy_of_one_sided_and_constant_data() -> None:
+    relu = Entropy()
+    relu.update(np.maximum(np.random.default_rng(0).standard_normal((300, 64)), 0).astype(np.float32))
+    assert relu.range().low == 0.0
+    assert relu.range().high > 2.5
+    zeros, ones = Entropy(), Entropy()
+    zeros.update(np.zeros((3, 4), np.float32))
+    ones.update(np.full((3, 4), -2.0, np.float32))
+    assert zeros.range() == Range(0.0, 0.0)
+    assert ones.range() == Range(-2.0, 0.0)
+
+
+def test_entropy_does_not_depend_on_the_order_of_batches() -> None:
+    parts = np.random.default_rng(0).standard_t(3, (6, 1000)).astype(np.float32)
+    forth, back = Entropy(), Entropy()
+    for part in parts:
+        forth.update(part)
+    for part in parts[::-1]:
+        back.update(part)
+    assert forth.range() == back.range()

@@ -23,9 +23,9 @@ import onnx_ir.passes.common as passes
 import onnxruntime as ort
 
 from .errors import DataError, ModelError
-from .observers import MinMax, Observer, Percentile, Range, TokenMSE, make_observer
+from .observers import MinMax, Percentile, Range, Sink, TokenMSE, make_observer
 
-__all__ = ["MinMax", "Percentile", "Range", "TokenMSE", "calibrate", "probe"]
+__all__ = ["MinMax", "Percentile", "Range", "TokenMSE", "calibrate", "observe", "open_model", "probe", "run"]
 
 Array = npt.NDArray[Any]
 
@@ -47,53 +47,73 @@ def calibrate(
     """Run the float model on `batches` and return the range of each of `tensors` (names of values in its
     graph).
 
-    method: "minmax", "percentile" or "mse" (see observers); bits and symmetric are the type the last one fits.
+    method: "minmax", "percentile", "mse" or "entropy" (see observers); bits and symmetric are the type that is fitted.
     threads: of the runtime, None for its default; ranges do not depend on it beyond the rounding of the model itself.
     Memory: the mapped weights that are used, the asked tensors of one batch, and at most 512 KiB a tensor (not for
     minmax). Raises ModelError for a tensor the graph does not have or a model that does not run, DataError for a
     tensor with a value that is not finite and for data without a batch, ConfigError for an unknown method.
     """
-    names = list(dict.fromkeys(tensors))
-    if not names:
-        return {}
-    observers = {name: make_observer(method, percentile=percentile, bits=bits, symmetric=symmetric) for name in names}
-    seen = 0
-    with _session(Path(model_path), names, threads) as (session, computed):
-        for index, batch in enumerate(_tracked(batches, progress)):
-            seen += 1
-            if session is not None:
-                for name, values in _run(session, computed, batch):
-                    _observe(observers[name], name, values, index)
-            for name in (name for name in names if name not in computed):
-                _observe(observers[name], name, _fed(batch, name), index)
-    if not seen:
-        raise DataError("data: holds no batch; at least one is needed")
+    observers = {name: make_observer(method, percentile=percentile, bits=bits, symmetric=symmetric) for name in tensors}
+    observe(model_path, observers, batches, threads=threads, progress=progress)
     return {name: observer.range() for name, observer in observers.items()}
 
 
-def _observe(observer: Observer, name: str, values: Array, index: int) -> None:
+def observe(
+    model_path: str | PathLike[str],
+    observers: Mapping[str, Sink],
+    batches: Iterable[Mapping[str, Array]],
+    *,
+    threads: int | None = None,
+    progress: Any = None,
+    task: str = "calibrating",
+    readers: Mapping[str, str] | None = None,
+) -> None:
+    """Run the float model on `batches` and show each observer the tensor it is listed under; errors as `calibrate`.
+
+    readers: for messages, a node that reads the tensor.
+    """
+    if not observers:
+        return
+    names = list(observers)
+    seen = 0
+    with _session(Path(model_path), names, threads) as (session, computed):
+        for index, batch in enumerate(_tracked(batches, progress, task)):
+            seen += 1
+            if session is not None:
+                for name, values in run(session, computed, batch):
+                    _observe(observers[name], name, values, index, readers)
+            for name in (name for name in names if name not in computed):
+                _observe(observers[name], name, _fed(batch, name), index, readers)
+    if not seen:
+        raise DataError("data: holds no batch; at least one is needed")
+
+
+def _observe(observer: Sink, name: str, values: Array, index: int, readers: Mapping[str, str] | None) -> None:
     values = values.astype(np.float32, copy=False)
     # One pass without a temporary: a sum of squares is finite only if every element is.
     flat = values.reshape(-1)
     with np.errstate(over="ignore", invalid="ignore"):
         squares = float(np.dot(flat, flat))
     if not math.isfinite(squares) and not bool(np.isfinite(flat).all()):
-        raise DataError(f"data: tensor {name!r} holds a value that is not finite in batch {index}")
+        kind = "NaN" if bool(np.isnan(flat).any()) else "Inf"
+        at = "" if readers is None else f", the input of {readers[name]!r},"
+        raise DataError(f"data: tensor {name!r}{at} holds {kind}, a value that is not finite, in batch {index}")
     observer.update(values)
 
 
-def _tracked(batches: Iterable[Mapping[str, Array]], progress: Any) -> Iterator[Mapping[str, Array]]:
+def _tracked(batches: Iterable[Mapping[str, Array]], progress: Any, name: str) -> Iterator[Mapping[str, Array]]:
     if progress is None:
         yield from batches
         return
     total = len(batches) if isinstance(batches, Sequence) else None
-    with progress.task("calibrating", total) as task:
+    with progress.task(name, total) as task:
         for batch in batches:
             yield batch
             task.advance()
 
 
-def _run(session: ort.InferenceSession, names: list[str], batch: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
+def run(session: ort.InferenceSession, names: list[str], batch: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
+    """Each of the outputs `names` in turn; one that was taken is held no longer here."""
     arrays = {value.name: _fed(batch, value.name) for value in session.get_inputs()}
     try:
         feeds = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
@@ -124,45 +144,45 @@ def _session(
     with ExitStack() as stack:
         model = ir.load(path)
         computed = _prune(model, names)
-        if not computed:
-            yield None, computed
-            return
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.enable_cpu_mem_arena = False
-        options.enable_mem_pattern = False
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        _register_custom_ops(model, options)
-        inline = sum(
-            value.const_value.nbytes
-            for value in model.graph.initializers.values()
-            if value.const_value is not None and not isinstance(value.const_value, ir.ExternalTensor)
+        yield (open_model(model, path.parent, stack, threads) if computed else None), computed
+
+
+def open_model(model: ir.Model, folder: Path, stack: ExitStack, threads: int | None = None) -> ort.InferenceSession:
+    """A session of `model`, whose external data lies in `folder`, in little memory: weights mapped, not repacked.
+
+    What it needs on disk lives until `stack` is closed. ModelError if it cannot be run.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    _register_custom_ops(model, options)
+    inline = sum(
+        value.const_value.nbytes
+        for value in model.graph.initializers.values()
+        if value.const_value is not None and not isinstance(value.const_value, ir.ExternalTensor)
+    )
+    source: str | bytes
+    if inline > _INLINE_LIMIT:
+        # Weights inside the file would be held twice, as message and as tensors: map them from a file instead.
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="onnx-quarot-")))
+        source = str(scratch / "model.onnx")
+        ir.save(model, source, external_data="model.onnx.data")
+    else:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
+        source = ir.to_proto(model).SerializeToString()
+    del model
+    gc.collect()
+    try:
+        # Folding constants would copy whole weights (a transposed embedding) into memory.
+        return ort.InferenceSession(
+            source, options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
         )
-        source: str | bytes
-        if inline > _INLINE_LIMIT:
-            # Weights inside the file would be held twice, as message and as tensors: map them from a file
-            # instead.
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="onnx-quarot-")))
-            source = str(folder / "model.onnx")
-            ir.save(model, source, external_data="model.onnx.data")
-        else:
-            options.add_session_config_entry(
-                "session.model_external_initializers_file_folder_path", str(path.parent.resolve())
-            )
-            source = ir.to_proto(model).SerializeToString()
-        del model
-        gc.collect()
-        try:
-            # Folding constants would copy whole weights (a transposed embedding) into memory.
-            session = ort.InferenceSession(
-                source, options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
-            )
-        except Exception as error:  # ONNX Runtime's own exceptions share no base class
-            raise ModelError(f"model: {path} cannot be run: {_first_line(error)}") from None
-        del source
-        yield session, computed
+    except Exception as error:  # ONNX Runtime's own exceptions share no base class
+        raise ModelError(f"model: {folder} cannot be run: {_first_line(error)}") from None
 
 
 def _prune(model: ir.Model, names: list[str]) -> list[str]:

@@ -16,7 +16,7 @@ from .console import OneLineErrors, common, progress, rotation_options, show, te
 from .errors import ConfigError
 
 # As in `scheme`, which takes half a second to import: too long for -h.
-METHODS = ("minmax", "percentile", "mse")
+METHODS = ("minmax", "percentile", "mse", "entropy")
 
 
 @click.group(
@@ -127,8 +127,21 @@ def rotate(
     help="An .npz with one array for each input, or a text file.",
 )
 @text_options
-@click.option("--scheme", default="a8w8", show_default=True, help="Bits of activations and weights.")
-@click.option("--method", type=click.Choice(["minmax", "percentile", "mse"]), help="How activation ranges are found.")
+@click.option(
+    "--scheme",
+    default="a8w8",
+    show_default=True,
+    help="Bits of activations and weights: a8w8, a16w8, a8w4, a4w4, a8w8-dynamic, a8w8-block, a8w4-block.",
+)
+@click.option(
+    "--mixed",
+    is_flag=True,
+    help="Find the few layers that need 16-bit activations, at most 5 % of them (see --budget).",
+)
+@click.option("--budget", type=click.FloatRange(0, 1, min_open=True), help="With --mixed: the share of layers.")
+@click.option("--method", type=click.Choice(METHODS), help="How activation ranges are found.")
+@click.option("--weights", type=click.Choice(["rtn", "gptq"]), help="How integer weights are chosen.")
+@click.option("--block", type=int, help="Input features that share a scale, for *-block and a4w4.")
 @click.option("--exclude", multiple=True, metavar="NODE", help="Leave this layer in floating point. Repeatable.")
 @rotation_options
 @click.option("--no-verify", is_flag=True, help="Do not compare outputs of the rotated model before quantizing.")
@@ -141,7 +154,11 @@ def quantize(
     window_length: int,
     windows: int | None,
     scheme: str,
+    mixed: bool,
+    budget: float | None,
     method: str | None,
+    weights: str | None,
+    block: int | None,
     exclude: Sequence[str],
     rotations: tuple[str, ...],
     block_size: int | None,
@@ -159,15 +176,20 @@ def quantize(
     """
     from . import pipeline
 
+    if budget is not None and not mixed:
+        raise ConfigError("--budget is given without --mixed; it is the share of layers --mixed may choose")
     report = pipeline.quantize(
         model,
         output,
         calibration,
         scheme=scheme,
+        mixed=mixed if budget is None else budget,
         rotations=rotations,
         block_size=block_size,
         seed=seed,
         method=method,
+        weights=weights,
+        block=block,
         tokenizer=tokenizer_for(calibration, model, tokenizer),
         window=window_length,
         windows=windows,

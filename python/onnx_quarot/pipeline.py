@@ -9,21 +9,22 @@ from typing import Any
 
 import onnx_ir as ir
 
-from onnx_quarot.calibrate import calibrate
 from onnx_quarot.data import as_batches, input_specs
 from onnx_quarot.discovery import discover_model
 from onnx_quarot.errors import ConfigError, DataError, ModelError
+from onnx_quarot.forms import quantize_sites
 from onnx_quarot.load import external_files, load
 from onnx_quarot.plan import ROTATIONS, Plan
 from onnx_quarot.progress import NullProgress, Progress
 from onnx_quarot.provenance import record
-from onnx_quarot.qdq import linear_sites, quantize_linears
+from onnx_quarot.replay import Replay
 from onnx_quarot.report import Report, Stopwatch
 from onnx_quarot.rewrite import rotate_model
 from onnx_quarot.rotation_config import plan_from_config, read_rotation_config
 from onnx_quarot.save import Staged, check_output, stage, workspace
-from onnx_quarot.scheme import parse_scheme
+from onnx_quarot.scheme import Scheme, parse_scheme
 from onnx_quarot.seed_search import plain_seed, searches_seeds
+from onnx_quarot.sites import linear_sites
 from onnx_quarot.tables import quantize_tables
 from onnx_quarot.verify import Verification
 from onnx_quarot.verify import verify as verify_model
@@ -88,11 +89,14 @@ def quantize(
     target: str | Path,
     calibration: Any,
     *,
-    scheme: str = "a8w8",
+    scheme: str | Scheme = "a8w8",
+    mixed: bool | float = False,
     rotations: Iterable[str] = DEFAULT_ROTATIONS,
     block_size: int | None = None,
     seed: int | str | None = None,
     method: str | None = None,
+    weights: str | None = None,
+    block: int | None = None,
     tokenizer: str | Path | None = None,
     window: int = 512,
     windows: int | None = None,
@@ -107,17 +111,20 @@ def quantize(
 
     calibration: a CalibrationDataReader of onnxruntime, an iterable of dicts of arrays, the path of an ``.npz``, or
     text together with ``tokenizer`` (a ``tokenizer.json``), which is cut into windows of ``window`` tokens; at most
-    ``windows`` batches are used. scheme: ``a<bits>w<bits>``. method: how activation ranges are found (``minmax``,
-    ``percentile``, ``mse``; None for the scheme's own). op_types: what is quantized; Gather stands for tables of
-    embeddings, of which only the weights become integers. exclude: names (or patterns) of nodes that stay in floating
-    point. rotations=() means none; config and matrix_dim as in :func:`discover`. seed: random signs in the rotations;
-    ``"search:K"`` tries the seeds 0 to K - 1 and keeps the one closest to the float model on the calibration data, at
-    K + 1 times the cost.
+    ``windows`` batches are used. scheme: ``a<bits>w<bits>[-form]``, see :mod:`onnx_quarot.scheme`. mixed: give 16-bit
+    activations to the few layers that need them, found by measuring; at most 5 % of the linear layers, or the share
+    given. method: how activation ranges are found (``minmax``, ``percentile``, ``mse``, ``entropy``; None for the
+    scheme's own). weights: how integer weights are chosen, ``rtn`` or ``gptq``; block: input features that share a
+    scale, for schemes that have blocks; None for the scheme's own. op_types: what is quantized; Gather stands for
+    tables of embeddings, of which only the weights become integers. exclude: names (or patterns) of nodes that stay in
+    floating point. rotations=() means none; config and matrix_dim as in :func:`discover`. seed: random signs in
+    the rotations; ``"search:K"`` tries the seeds 0 to K - 1 and keeps the one closest to the float model on the
+    calibration data, at K + 1 times the cost.
 
     Raises ModelError, DataError, ConfigError, VerificationError or SaveError; then nothing is written.
     """
     path, clock, show = check_output(source, target), Stopwatch(), progress or NullProgress()
-    chosen = parse_scheme(scheme).with_method(method)
+    chosen = parse_scheme(scheme).with_method(method).with_options(block=block, weights=weights)
     wanted = tuple(rotations)
     with clock.step("discover"):
         model = load(source)
@@ -134,23 +141,14 @@ def quantize(
         sites = linear_sites(model, tuple(t for t in op_types if t != "Gather"), tuple(exclude))
         if not sites:
             raise ModelError(f"the model has no linear layer left to quantize (op types {', '.join(op_types)})")
-        with clock.step("calibrate"):
-            names = list(dict.fromkeys(s.activation for s in sites))
-            spec = chosen.activation
-            ranges = calibrate(
-                float_path,
-                names,
-                batches,
-                method=spec.method,
-                bits=spec.bits,
-                symmetric=spec.symmetric,
-                progress=show,
-            )
-        with clock.step("quantize"), show.task("quantizing", None):
-            done = quantize_linears(model, sites, ranges, chosen)
+        data = Replay(batches, folder)
+        with clock.step("quantize"):
+            done = quantize_sites(model, float_path, sites, chosen, data, folder, show, mixed=mixed)
             tables = quantize_tables(model) if "Gather" in op_types else []
+        with clock.step("save"), show.task("writing", None):
             stage(model, path, folder).publish()
-    return _report(source, path, chosen.name, plan, proof, clock, quantized=tuple(done), tables=tuple(tables))
+    name = chosen.name + (" mixed" if mixed else "")
+    return _report(source, path, name, plan, proof, clock, tuple(done.reports), tuple(tables), tuple(done.notes))
 
 
 def _plan(
@@ -211,6 +209,7 @@ def _report(
     clock: Stopwatch,
     quantized: tuple[Any, ...] = (),
     tables: tuple[Any, ...] = (),
+    notes: tuple[str, ...] = (),
 ) -> Report:
     return Report(
         source=str(source),
@@ -224,7 +223,7 @@ def _report(
         bytes_in=_file_bytes(Path(source)),
         bytes_out=_file_bytes(target),
         seconds=clock.seconds,
-        notes=plan.notes if plan is not None else (),
+        notes=(*(plan.notes if plan is not None else ()), *notes),
     ).finished()
 
 

@@ -25,13 +25,14 @@ from .errors import ConfigError, ModelError
 from .qparams import (
     Array,
     QuantizedWeight,
+    SolvedWeight,
     activation_parameters,
     bias_floor,
     bias_scale,
     lazy,
     quantized_bias,
 )
-from .scheme import Scheme
+from .scheme import Scheme, TensorSpec
 from .sites import (
     LINEAR_OPS,
     LinearSite,
@@ -44,8 +45,6 @@ from .sites import (
 )
 
 __all__ = ["LINEAR_OPS", "LinearSite", "SiteReport", "linear_sites", "quantize_linears"]
-
-_MIN_OPSET = 13  # DequantizeLinear with an axis
 
 
 @dataclass(frozen=True)
@@ -60,23 +59,33 @@ class SiteReport:
     activation_zero_point: int
     float_bytes: int
     quantized_bytes: int
+    activation_bits: int = 8
+    weight_bits: int = 8
     note: str = ""
 
 
 def quantize_linears(
-    model: ir.Model, sites: Sequence[LinearSite], ranges: Mapping[str, Range], scheme: Scheme
+    model: ir.Model,
+    sites: Sequence[LinearSite],
+    ranges: Mapping[str, Range],
+    scheme: Scheme,
+    *,
+    overrides: Mapping[str, Scheme] | None = None,
+    solved: Mapping[str, SolvedWeight] | None = None,
 ) -> list[SiteReport]:
     """Quantize `sites` (`linear_sites` of this model) in place; return a report for each, in graph order.
 
-    ranges: for every site's activation. Each activation tensor is quantized once, whoever reads it; readers
+    ranges: for every site's activation. overrides: another scheme for some sites, by node name. solved: integer weights
+    that are known already (see gptq), by node name. Each activation tensor is quantized once, whoever reads it; readers
     that are no site keep the float tensor. Each weight is quantized once, evaluated when the model is saved;
     a weight that something else reads as well keeps its float copy for that reader, which the report notes.
     Gemm's alpha is folded into the weight's values, beta into the bias. Everything is checked before the
     first change: ConfigError for a missing range, ModelError for a model that is not float32 or too old an
     opset.
     """
-    _check(model, sites, ranges, scheme)
-    editor = _Editor(model.graph, ranges, scheme)
+    schemes = {site.node_name: (overrides or {}).get(site.node_name, scheme) for site in sites}
+    _check(model, sites, ranges, schemes)
+    editor = _Editor(model.graph, ranges, schemes, solved or {})
     order = {node: index for index, node in enumerate(model.graph)}
     ordered = sorted(sites, key=lambda site: order[site.node])
     editor.readers.update(editor.weight_key(site) for site in ordered)
@@ -85,32 +94,52 @@ def quantize_linears(
     return [editor.report(site, op_type) for site, op_type in done]
 
 
-def _check(model: ir.Model, sites: Sequence[LinearSite], ranges: Mapping[str, Range], scheme: Scheme) -> None:
-    if scheme.activation.per_channel:
-        raise ConfigError(f"scheme: {scheme.name} asks for activations per channel; they can only be per tensor")
-    if not scheme.weight.symmetric or not scheme.weight.signed:
-        raise ConfigError(f"scheme: {scheme.name} asks for weights that are not signed and symmetric")
-    opset = model.opset_imports.get("", 0)
-    if sites and opset < _MIN_OPSET:
-        raise ModelError(
-            f"model: opset {opset} is too old to hold quantized weights; export with {_MIN_OPSET} or later"
-        )
+def _check(
+    model: ir.Model, sites: Sequence[LinearSite], ranges: Mapping[str, Range], schemes: Mapping[str, Scheme]
+) -> None:
+    for scheme in dict.fromkeys(schemes.values()):
+        if scheme.activation.per_channel:
+            raise ConfigError(f"scheme: {scheme.name} asks for activations per channel; they can only be per tensor")
+        if not scheme.weight.symmetric or not scheme.weight.signed:
+            raise ConfigError(f"scheme: {scheme.name} asks for weights that are not signed and symmetric")
+        check_opset(model, scheme)
     for site in sites:
-        if site.dtype != ir.DataType.FLOAT:
-            raise ModelError(
-                f"node {site.node_name!r}: its weight is {site.dtype.name.lower()}; "
-                "quantization starts from a float32 model"
-            )
+        check_float(site)
         if site.activation not in ranges:
             raise ConfigError(f"ranges: none for {site.activation!r}, which node {site.node_name!r} reads")
+
+
+def check_opset(model: ir.Model, scheme: Scheme) -> None:
+    """ModelError if the model's opset has no operators for the scheme."""
+    opset = model.opset_imports.get("", 0)
+    if opset < scheme.min_opset:
+        raise ModelError(
+            f"model: opset {opset} is too old for {scheme.name}, which needs opset {scheme.min_opset}; "
+            f"export the model with opset {scheme.min_opset} or later, or convert it (onnx.version_converter)"
+        )
+
+
+def check_float(site: LinearSite) -> None:
+    """ModelError for a weight that is not float32."""
+    if site.dtype != ir.DataType.FLOAT:
+        raise ModelError(
+            f"node {site.node_name!r}: its weight is {site.dtype.name.lower()}; "
+            "quantization starts from a float32 model"
+        )
 
 
 class _Editor:
     """The edits on one graph, and what they have made so far."""
 
-    def __init__(self, graph: ir.Graph, ranges: Mapping[str, Range], scheme: Scheme) -> None:
-        self.graph, self.ranges, self.scheme = graph, ranges, scheme
-        self.activations: dict[str, tuple[np.float32, int, ir.Value]] = {}
+    def __init__(
+        self,
+        graph: ir.Graph,
+        ranges: Mapping[str, Range],
+        schemes: Mapping[str, Scheme],
+        solved: Mapping[str, SolvedWeight],
+    ) -> None:
+        self.graph, self.ranges, self.schemes, self.solved = graph, ranges, schemes, solved
+        self.activations: dict[tuple[str, TensorSpec], tuple[np.float32, int, ir.Value]] = {}
         self.weights: dict[tuple[object, ...], tuple[QuantizedWeight, ir.Value]] = {}
         self.readers: Counter[tuple[object, ...]] = Counter()
         self.replaced: list[ir.Value] = []
@@ -120,7 +149,7 @@ class _Editor:
 
     def quantize(self, site: LinearSite) -> str:
         node = site.node
-        scale, _, activation = self._activation(node.inputs[0], node)
+        scale, _, activation = self._activation(node.inputs[0], self.schemes[site.node_name].activation, node)
         weight, operand = self._weight(site)
         self.replaced += [value for value in node.inputs[1:] if value is not None]
         node.replace_input_with(0, activation)
@@ -139,7 +168,8 @@ class _Editor:
             drop_unused(self.graph, value)
 
     def report(self, site: LinearSite, op_type: str) -> SiteReport:
-        scale, zero, _ = self.activations[site.activation]
+        scheme = self.schemes[site.node_name]
+        scale, zero, _ = self.activations[site.activation, scheme.activation]
         count = site.channels * site.depth
         kept = site.root.name in self.graph.initializers and site.root.uses()
         by = ", ".join(node.name or node.op_type for node in readers(site.root)) if kept else ""
@@ -151,17 +181,20 @@ class _Editor:
             float(scale),
             zero,
             float_bytes=4 * count,
-            quantized_bytes=count * self.scheme.weight.bits // 8,
+            quantized_bytes=count * scheme.weight.bits // 8,
+            activation_bits=scheme.activation.bits,
+            weight_bits=scheme.weight.bits,
             note=f"float copy of {site.weight} kept for {by}" if kept else "",
         )
 
     # Activations
 
-    def _activation(self, value: ir.Value | None, reader: ir.Node) -> tuple[np.float32, int, ir.Value]:
+    def _activation(
+        self, value: ir.Value | None, spec: TensorSpec, reader: ir.Node
+    ) -> tuple[np.float32, int, ir.Value]:
         assert value is not None
         name = value.name or ""
-        if name not in self.activations:
-            spec = self.scheme.activation
+        if (name, spec) not in self.activations:
             scale, zero = activation_parameters(self.ranges[name], spec)
             scale_value = self._initializer(ir.Tensor(np.array(scale)), f"{name}_scale")
             zero_value = self._initializer(
@@ -191,8 +224,8 @@ class _Editor:
                 self.graph.insert_after(producer, nodes)
             else:
                 self.graph.insert_before(reader, nodes)
-            self.activations[name] = (scale, zero, dequantized)
-        return self.activations[name]
+            self.activations[name, spec] = (scale, zero, dequantized)
+        return self.activations[name, spec]
 
     # Weights
 
@@ -204,13 +237,15 @@ class _Editor:
 
     def weight_key(self, site: LinearSite) -> tuple[object, ...]:
         """Equal for sites that can share one integer weight."""
-        return site.root, site.view_signature(), site.channel_axis, _alpha(site)
+        spec = self.schemes[site.node_name].weight
+        return site.root, site.view_signature(), site.channel_axis, _alpha(site), spec
 
     def _new_weight(self, site: LinearSite, *, unsigned: bool) -> tuple[QuantizedWeight, ir.Value]:
         tensor = constant_tensor(site.root)
         assert tensor is not None
         alpha = _alpha(site)
-        axis = site.channel_axis if self.scheme.weight.per_channel else None
+        spec = self.schemes[site.node_name].weight
+        axis = site.channel_axis if spec.per_channel else None
 
         def read() -> Array:
             array = apply_view(tensor.numpy(), site.view)
@@ -223,7 +258,8 @@ class _Editor:
         shape = (site.depth, site.channels) if site.channel_axis == 1 else (site.channels, site.depth)
         # ONNX Runtime's exact mode on CPUs without VNNI turns an int8 weight into uint8 at each of its
         # readers, and fails on the second: a weight with several readers is stored as it would make it.
-        weight = QuantizedWeight(site.weight, shape, self.scheme.weight, axis, read, close, unsigned=unsigned)
+        solved = self.solved.get(site.node_name)
+        weight = QuantizedWeight(site.weight, shape, spec, axis, read, close, unsigned=unsigned, solved=solved)
         base = site.weight
         # Integers before scales: written in this order, the weight is read once.
         quantized = self._initializer(weight.tensor(""), f"{base}_quantized")

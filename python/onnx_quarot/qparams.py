@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from .calibrate import Range
+from .clipping import fit_rows
 from .errors import ModelError
 from .scheme import TensorSpec
 
@@ -48,6 +50,24 @@ def bias_floor(bias: Array, activation_scale: np.float32) -> Array:
     return floor.astype(np.float32)
 
 
+@dataclass(frozen=True)
+class SolvedWeight:
+    """Integer weights found in advance.
+
+    codes: a file of them, .npy, [depth, channels]. scale, zero: [groups, channels], one group for each block of the
+    depth; zero in the codes' own numbers.
+    """
+
+    codes: Path
+    scale: Array
+    zero: Array
+
+    def read(self) -> Array:
+        """The codes, mapped."""
+        array: Array = np.load(self.codes, mmap_mode="r")
+        return array
+
+
 class QuantizedWeight:
     """A weight matrix in integers with symmetric scales, evaluated when it is written.
 
@@ -55,7 +75,8 @@ class QuantizedWeight:
     `close` then lets go. axis: which axis counts output channels (None: one scale for all). unsigned: store q
     + 128 (for 8 bits) as an unsigned type. The scales (and what is derived from them) are kept once known;
     the integers are not, so that memory holds one weight at a time whatever the order of writing. Written
-    integers first, each weight is read once.
+    integers first, each weight is read once. Scales are those of least squared error (see clipping). solved: take
+    these integers and scales (one group) instead.
     """
 
     def __init__(
@@ -67,17 +88,25 @@ class QuantizedWeight:
         read: Callable[[], Array],
         close: Callable[[], None],
         unsigned: bool = False,
+        solved: SolvedWeight | None = None,
     ) -> None:
         self.name, self.shape, self.spec, self.axis = name, tuple(shape), spec, axis
         self._read, self._close = read, close
         self.dtype = replace(spec, signed=not unsigned).dtype
         self.zero_point = 2 ** (spec.bits - 1) if unsigned else 0
         self._floor: Array | None = None
-        self._scale: Array | None = None
+        self._solved = solved
+        self._scale: Array | None = None if solved is None else solved.scale[0].astype(np.float32)
         self._lock = threading.Lock()
 
     def raise_floor(self, floor: Array) -> None:
         """Ask for scales no smaller than `floor` (one a channel); before anything was evaluated."""
+        if self._solved is not None:
+            if bool((self._solved.scale[0] < floor).any()):
+                raise ModelError(
+                    f"weight {self.name!r}: its bias is too large for the scales gptq found; use rtn weights"
+                )
+            return
         assert self._scale is None
         self._floor = floor if self._floor is None else np.maximum(self._floor, floor)
 
@@ -104,6 +133,10 @@ class QuantizedWeight:
             return self._scale
 
     def _integers(self) -> Array:
+        if self._solved is not None:
+            codes = self._solved.read()
+            shifted = (codes if self.axis == 1 else codes.T).astype(np.int16) + self.zero_point
+            return shifted.astype(self.dtype.numpy())
         with self._lock:
             try:
                 weight = self._read()
@@ -120,12 +153,26 @@ class QuantizedWeight:
         peak = np.maximum(weight.max(axis=other, initial=0.0), -weight.min(axis=other, initial=0.0))
         if not np.isfinite(peak).all():
             raise ModelError(f"weight {self.name!r} holds a value that is not finite")
-        first, last = self.spec.bounds
-        scale = 2.0 * peak.astype(np.float64) / (last - first)
+        if self.axis is None:
+            first, last = self.spec.bounds
+            scale = 2.0 * peak.astype(np.float64) / (last - first)
+        else:
+            scale = np.where(peak > 0, _fitted(weight, self.axis, self.spec), 0.0)
         if self._floor is not None:
             scale = np.maximum(scale, self._floor)
         # A channel of zeros may have any scale.
         return np.where(scale < _TINY, 1.0, scale).astype(np.float32)
+
+
+def _fitted(weight: Array, axis: int, spec: TensorSpec) -> Array:
+    """The scales of each channel, some channels at a time so that no second matrix is made."""
+    channels = weight.shape[axis]
+    step = max(1, _CHUNK_ELEMENTS // max(1, weight.shape[1 - axis]))
+    scale = np.empty(channels, np.float64)
+    for start in range(0, channels, step):
+        part = slice(start, start + step)
+        scale[part] = fit_rows(weight[part] if axis == 0 else weight[:, part].T, spec)[0]
+    return scale
 
 
 def quantize_symmetric(weight: Array, scale: Array, axis: int | None, spec: TensorSpec, zero_point: int = 0) -> Array:

@@ -1,6 +1,7 @@
 """Quantization schemes: what `a8w8` means, as a table.
 
-A scheme is written `a<bits>w<bits>`, activation first; `w8a8` names the same scheme as `a8w8`.
+A scheme is written `a<bits>w<bits>`, activation first, with the form that carries it after a dash; `w8a8` names the
+same scheme as `a8w8`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import onnx_ir as ir
 
 from .errors import ConfigError
 
-METHODS = ("minmax", "percentile", "mse")
+METHODS = ("minmax", "percentile", "mse", "entropy")
+FORMS = ("qdq", "block", "dynamic", "token")
+WEIGHT_METHODS = ("rtn", "gptq")
 
 _STORAGE: dict[tuple[int, bool], tuple[ir.DataType, np.dtype]] = {
     (4, True): (ir.DataType.INT4, np.dtype(ml_dtypes.int4)),
@@ -68,30 +71,92 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Scheme:
-    """A named pair of specs: one for the activations that enter linear layers, one for their weights."""
+    """How linear layers are quantized: the activations that enter them, their weights, and the form in the graph.
+
+    form: one of FORMS.
+      qdq: QuantizeLinear and DequantizeLinear with static ranges, per tensor.
+      block: MatMulNBits with accuracy level 4, which makes activations int8 per row and block while it runs.
+      dynamic: DynamicQuantizeMatMul, which finds one range a tensor while it runs.
+      token: QuantizeLinear and DequantizeLinear whose scales are computed in the graph, per token and block.
+    block: features along the input axis that share a scale, of weights (and, in the form token, of activations);
+    None: all of them. weights: how the integers are chosen; rtn rounds to the nearest in a range of least squared
+    error, gptq makes up for each column's error in the next ones (Frantar et al., arXiv:2210.17323). head_bits: bits
+    of the weights of the layer that makes an output of the graph (a language model's head), None for those of all
+    others; in the form token that layer is a8w8.
+    """
 
     name: str
     activation: TensorSpec
     weight: TensorSpec
+    form: str = "qdq"
+    block: int | None = None
+    weights: str = "rtn"
+    head_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise ConfigError(f"form: {self.form!r} is not supported; use one of {', '.join(FORMS)}")
+        if self.weights not in WEIGHT_METHODS:
+            raise ConfigError(f"weights: {self.weights!r} is not supported; use one of {', '.join(WEIGHT_METHODS)}")
+        if self.block is not None:
+            if self.form in ("qdq", "dynamic"):
+                raise ConfigError(f"block: {self.name} has one scale a channel; a block size is for *-block and a4w4")
+            if self.block < 16 or self.block & (self.block - 1):
+                raise ConfigError(f"block: {self.block} is not supported; use a power of two of at least 16")
+        if self.form == "token" and (self.activation.bits, self.weight.bits) != (4, 4):
+            raise ConfigError(f"bits: {self.name} has scales for each token, which take 4 bits on both sides")
+        if self.form == "block" and self.weight.bits not in (4, 8):
+            raise ConfigError(f"weight: {self.weight.bits} bits in blocks are not supported; use 4 or 8")
 
     def with_method(self, method: str | None) -> Scheme:
         """The same scheme with another range method for activations; None changes nothing."""
-        return self if method is None else replace(self, activation=replace(self.activation, method=method))
+        if method is None:
+            return self
+        if self.form != "qdq":
+            raise ConfigError(f"method: {self.name} finds activation ranges while the model runs; leave it out")
+        return replace(self, activation=replace(self.activation, method=method))
+
+    def with_options(self, *, block: int | None = None, weights: str | None = None) -> Scheme:
+        """The same scheme with another block size or way of choosing integers; None changes nothing."""
+        changed = self if weights is None else replace(self, weights=weights)
+        return changed if block is None else replace(changed, block=block)
+
+    @property
+    def static_ranges(self) -> bool:
+        """Whether activations get their ranges from calibration data."""
+        return self.form == "qdq"
+
+    @property
+    def min_opset(self) -> int:
+        """The oldest opset of ONNX's own operators that can carry the scheme."""
+        if self.form in ("block", "dynamic"):
+            return 13
+        narrow = {self.activation.bits, self.weight.bits} != {8}
+        return 21 if narrow or self.form == "token" else 13
 
 
 # uint8 with a zero point costs the same as symmetric int8 in every kernel, and uses the whole of its 256
 # levels where a distribution is skewed (what follows an activation function).
-SCHEMES: dict[str, Scheme] = {
-    "a8w8": Scheme(
-        "a8w8",
-        activation=TensorSpec(bits=8, signed=False, symmetric=False, method="mse"),
-        weight=TensorSpec(bits=8, signed=True, symmetric=True, per_channel=True),
-    ),
-}
+_UINT8 = TensorSpec(bits=8, signed=False, symmetric=False, method="mse")
+_UINT4 = TensorSpec(bits=4, signed=False, symmetric=False)
+_INT8_CHANNEL = TensorSpec(bits=8, signed=True, symmetric=True, per_channel=True)
+_INT4_CHANNEL = TensorSpec(bits=4, signed=True, symmetric=True, per_channel=True)
+
+_SCHEMES = (
+    Scheme("a8w8", _UINT8, _INT8_CHANNEL),
+    # 16 bits have levels to spare: nothing is gained by clipping.
+    Scheme("a16w8", TensorSpec(bits=16, signed=False, symmetric=False), _INT8_CHANNEL),
+    Scheme("a8w4", _UINT8, _INT4_CHANNEL, weights="gptq", head_bits=8),
+    Scheme("a4w4", _UINT4, _UINT4, form="token", block=32, weights="gptq", head_bits=8),
+    Scheme("a8w8-dynamic", _UINT8, _INT8_CHANNEL, form="dynamic"),
+    Scheme("a8w8-block", TensorSpec(), TensorSpec(), form="block", block=128),
+    Scheme("a8w4-block", TensorSpec(), _UINT4, form="block", block=64, weights="gptq", head_bits=8),
+)
+SCHEMES: dict[str, Scheme] = {scheme.name: scheme for scheme in _SCHEMES}
 
 
 def parse_scheme(name: str | Scheme) -> Scheme:
-    """The scheme called `name` (`a8w8` or `w8a8`, any case); ConfigError lists the supported ones."""
+    """The scheme called `name` (`a8w4-block` or `w4a8-block`, any case); ConfigError lists the supported ones."""
     if isinstance(name, Scheme):
         return name
     key = re.sub(r"^(w\d+)(a\d+)", r"\2\1", name.strip().lower())

@@ -39,6 +39,11 @@ class LinearSite:
     view: tuple[ir.Node, ...] = field(repr=False, compare=False, default=())
 
     @property
+    def input(self) -> ir.Value:
+        """The value the node reads its activations from."""
+        return _input(self.node, 0)
+
+    @property
     def operand(self) -> ir.Value:
         """The value the node reads its weight from."""
         return _input(self.node, 1)
@@ -52,6 +57,25 @@ class LinearSite:
     def dtype(self) -> ir.DataType:
         """Element type of the operand."""
         return constant_dtype(self.root, self.view)
+
+    @property
+    def alpha(self) -> float:
+        """Gemm's factor of the product, 1 for a MatMul."""
+        return _float(self.node, "alpha", 1.0) if self.op_type == "Gemm" else 1.0
+
+    @property
+    def beta(self) -> float:
+        """Gemm's factor of the bias, 1 for a MatMul."""
+        return _float(self.node, "beta", 1.0) if self.op_type == "Gemm" else 1.0
+
+    @property
+    def transposes_input(self) -> bool:
+        """Whether a Gemm reads its activations transposed."""
+        return self.op_type == "Gemm" and bool(_int(self.node, "transA", 0))
+
+    def weight_key(self) -> tuple[object, ...]:
+        """Equal for sites whose products use the same matrix."""
+        return self.root, self.view_signature(), self.channel_axis, self.alpha
 
     def view_signature(self) -> tuple[object, ...]:
         """Equal for two sites that see the same matrix in the same root."""
@@ -131,6 +155,28 @@ def apply_view(array: Array, view: Sequence[ir.Node]) -> Array:
     return array
 
 
+class WeightSource:
+    """The matrix a site multiplies by, whatever becomes of its constant in the graph meanwhile."""
+
+    def __init__(self, site: LinearSite) -> None:
+        tensor = constant_tensor(site.root)
+        assert tensor is not None
+        self._tensor, self._view = tensor, site.view
+        self._transposed, self._alpha = site.channel_axis == 0, site.alpha
+
+    def read(self) -> Array:
+        """[depth, channels], float32, Gemm's alpha included; it may be mapped memory."""
+        array = apply_view(self._tensor.numpy(), self._view)
+        if self._transposed:
+            array = array.T
+        return array if self._alpha == 1.0 else array * np.float32(self._alpha)
+
+    def close(self) -> None:
+        """Unmap what was mapped; reading again maps it again."""
+        if isinstance(self._tensor, ir.ExternalTensor):
+            self._tensor.release()
+
+
 def constant_dtype(root: ir.Value, view: Sequence[ir.Node]) -> ir.DataType:
     """Element type at the end of a view."""
     tensor = constant_tensor(root)
@@ -196,6 +242,11 @@ def _permutation(node: ir.Node, rank: int) -> list[int]:
 def _int(node: ir.Node, name: str, default: int) -> int:
     attribute = node.attributes.get(name)
     return default if attribute is None else int(attribute.as_int())
+
+
+def _float(node: ir.Node, name: str, default: float) -> float:
+    attribute = node.attributes.get(name)
+    return default if attribute is None else float(attribute.as_float())
 
 
 def _input(node: ir.Node, index: int) -> ir.Value:

@@ -1,0 +1,78 @@
+"""Activations in 8 bits with ranges found while the model runs: DynamicQuantizeMatMul, one fused operator.
+
+It finds one range a tensor; weights are int8 with a scale a channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from .blocks import add_bias
+from .editing import GraphNames, take_over
+from .errors import ConfigError, ModelError
+from .qdq import SiteReport, check_float, check_opset
+from .qparams import QuantizedWeight, SolvedWeight
+from .scheme import Scheme
+from .sites import LinearSite, WeightSource, drop_unused
+
+_MS = "com.microsoft"
+
+
+def quantize_dynamic(
+    model: ir.Model,
+    sites: Sequence[LinearSite],
+    schemes: Mapping[str, Scheme],
+    solved: Mapping[str, SolvedWeight],
+) -> list[SiteReport]:
+    """Replace `sites` in place by DynamicQuantizeMatMul; a report for each.
+
+    schemes: by node name, of the form dynamic. A Gemm's bias is added after the product. Everything is checked first:
+    ModelError for a weight that is not float32, a Gemm that transposes its activations, or too old an opset,
+    ConfigError for weights that are not 8 bits, signed and symmetric.
+    """
+    for site in sites:
+        scheme = schemes[site.node_name]
+        check_opset(model, scheme)
+        check_float(site)
+        if site.transposes_input:
+            raise ModelError(f"node {site.node_name!r}: a Gemm with transA=1 cannot be quantized so; exclude it")
+        if scheme.weight.bits != 8 or not (scheme.weight.signed and scheme.weight.symmetric):
+            raise ConfigError(f"weight: {scheme.name} takes signed symmetric weights of 8 bits")
+    names = GraphNames(model.graph)
+    stored: dict[tuple[object, ...], list[ir.Value]] = {}
+    model.opset_imports.setdefault(_MS, 1)
+    reports = []
+    for site in sites:
+        scheme = schemes[site.node_name]
+        key = site.weight_key()
+        if key not in stored:
+            source = WeightSource(site)
+            shape, found = (site.depth, site.channels), solved.get(site.node_name)
+            axis = 1 if scheme.weight.per_channel else None
+            weight = QuantizedWeight(site.weight, shape, scheme.weight, axis, source.read, source.close, solved=found)
+            stored[key] = [
+                names.initializer(weight.tensor(""), f"{site.weight}_quantized"),
+                names.initializer(weight.scale_tensor(""), f"{site.weight}_scale"),
+                names.initializer(ir.Tensor(np.zeros(weight.scale_shape, np.int8)), f"{site.weight}_zero_point"),
+            ]
+        node = site.node
+        operands = [value for value in node.inputs[1:] if value is not None]
+        product = ir.node("DynamicQuantizeMatMul", [node.inputs[0], *stored[key]], domain=_MS, name=node.name)
+        bias = add_bias(names, site, product.outputs[0])
+        if bias:
+            product.outputs[0].name = names.unique(f"{node.outputs[0].name}_product")
+            product.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        added = [product, *bias]
+        model.graph.insert_before(node, added)
+        take_over(node.outputs[0], added[-1].outputs[0])
+        model.graph.remove(node, safe=True)
+        for operand in dict.fromkeys(operands):
+            drop_unused(model.graph, operand)
+        count = site.depth * site.channels
+        reports.append(
+            SiteReport(site.node_name, "DynamicQuantizeMatMul", site.activation, site.weight, 0.0, 0, 4 * count, count)
+        )
+    return reports

@@ -1,0 +1,53 @@
+"""Adding values to a graph under names that are free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+Dims = Sequence[int | str | ir.SymbolicDim | None]
+
+
+class GraphNames:
+    """Makes values of one graph; remembers the names in use."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self._taken = {value.name for value in graph.inputs} | set(graph.initializers)
+        self._taken |= {value.name for node in graph for value in node.outputs}
+
+    def unique(self, name: str) -> str:
+        """`name`, or it with a number, whichever is free; taken from now on."""
+        candidate, count = name, 1
+        while candidate in self._taken:
+            count += 1
+            candidate = f"{name}_{count}"
+        self._taken.add(candidate)
+        return candidate
+
+    def value(self, name: str, dtype: ir.DataType, shape: ir.Shape | None = None) -> ir.Value:
+        """A new value."""
+        return ir.Value(name=self.unique(name), type=ir.TensorType(dtype), shape=shape)
+
+    def initializer(self, tensor: ir.TensorProtocol, name: str) -> ir.Value:
+        """A new initializer that holds `tensor`, which gets its name."""
+        value = self.value(name, tensor.dtype, ir.Shape(list(tensor.shape.numpy())))
+        tensor.name = value.name
+        value.const_value = tensor
+        self.graph.register_initializer(value)
+        return value
+
+
+def take_over(old: ir.Value, new: ir.Value) -> None:
+    """Let `new` stand wherever `old` stood, under its name, as an output of the graph too."""
+    new.name, old.name = old.name, None
+    new.type, new.shape = old.type, old.shape
+    for reader, index in tuple(old.uses()):
+        reader.replace_input_with(index, new)
+    node = old.producer()
+    graph = None if node is None else node.graph
+    if isinstance(graph, ir.Graph):
+        for position, output in enumerate(graph.outputs):
+            if output is old:
+                graph.outputs[position] = new

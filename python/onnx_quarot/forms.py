@@ -1,0 +1,100 @@
+"""A scheme for each linear layer, and each layer in its scheme's form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import onnx_ir as ir
+
+from .blocks import StoredBlocks, quantize_blocks
+from .dynamic import quantize_dynamic
+from .hessians import solve_weights
+from .observers import Range
+from .progress import Progress
+from .qdq import SiteReport, quantize_linears
+from .ranges import static_ranges
+from .replay import Replay
+from .scheme import Scheme, parse_scheme
+from .sites import LinearSite
+from .tokens import quantize_tokens
+
+# What a head may be followed by: none of these mixes features.
+_ELEMENTWISE = ("Add", "Cast", "Clip", "Div", "Identity", "Mul", "Sub", "Tanh")
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What was done to the linear layers, what there is to remark, and where constants are in blocks."""
+
+    reports: list[SiteReport]
+    notes: list[str]
+    blocks: dict[ir.Value, StoredBlocks]
+
+
+def quantize_sites(
+    model: ir.Model,
+    model_path: Path,
+    sites: Sequence[LinearSite],
+    scheme: Scheme,
+    data: Replay,
+    folder: Path,
+    progress: Progress,
+    *,
+    mixed: bool | float = False,
+    overrides: Mapping[str, Scheme] | None = None,
+) -> Quantized:
+    """Quantize `sites` of `model` in place. model_path: the same model as a file, in float, to be run on `data`.
+
+    overrides: another scheme for some sites, by node name. mixed: see :mod:`ranges`. folder: for what is kept until
+    the model has been written. Errors as of the parts: nothing is changed before all is known.
+    """
+    schemes = {site.node_name: scheme for site in sites}
+    schemes |= head_schemes(sites, scheme)
+    schemes |= dict(overrides or {})
+    notes: list[str] = []
+    static = [site for site in sites if schemes[site.node_name].static_ranges]
+    ranges: dict[str, Range] = {}
+    if static or mixed is not False:
+        given = {name: other for name, other in schemes.items() if other != scheme}
+        ranges, wide, notes = static_ranges(model_path, static, scheme, data, mixed, progress, given)
+        schemes |= wide
+    solved = solve_weights(model_path, sites, schemes, data, folder, progress)
+    reports: list[SiteReport] = []
+    blocks: dict[ir.Value, StoredBlocks] = {}
+    for form in dict.fromkeys(other.form for other in schemes.values()):
+        part = [site for site in sites if schemes[site.node_name].form == form]
+        if form == "qdq":
+            reports += quantize_linears(model, part, ranges, scheme, overrides=schemes, solved=solved)
+        elif form == "block":
+            done, blocks = quantize_blocks(model, part, schemes, solved)
+            reports += done
+        elif form == "dynamic":
+            reports += quantize_dynamic(model, part, schemes, solved)
+        else:
+            reports += quantize_tokens(model, part, schemes, solved)
+    return Quantized(reports, notes, blocks)
+
+
+def head_schemes(sites: Sequence[LinearSite], scheme: Scheme) -> dict[str, Scheme]:
+    """The schemes of the sites that make an output of the graph, where these keep more bits."""
+    bits = scheme.head_bits
+    if bits is None:
+        return {}
+    if scheme.form == "token":
+        # ONNX Runtime's integer kernels mistake blocked 8-bit activations for ones with a single scale.
+        head = parse_scheme("a8w8")
+    else:
+        weight = replace(scheme.weight, bits=max(bits, scheme.weight.bits))
+        head = replace(scheme, weight=weight, weights="rtn")
+    return {site.node_name: head for site in sites if _makes_output(site.node.outputs[0])}
+
+
+def _makes_output(value: ir.Value) -> bool:
+    while not value.is_graph_output():
+        uses = tuple(value.uses())
+        if len(uses) != 1 or uses[0].node.op_type not in _ELEMENTWISE or uses[0].node.domain != "":
+            return False
+        value = uses[0].node.outputs[0]
+    return True

@@ -1,0 +1,93 @@
+"""The ranges of a scheme's static activations, and which of them get 16 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from .calibrate import observe
+from .errors import ConfigError, DataError
+from .mixed import Sensitivity, find_sensitive
+from .observers import Observer, Range, make_observer
+from .progress import Progress
+from .replay import Replay
+from .scheme import Scheme, TensorSpec
+from .sites import LinearSite
+
+DEFAULT_BUDGET = 0.05
+_WIDE = TensorSpec(bits=16, signed=False, symmetric=False)
+
+
+def static_ranges(
+    model_path: Path,
+    sites: Sequence[LinearSite],
+    scheme: Scheme,
+    data: Replay,
+    mixed: bool | float,
+    progress: Progress,
+    overrides: dict[str, Scheme] | None = None,
+) -> tuple[dict[str, Range], dict[str, Scheme], list[str]]:
+    """The range of each activation of `sites`, the schemes of sites that take another one, and remarks.
+
+    mixed: False, True for the default budget, or the share of linear layers that may have 16-bit activations.
+    overrides: sites whose scheme is given; they are no candidates. Raises DataError for data that is not finite or
+    says nothing about any activation, ConfigError for a scheme that mixed precision does not suit.
+    """
+    schemes = dict(overrides or {})
+    budget = _budget(mixed, scheme)
+    observers: dict[str, Observer] = {}
+    for site in sites:
+        spec = schemes.get(site.node_name, scheme).activation
+        observers.setdefault(
+            site.activation, make_observer(spec.method, percentile=99.999, bits=spec.bits, symmetric=spec.symmetric)
+        )
+    observe(model_path, observers, data, progress=progress, readers={s.activation: s.node_name for s in sites})
+    ranges = {name: observer.range() for name, observer in observers.items()}
+    notes = _silent(ranges, len(data))
+    if budget is None:
+        return ranges, schemes, notes
+    free = [site for site in sites if site.node_name not in schemes]
+    found = find_sensitive(model_path, free, ranges, scheme.activation, data[0], budget=budget, progress=progress)
+    for choice in found:
+        if choice.chosen:
+            extremes = observers[choice.activation].extremes
+            ranges[choice.activation] = Range(extremes.low, extremes.high)
+            schemes |= {node: replace(scheme, activation=_WIDE) for node in choice.nodes}
+    return ranges, schemes, [*notes, *_explain(found, len(sites))]
+
+
+def _budget(mixed: bool | float, scheme: Scheme) -> float | None:
+    if mixed is False:
+        return None
+    if scheme.form != "qdq" or scheme.activation.bits >= 16:
+        raise ConfigError(f"mixed: {scheme.name} has no static activations of 4 or 8 bits to choose among")
+    budget = DEFAULT_BUDGET if mixed is True else float(mixed)
+    if not 0.0 < budget <= 1.0:
+        raise ConfigError(f"mixed: a budget of {mixed} is out of range; use a share of layers above 0 and at most 1")
+    return budget
+
+
+def _silent(ranges: dict[str, Range], batches: int) -> list[str]:
+    silent = [name for name, found in ranges.items() if found.low == found.high]
+    if len(silent) == len(ranges):
+        raise DataError(f"calibration: all {len(ranges)} activations are zero throughout the data; nothing to go by")
+    if not silent:
+        return []
+    return [
+        f"{len(silent)} of {len(ranges)} activations were zero throughout the {batches} calibration batches and have "
+        f"no range ({silent[0]} is the first); more, or more varied, data is needed if they are not always"
+    ]
+
+
+def _explain(found: Sequence[Sensitivity], sites: int) -> list[str]:
+    chosen = [choice for choice in found if choice.chosen]
+    if not chosen:
+        return ["no layer needs 16-bit activations"]
+    nodes = [node for choice in chosen for node in choice.nodes]
+    total, left = sum(c.error for c in found), sum(c.error for c in found if not c.chosen)
+    return [
+        f"16-bit activations at {len(nodes)} of {sites} linear layers: {', '.join(nodes)}",
+        f"they cause {1 - left / total:.0%} of the output error of the {len(found)} most sensitive activations "
+        f"({total:.2g} -> {left:.2g}, relative squared)",
+    ]
