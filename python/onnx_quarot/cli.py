@@ -142,6 +142,11 @@ def rotate(
 @click.option("--method", type=click.Choice(METHODS), help="How activation ranges are found.")
 @click.option("--weights", type=click.Choice(["rtn", "gptq"]), help="How integer weights are chosen.")
 @click.option("--block", type=int, help="Input features that share a scale, for *-block and a4w4.")
+@click.option(
+    "--kv-cache",
+    type=click.Choice(["int8", "int4", "int8-tensor", "int4-tensor"]),
+    help="Integers in the key/value cache, with a scale a channel (or a tensor).",
+)
 @click.option("--exclude", multiple=True, metavar="NODE", help="Leave this layer in floating point. Repeatable.")
 @rotation_options
 @click.option("--no-verify", is_flag=True, help="Do not compare outputs of the rotated model before quantizing.")
@@ -159,6 +164,7 @@ def quantize(
     method: str | None,
     weights: str | None,
     block: int | None,
+    kv_cache: str | None,
     exclude: Sequence[str],
     rotations: tuple[str, ...],
     block_size: int | None,
@@ -190,6 +196,7 @@ def quantize(
         method=method,
         weights=weights,
         block=block,
+        kv_cache=kv_cache,
         tokenizer=tokenizer_for(calibration, model, tokenizer),
         window=window_length,
         windows=windows,

@@ -13,6 +13,7 @@ from onnx_quarot.data import as_batches, input_specs
 from onnx_quarot.discovery import discover_model
 from onnx_quarot.errors import ConfigError, DataError, ModelError
 from onnx_quarot.forms import quantize_sites
+from onnx_quarot.kv_cache import CacheReport, check_cache, quantize_cache
 from onnx_quarot.load import external_files, load
 from onnx_quarot.plan import ROTATIONS, Plan
 from onnx_quarot.progress import NullProgress, Progress
@@ -97,6 +98,7 @@ def quantize(
     method: str | None = None,
     weights: str | None = None,
     block: int | None = None,
+    kv_cache: str | None = None,
     tokenizer: str | Path | None = None,
     window: int = 512,
     windows: int | None = None,
@@ -115,16 +117,18 @@ def quantize(
     activations to the few layers that need them, found by measuring; at most 5 % of the linear layers, or the share
     given. method: how activation ranges are found (``minmax``, ``percentile``, ``mse``, ``entropy``; None for the
     scheme's own). weights: how integer weights are chosen, ``rtn`` or ``gptq``; block: input features that share a
-    scale, for schemes that have blocks; None for the scheme's own. op_types: what is quantized; Gather stands for
-    tables of embeddings, of which only the weights become integers. exclude: names (or patterns) of nodes that stay in
-    floating point. rotations=() means none; config and matrix_dim as in :func:`discover`. seed: random signs in
-    the rotations; ``"search:K"`` tries the seeds 0 to K - 1 and keeps the one closest to the float model on the
-    calibration data, at K + 1 times the cost.
+    scale, for schemes that have blocks; None for the scheme's own. kv_cache: ``int8`` or ``int4`` (a scale a channel),
+    or either with ``-tensor`` (a scale a tensor), for models whose attention is GroupQueryAttention. op_types: what is
+    quantized; Gather stands for tables of embeddings, of which only the weights become integers. exclude: names (or
+    patterns) of nodes that stay in floating point. rotations=() means none; config and matrix_dim as in
+    :func:`discover`. seed: random signs in the rotations; ``"search:K"`` tries the seeds 0 to K - 1 and keeps the one
+    closest to the float model on the calibration data, at K + 1 times the cost.
 
     Raises ModelError, DataError, ConfigError, VerificationError or SaveError; then nothing is written.
     """
     path, clock, show = check_output(source, target), Stopwatch(), progress or NullProgress()
     chosen = parse_scheme(scheme).with_method(method).with_options(block=block, weights=weights)
+    check_cache(kv_cache)
     wanted = tuple(rotations)
     with clock.step("discover"):
         model = load(source)
@@ -143,12 +147,14 @@ def quantize(
             raise ModelError(f"the model has no linear layer left to quantize (op types {', '.join(op_types)})")
         data = Replay(batches, folder)
         with clock.step("quantize"):
+            caches = [] if kv_cache is None else quantize_cache(model, float_path, kv_cache, data, show)
             done = quantize_sites(model, float_path, sites, chosen, data, folder, show, mixed=mixed)
             tables = quantize_tables(model) if "Gather" in op_types else []
         with clock.step("save"), show.task("writing", None):
             stage(model, path, folder).publish()
-    name = chosen.name + (" mixed" if mixed else "")
-    return _report(source, path, name, plan, proof, clock, tuple(done.reports), tuple(tables), tuple(done.notes))
+    name = chosen.name + (" mixed" if mixed else "") + ("" if kv_cache is None else f", {kv_cache} cache")
+    notes = (*done.notes, *_cache_notes(caches))
+    return _report(source, path, name, plan, proof, clock, tuple(done.reports), tuple(tables), notes)
 
 
 def _plan(
@@ -191,6 +197,13 @@ def _rotated(
         return staged, None
     with clock.step("verify"), show.task("verifying", None):
         return staged, verify_model(source, staged.path, plan)
+
+
+def _cache_notes(caches: Sequence[CacheReport]) -> list[str]:
+    if not caches:
+        return []
+    before, after = sum(c.float_bytes for c in caches), sum(c.quantized_bytes for c in caches)
+    return [f"key/value cache: {len(caches)} layers, {before:,} -> {after:,} bytes a token ({after / before:.3f}x)"]
 
 
 def _first(batches: Any) -> Any:
