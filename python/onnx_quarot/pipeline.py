@@ -13,6 +13,7 @@ from onnx_quarot.data import as_batches, input_specs
 from onnx_quarot.discovery import discover_model
 from onnx_quarot.errors import ConfigError, DataError, ModelError
 from onnx_quarot.forms import quantize_sites
+from onnx_quarot.genai_folder import complete_folder
 from onnx_quarot.kv_cache import CacheReport, check_cache, quantize_cache
 from onnx_quarot.load import external_files, load
 from onnx_quarot.plan import ROTATIONS, Plan
@@ -67,6 +68,8 @@ def rotate(
 ) -> Report:
     """Write the model at ``source`` to ``target`` in rotated bases: the same function, without activation outliers.
 
+    In a folder of its own the target gets what onnxruntime-genai needs, if the source's folder has it.
+
     plan: from :func:`discover`, instead of making one from the other options. verify: run both models and compare all
     outputs before the target is written; False is noted in the report.
 
@@ -81,7 +84,8 @@ def rotate(
         staged, proof = _rotated(model, Path(source), path, folder, plan, clock, verify, progress or NullProgress())
         with clock.step("save"):
             staged.publish()
-    return _report(source, path, None, plan, proof, clock)
+            companions = complete_folder(Path(source), path)
+    return _report(source, path, None, plan, proof, clock, notes=_folder_note(companions))
 
 
 @searches_seeds
@@ -110,6 +114,8 @@ def quantize(
     progress: Progress | None = None,
 ) -> Report:
     """Rotate the model at ``source``, quantize its linear layers, and write it to ``target``.
+
+    In a folder of its own the target gets what onnxruntime-genai needs, if the source's folder has it.
 
     calibration: a CalibrationDataReader of onnxruntime, an iterable of dicts of arrays, the path of an ``.npz``, or
     text together with ``tokenizer`` (a ``tokenizer.json``), which is cut into windows of ``window`` tokens; at most
@@ -152,9 +158,14 @@ def quantize(
             tables = quantize_tables(model) if "Gather" in op_types else []
         with clock.step("save"), show.task("writing", None):
             stage(model, path, folder).publish()
+            companions = complete_folder(Path(source), path)
     name = chosen.name + (" mixed" if mixed else "") + ("" if kv_cache is None else f", {kv_cache} cache")
-    notes = (*done.notes, *_cache_notes(caches))
+    notes = (*done.notes, *_cache_notes(caches), *_folder_note(companions))
     return _report(source, path, name, plan, proof, clock, tuple(done.reports), tuple(tables), notes)
+
+
+def _folder_note(companions: tuple[str, ...]) -> tuple[str, ...]:
+    return (f"beside the model, for onnxruntime-genai: {', '.join(companions)}",) if companions else ()
 
 
 def _plan(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -12,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from onnx_quarot.custom_op import custom_op_library, session
+from onnx_quarot.custom_op import session
 from onnx_quarot.demo.fetch import SYSTEM_PROMPT, fetch_smollm2
 from onnx_quarot.demo.job import Done, quantize_apart
 from onnx_quarot.demo.text import calibration_text, evaluation_text
@@ -282,17 +281,9 @@ def _folder(output: str | Path | None) -> Iterator[Path]:
 
 
 def _complete(source: Path, folder: Path) -> None:
-    """Make each folder one that onnxruntime-genai loads: tokenizer, configuration, and the operator library."""
+    """The float model beside the others, and for all of them what their runtimes need."""
     shutil.copytree(source.parent, folder / "float")
-    library = Path(custom_op_library())
-    for _, place, rotations in VARIANTS:
+    for _, place, _ in VARIANTS:
         for file in source.parent.glob("*.json"):
-            shutil.copy2(file, folder / place)
-        config = folder / place / "genai_config.json"
-        if rotations and config.is_file():
-            # The runtime looks for the library in the model's folder and nowhere else.
-            shutil.copy2(library, folder / place)
-            settings = json.loads(config.read_text(encoding="utf-8"))
-            options = settings["model"]["decoder"].setdefault("session_options", {})
-            options["custom_ops_library"] = library.name
-            config.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+            if not (folder / place / file.name).exists():
+                shutil.copy2(file, folder / place)
