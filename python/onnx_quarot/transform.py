@@ -54,6 +54,11 @@ def hadamard(
         OrderError: no Hadamard matrix of this size is available (see :func:`largest_block`).
         TypeError: ``x`` or ``out`` is not a numpy array of one of these types.
         ValueError: an argument does not fit ``x``, or ``out`` overlaps it in part.
+
+    >>> hadamard(np.array([1.0, 0.0, 0.0, 0.0]))
+    array([0.5, 0.5, 0.5, 0.5])
+    >>> hadamard(np.array([3.0, 1.0]), scale=1.0)
+    array([4., 2.])
     """
     return _core.hadamard(x, out, block_size, signs, transpose, scale, threads)
 
@@ -101,7 +106,11 @@ def has_order(n: int) -> bool:
 
 
 def largest_block(n: int) -> int:
-    """The largest block size that divides ``n`` and has a Hadamard matrix; ``n`` itself where it has one."""
+    """The largest block size that divides ``n`` and has a Hadamard matrix; ``n`` itself where it has one.
+
+    >>> largest_block(4096), largest_block(576), largest_block(68 * 7)
+    (4096, 576, 68)
+    """
     if n < 1:
         raise OrderError(f"n is {n}: it must be at least 1")
     return next(n // parts for parts in range(1, n + 1) if n % parts == 0 and has_order(n // parts))
