@@ -17,6 +17,8 @@ namespace onnx_quarot {
 
 enum class DType : std::uint8_t { float32, float16, bfloat16, float64 };
 
+enum class QuantizedType : std::uint8_t { int8, uint8 };
+
 // Bytes of one element.
 std::size_t element_size(DType dtype);
 
@@ -58,12 +60,26 @@ class Transform {
   // The same for adjacent rows [first, first + count) of whole arrays: the unit of work of a thread pool.
   void range(const void* in, void* out, std::size_t first, std::size_t count, const float* signs) const;
 
+  // Rows of float32 transformed and quantized to 8 bits, both on adjacent rows [first, first + count) of whole arrays;
+  // `out` shares no memory with `in`. dtype() must be float32. Allocates at most two scratch buffers a call.
+  //   quantize          y = saturate(round(t) + zero_point), where t is the transform: make it with the scale divided by
+  //                     the quantization scale. Rounds to nearest even; a NaN becomes the largest value.
+  //   quantize_dynamic  each row by its own scale: scales[row] = max |t| / 127, y = round(t / scales[row]). A row with
+  //                     no magnitude of 2^-100 or more has scale 1 and zeros; an infinity or a NaN shows in the scale.
+  void quantize(const float* in, void* out, std::size_t first, std::size_t count, const float* signs,
+                QuantizedType type, std::int32_t zero_point) const;
+  void quantize_dynamic(const float* in, std::int8_t* out, float* scales, std::size_t first, std::size_t count,
+                        const float* signs) const;
+
   DType dtype() const { return dtype_; }
   std::size_t size() const { return size_; }
   std::size_t block_size() const { return block_; }
   std::size_t signs_length() const { return signs_length_; }
 
  private:
+  template <class Batch>
+  void in_batches(const float* in, std::size_t first, std::size_t count, const float* signs, Batch batch) const;
+
   DType dtype_;
   bool transpose_;
   std::size_t size_;

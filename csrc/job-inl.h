@@ -141,7 +141,8 @@ void run(const Job& job) {
 }  // namespace onnx_quarot
 
 // Defines the table `variable` of this file's kernels.
-#define ONNX_QUAROT_KERNELS(variable, name)                                                                         \
-  namespace onnx_quarot {                                                                                           \
-  const Kernels variable = {name, kVectorBytes, run<float>, run<Half>, run<BFloat>, run<double>};                   \
+#define ONNX_QUAROT_KERNELS(variable, name)                                                                     \
+  namespace onnx_quarot {                                                                                       \
+  const Kernels variable = {name,       kVectorBytes, run<float>, run<Half>, run<BFloat>, run<double>, quantize, \
+                            largest};                                                                           \
   }

@@ -283,3 +283,4 @@ void power_rows(In in, Rows<C> rows, Out out, std::size_t count, std::size_t sig
 
 #include "order-inl.h"
 #include "job-inl.h"
+#include "quantize-inl.h"

@@ -33,6 +33,17 @@ struct Job {
   void* scratch;                // as scratch_layout says
 };
 
+// Float values to 8 bits: byte = saturate(round(x * factor) + zero_point), to nearest even, between `low` and `high`.
+struct QuantizeJob {
+  const float* in;
+  void* out;
+  std::size_t count;
+  float factor;
+  std::int32_t zero_point;
+  std::int32_t low;
+  std::int32_t high;
+};
+
 struct Kernels {
   const char* name;
   std::size_t vector_bytes;
@@ -40,6 +51,8 @@ struct Kernels {
   void (*float16)(const Job&);
   void (*bfloat16)(const Job&);
   void (*float64)(const Job&);
+  void (*quantize)(const QuantizeJob&);
+  float (*largest)(const float* values, std::size_t count);  // largest magnitude; NaN if there is one
 };
 
 extern const Kernels baseline_kernels;

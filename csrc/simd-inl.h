@@ -163,10 +163,19 @@ ONNX_QUAROT_INLINE void store(Half* p, Floats v) {
 }
 #elif defined(__aarch64__)
 ONNX_QUAROT_INLINE Floats load(const Half* p) {
-  return reinterpret_cast<Floats>(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits))));
+  Floats v;
+  for (std::size_t i = 0; i < kVectorBytes / 16; ++i) {
+    const float32x4_t part = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits + 4 * i)));
+    std::memcpy(reinterpret_cast<char*>(&v) + 16 * i, &part, 16);
+  }
+  return v;
 }
 ONNX_QUAROT_INLINE void store(Half* p, Floats v) {
-  vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32(reinterpret_cast<float32x4_t>(v))));
+  for (std::size_t i = 0; i < kVectorBytes / 16; ++i) {
+    float32x4_t part;
+    std::memcpy(&part, reinterpret_cast<const char*>(&v) + 16 * i, 16);
+    vst1_u16(&p->bits + 4 * i, vreinterpret_u16_f16(vcvt_f16_f32(part)));
+  }
 }
 #else
 // Without conversion instructions: the exponent is moved by a multiplication, which also makes subnormals right.

@@ -41,7 +41,7 @@ struct ApiBase {
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
 
 // ONNXTensorElementDataType, which is also onnx.TensorProto.DataType for these.
-enum ElementType : int { kFloat = 1, kInt8 = 3, kFloat16 = 10, kDouble = 11, kBFloat16 = 16 };
+enum ElementType : int { kFloat = 1, kUInt8 = 2, kInt8 = 3, kFloat16 = 10, kDouble = 11, kBFloat16 = 16 };
 
 enum Characteristic : int { kRequired = 0, kOptional = 1 };
 
@@ -111,7 +111,15 @@ inline constexpr Entry<274, Status*(const KernelContext*, void (*function)(void*
 inline constexpr Entry<51, Status*(Value*, void** data)> GetTensorMutableData{};
 inline constexpr Entry<65, Status*(const Value*, TensorInfo** out)> GetTensorTypeAndShape{};
 inline constexpr Entry<99, void(TensorInfo*)> ReleaseTensorTypeAndShapeInfo{};
+inline constexpr Entry<60, Status*(const TensorInfo*, ElementType* out)> GetTensorElementType{};
 inline constexpr Entry<61, Status*(const TensorInfo*, std::size_t* rank)> GetDimensionsCount{};
+// Of a TensorInfo that the caller made, and releases.
+inline constexpr Entry<57, Status*(TensorInfo** out)> CreateTensorTypeAndShapeInfo{};
+inline constexpr Entry<58, Status*(TensorInfo*, ElementType)> SetTensorElementType{};
+inline constexpr Entry<59, Status*(TensorInfo*, const std::int64_t* dims, std::size_t rank)> SetDimensions{};
+// The names of dimensions, empty where there is none; owned by the TensorInfo.
+inline constexpr Entry<63, Status*(const TensorInfo*, const char** names, std::size_t rank)> GetSymbolicDimensions{};
+inline constexpr Entry<271, Status*(TensorInfo*, const char** names, std::size_t rank)> SetSymbolicDimensions{};
 // -1 stands for a dimension that is not known yet.
 inline constexpr Entry<62, Status*(const TensorInfo*, std::int64_t* dims, std::size_t rank)> GetDimensions{};
 

@@ -7,6 +7,7 @@
 
 #include "abi.h"
 #include "hadamard.h"
+#include "hadamard_quantize.h"
 #include "status.h"
 
 #if defined(_WIN32)
@@ -23,19 +24,26 @@ constexpr const char* kDomain = "onnx_quarot";
 // The domain and its operators. Session options only point at them, so they live as long as the process does.
 class Domain {
  public:
-  explicit Domain(const Api* api) : ops_{{{api, kFloat}, {api, kFloat16}, {api, kBFloat16}, {api, kDouble}}} {
+  explicit Domain(const Api* api)
+      : hadamard_{{{api, kFloat}, {api, kFloat16}, {api, kBFloat16}, {api, kDouble}}},
+        quantize_{{{api, kInt8}, {api, kUInt8}}},
+        dynamic_quantize_(api) {
     const auto release = [api](CustomOpDomain* held) { ReleaseCustomOpDomain(api, held); };
     CustomOpDomain* made = nullptr;
     check(api, CreateCustomOpDomain(api, kDomain, &made));
     std::unique_ptr<CustomOpDomain, decltype(release)> owner(made, release);
-    for (const HadamardOp& op : ops_) check(api, CustomOpDomain_Add(api, made, &op));
+    for (const HadamardOp& op : hadamard_) check(api, CustomOpDomain_Add(api, made, &op));
+    for (const HadamardQuantizeOp& op : quantize_) check(api, CustomOpDomain_Add(api, made, &op));
+    check(api, CustomOpDomain_Add(api, made, &dynamic_quantize_));
     handle_ = owner.release();
   }
 
   CustomOpDomain* handle() const { return handle_; }
 
  private:
-  std::array<HadamardOp, 4> ops_;
+  std::array<HadamardOp, 4> hadamard_;
+  std::array<HadamardQuantizeOp, 2> quantize_;
+  HadamardDynamicQuantizeOp dynamic_quantize_;
   CustomOpDomain* handle_ = nullptr;
 };
 

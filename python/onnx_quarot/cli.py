@@ -324,6 +324,26 @@ def demo(
     show(as_json, result.to_json, result.table)
 
 
+@cli.command()
+@click.option("--largest", type=click.IntRange(min=64), default=2**20, show_default=True, help="Longest vector.")
+@click.option("--seconds", type=float, default=0.05, show_default=True, help="For each contender of each case.")
+@click.option("--picture", type=click.Path(path_type=Path), help="Draw ns per element against n into this PNG.")
+@common
+def bench(largest: int, seconds: float, picture: Path | None, as_json: bool) -> None:
+    """Measure the Hadamard kernel on this machine, beside fht-cpu (if installed), numpy and memcpy.
+
+    \b
+    Example:
+      onnx-quarot bench
+    """
+    from .bench_report import draw, run_bench
+
+    result = run_bench(largest=largest, seconds=seconds, progress=progress())
+    if picture is not None:
+        draw(result, picture)
+    show(as_json, result.to_json, result.table)
+
+
 def main() -> None:
     """The console script."""
     cli()

@@ -159,34 +159,28 @@ def add_hadamard(
         OrderError: the block size does not divide ``size``, or has no Hadamard matrix.
         ModelError: the type or shape of ``x`` does not fit, or the signs do not.
     """
-    if x.dtype not in _TYPE_SUFFIX:
+    dtype = _check_input(x, size, name, tuple(_TYPE_SUFFIX))
+    transform = _Transform.make(size, block_size, signs, transpose, scale, dtype)
+    inputs = [x, *transform.prepare(model, signs)]
+    overload = transform.overload()
+    if (DOMAIN, OP_TYPE, overload) not in model.functions:
+        model.functions[DOMAIN, OP_TYPE, overload] = transform.function(model.opset_imports[""])
+    output = ir.Value(name=f"{name}_output", type=ir.TensorType(dtype), shape=x.shape)
+    attributes = transform.attributes(size)
+    return ir.node(OP_TYPE, inputs, attributes, domain=DOMAIN, overload=overload, outputs=[output], name=name)
+
+
+def _check_input(x: ir.Value, size: int, name: str, types: tuple[ir.DataType, ...]) -> ir.DataType:
+    if x.dtype is None or x.dtype not in types:
         kind = "unknown" if x.dtype is None else x.dtype.name
-        allowed = "FLOAT, FLOAT16, BFLOAT16 or DOUBLE"
+        *others, last_type = (dtype.name for dtype in types)
+        allowed = f"{', '.join(others)} or {last_type}" if others else last_type
         raise ModelError(f"{name}: the type of x ({x.name!r}) is {kind}: it must be {allowed}")
     if x.shape is not None and (x.shape.rank() == 0 or x.shape[-1] not in (size, None)):
         last = x.shape[-1] if x.shape.rank() else None
         if last is None or isinstance(last, int):
             raise ModelError(f"{name}: x ({x.name!r}) has shape {x.shape}: its last axis must have length {size}")
-    transform = _Transform.make(size, block_size, signs, transpose, scale, x.dtype)
-
-    inputs = [x]
-    if signs is not None:
-        inputs.append(_signs_value(model, np.asarray(signs).astype(np.int8)))
-    model.ir_version = max(model.ir_version, _MIN_IR_VERSION)
-    model.opset_imports.setdefault("", _DEFAULT_OPSET)
-    model.opset_imports[DOMAIN] = OPSET_VERSION
-    identifier = (DOMAIN, OP_TYPE, transform.overload())
-    if identifier not in model.functions:
-        model.functions[identifier] = transform.function(model.opset_imports[""])
-    attributes: dict[str, int | float] = {}
-    if block_size is not None and block_size != size:
-        attributes["block_size"] = block_size
-    if transpose:
-        attributes["transpose"] = 1
-    if scale is not None:
-        attributes["scale"] = scale
-    output = ir.Value(name=f"{name}_output", type=ir.TensorType(x.dtype), shape=x.shape)
-    return ir.node(OP_TYPE, inputs, attributes, domain=DOMAIN, overload=identifier[2], outputs=[output], name=name)
+    return x.dtype
 
 
 def _signs_value(model: ir.Model, signs: npt.NDArray[np.int8]) -> ir.Value:
@@ -236,6 +230,24 @@ class _Transform:
         exact = None if scale is None else float(np.float32(scale))
         return _Transform(block, 0 if signs is None else len(signs), bool(transpose), exact, dtype)
 
+    def prepare(self, model: ir.Model, signs: npt.NDArray[Any] | None) -> list[ir.Value]:
+        """Make `model` ready for functions of this domain; return the input that holds the signs, if there are any."""
+        held = [] if signs is None else [_signs_value(model, np.asarray(signs).astype(np.int8))]
+        model.ir_version = max(model.ir_version, _MIN_IR_VERSION)
+        model.opset_imports.setdefault("", _DEFAULT_OPSET)
+        model.opset_imports[DOMAIN] = OPSET_VERSION
+        return held
+
+    def attributes(self, size: int) -> dict[str, int | float]:
+        attributes: dict[str, int | float] = {}
+        if self.block != size:
+            attributes["block_size"] = self.block
+        if self.transpose:
+            attributes["transpose"] = 1
+        if self.scale is not None:
+            attributes["scale"] = self.scale
+        return attributes
+
     def overload(self) -> str:
         parts = [f"b{self.block}"]
         if self.signs_length:
@@ -248,16 +260,21 @@ class _Transform:
 
     def function(self, opset_version: int) -> ir.Function:
         """The transform in standard operators. The number and the lengths of leading axes are left open."""
-        short = self.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-        compute = ir.DataType.FLOAT if short else self.dtype
-        body = _Body(compute)
+        body = _Body(opset_version)
         x = ir.Value(name="X", type=ir.TensorType(self.dtype))
-        inputs = [x]
-        y = body.cast(x, compute) if short else x
-        signs: ir.Value | None = None
-        if self.signs_length:
-            signs = ir.Value(name="signs", type=ir.TensorType(ir.DataType.INT8))
-            inputs.append(signs)
+        signs = self.signs_input()
+        y = self.apply(body, x, signs)
+        y.name = "Y"
+        return self.wrap(body, OP_TYPE, self.overload(), [x] if signs is None else [x, signs], [y])
+
+    def signs_input(self) -> ir.Value | None:
+        return ir.Value(name="signs", type=ir.TensorType(ir.DataType.INT8)) if self.signs_length else None
+
+    def apply(self, body: _Body, x: ir.Value, signs: ir.Value | None) -> ir.Value:
+        """Nodes that transform `x`; the result has its shape and type."""
+        short = self.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+        body.compute = ir.DataType.FLOAT if short else self.dtype
+        y = body.cast(x, body.compute) if short else x
         if signs is not None and not self.transpose:
             y = self._times_signs(body, y, signs)
         y = self._times_matrix(body, y)
@@ -267,18 +284,21 @@ class _Transform:
             y = body.cast(y, self.dtype)
         # A length of 0 in the shape means 0. Before opset 14 it always meant "as in the input", which leaves only
         # an empty first axis right.
-        allow_zero = {"allowzero": 1} if opset_version >= 14 else {}
-        y = body.node("Reshape", [y, body.node("Shape", [x])], **allow_zero)
-        y.name = "Y"
-        name = self.overload()
-        graph = ir.Graph(inputs, [y], nodes=body.nodes, opset_imports={"": opset_version}, name=name)
+        allow_zero = {"allowzero": 1} if body.opset_version >= 14 else {}
+        return body.node("Reshape", [y, body.node("Shape", [x])], **allow_zero)
+
+    def wrap(
+        self, body: _Body, op_type: str, overload: str, inputs: list[ir.Value], outputs: list[ir.Value]
+    ) -> ir.Function:
+        """The body as a function of this domain."""
+        graph = ir.Graph(inputs, outputs, nodes=body.nodes, opset_imports={"": body.opset_version}, name=overload)
         # Declared for the nodes that carry them; their values are in the body already.
         declared = [
             ir.AttrInt64("block_size", self.block),
             ir.AttrInt64("transpose", int(self.transpose)),
             ir.AttrFloat32("scale", self.block**-0.5 if self.scale is None else self.scale),
         ]
-        return ir.Function(DOMAIN, OP_TYPE, name, graph=graph, attributes=declared)
+        return ir.Function(DOMAIN, op_type, overload, graph=graph, attributes=declared)
 
     def _times_signs(self, body: _Body, x: ir.Value, signs: ir.Value) -> ir.Value:
         rows = body.reshape(x, [-1, self.signs_length])
@@ -305,8 +325,9 @@ class _Transform:
 class _Body:
     """Nodes of a function, in order."""
 
-    def __init__(self, compute: ir.DataType) -> None:
-        self.compute = compute
+    def __init__(self, opset_version: int) -> None:
+        self.opset_version = opset_version
+        self.compute = ir.DataType.FLOAT
         self.nodes: list[ir.Node] = []
 
     def node(self, op_type: str, inputs: list[ir.Value], **attributes: Any) -> ir.Value:

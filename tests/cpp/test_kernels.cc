@@ -12,9 +12,11 @@
 #include "orders.h"
 #include "scratch.h"
 
+#if defined(ONNX_QUAROT_WIDE_KERNELS)
 namespace onnx_quarot {
 extern const Kernels wide_kernels;
 }
+#endif
 
 using namespace onnx_quarot;
 
@@ -26,6 +28,15 @@ void expect(bool condition, const std::string& what) {
   if (condition) return;
   ++failures;
   std::fprintf(stderr, "failed: %s\n", what.c_str());
+}
+
+std::vector<const Kernels*> all_kernels() {
+  std::vector<const Kernels*> all;
+#if defined(ONNX_QUAROT_WIDE_KERNELS)
+  all.push_back(&wide_kernels);
+#endif
+  for (const std::string& name : available_isas()) all.push_back(&find_kernels(name.c_str()));
+  return all;
 }
 
 struct Case {
@@ -113,8 +124,7 @@ void check(const Case& c, std::mt19937& random) {
   constexpr std::size_t rows = 3;
   std::vector<float> signs(c.signs);
   for (float& sign : signs) sign = (random() & 1u) != 0 ? 1.0f : -1.0f;
-  std::vector<const Kernels*> all = {&wide_kernels};
-  for (const std::string& name : available_isas()) all.push_back(&find_kernels(name.c_str()));
+  const std::vector<const Kernels*> all = all_kernels();
   for (const DType dtype : {DType::float32, DType::float16, DType::bfloat16, DType::float64}) {
     const std::size_t count = rows * c.size, item = element_size(dtype);
     Bytes in(count * item);
@@ -144,7 +154,7 @@ void check(const Case& c, std::mt19937& random) {
     for (const Kernels* kernels : all) {
       for (const bool in_place : {false, true}) {
         expect(run(*kernels, dtype, c, in, rows, signs, in_place) == first,
-               what + ": " + kernels->name + (in_place ? " in place" : "") + " differs from wide");
+               what + ": " + kernels->name + (in_place ? " in place" : "") + " differs from " + all[0]->name);
       }
     }
     if (item < 4) continue;
@@ -169,10 +179,50 @@ void check(const Case& c, std::mt19937& random) {
   }
 }
 
+// Quantization and the largest magnitude, of all counts around the width of vectors, with values half way between two
+// integers, beyond the range, infinite and NaN.
+void check_quantize(std::mt19937& random) {
+  const std::vector<const Kernels*> all = all_kernels();
+  for (std::size_t count = 0; count < 150; ++count) {
+    std::vector<float> values(count);
+    for (float& value : values) value = static_cast<float>(static_cast<int>(random() % 1201) - 600) / 4.0f;
+    if (count > 9) {
+      values[3] = 3e38f;
+      values[5] = -3e38f;
+    }
+    if (count > 99) {
+      values[7] = INFINITY;
+      values[8] = -INFINITY;
+      values[9] = NAN;
+    }
+    for (const Kernels* kernels : all) {
+      const std::string what = std::string(kernels->name) + ", " + std::to_string(count) + " values: ";
+      float most = 0;
+      for (const float value : values) most = std::max(most, std::fabs(value));
+      const float found = kernels->largest(values.data(), count);
+      expect(count > 99 ? std::isnan(found) : found == most, what + "largest is " + std::to_string(found));
+      for (const int low : {-128, 0}) {
+        for (const float factor : {1.0f, 0.5f}) {
+          const int zero_point = low < 0 ? -7 : 120, high = low + 255;
+          Bytes bytes(count);
+          kernels->quantize({values.data(), bytes.data(), count, factor, zero_point, low, high});
+          for (std::size_t i = 0; i < count; ++i) {
+            const double exact = std::nearbyint(static_cast<double>(values[i] * factor)) + zero_point;
+            const int wanted = !(exact < high) ? high : exact < low ? low : static_cast<int>(exact);
+            const int got = low < 0 ? static_cast<int>(static_cast<std::int8_t>(bytes[i])) : static_cast<int>(bytes[i]);
+            expect(got == wanted, what + std::to_string(values[i]) + " becomes " + std::to_string(got));
+          }
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
   std::mt19937 random(1);
+  check_quantize(random);
   std::vector<std::size_t> sizes;
   for (std::size_t n = 1; n <= 65536; n *= 2) sizes.push_back(n);
   for (const unsigned k : {12u, 20u, 28u, 36u, 44u, 52u, 92u, 108u, 140u, 156u, 188u}) {

@@ -1,0 +1,258 @@
+"""Speed of the transform on this machine, beside what it competes with: the command ``onnx-quarot bench``.
+
+All contenders of a case run turn by turn in one process, warm, and the shortest time of each counts: what else the
+machine does can only add to a time. Times are per call without the call itself, which is measured on arrays of a few
+values and subtracted from everybody's alike.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from . import _core
+from .errors import ConfigError, OnnxQuarotError, SaveError
+from .progress import NullProgress, Progress
+from .resources import cpu_name
+from .transform import hadamard_matrix
+
+Array = npt.NDArray[Any]
+Calls = dict[str, Callable[[], object]]
+
+BATCH_BYTES = 16384  # rows that are transformed in one call: in first-level cache
+LARGEST_DENSE = 1024  # beyond, numpy's x @ H takes too long to wait for
+ORDERS = (12, 20, 28, 36, 44, 76, 100, 140, 172)
+MODEL_SIZES = (576, 1536, 8960, 13824, 14336, 25600)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One size of float32: nanoseconds for one vector, by contender; `rows` vectors a call."""
+
+    n: int
+    rows: int
+    nanoseconds: dict[str, float]
+
+    def ratio(self, other: str) -> float | None:
+        """How many times longer `other` takes than the transform."""
+        theirs = self.nanoseconds.get(other)
+        return None if theirs is None else theirs / self.nanoseconds["onnx-quarot"]
+
+
+@dataclass
+class Bench:
+    """What was measured; `figures` are ratios by name, and microseconds where the name says so."""
+
+    cpu: str
+    isa: str
+    rows: list[Row] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON values."""
+        rows = [{"n": row.n, "rows": row.rows, "nanoseconds": row.nanoseconds} for row in self.rows]
+        return {"cpu": self.cpu, "isa": self.isa, "rows": rows, "figures": self.figures}
+
+    def table(self) -> str:
+        """Both tables as text, ratios first."""
+        lines = [f"{self.cpu}, kernel {self.isa}, one thread, float32 in place", ""]
+        lines.append(f"{'n':>9} {'rows':>5} {'fht-cpu':>9} {'numpy':>9} {'of memcpy':>10} {'ns a vector':>12}")
+        for row in self.rows:
+            ratios = [row.ratio(name) for name in ("fht-cpu", "numpy")]
+            shown = ["-" if ratio is None else f"{ratio:.2f} x" for ratio in ratios]
+            memcpy = f"{row.nanoseconds['onnx-quarot'] / row.nanoseconds['memcpy']:.2f} x"
+            time_text = f"{row.nanoseconds['onnx-quarot']:.1f}"
+            lines.append(f"{row.n:>9} {row.rows:>5} {shown[0]:>9} {shown[1]:>9} {memcpy:>10} {time_text:>12}")
+        lines += ["", *(f"{value:8.2f}  {name}" for name, value in self.figures.items())]
+        return "\n".join(lines)
+
+
+def run_bench(*, largest: int = 2**20, seconds: float = 0.05, progress: Progress | None = None) -> Bench:
+    """Measure all there is.
+
+    largest: the longest power of two. seconds: for each contender of each case.
+    Errors: OnnxQuarotError if a contender's answer is wrong.
+    """
+    show = progress or NullProgress()
+    bench = Bench(cpu_name(), _core.isa())
+    sizes = [2**power for power in range(6, 23) if 2**power <= largest]
+    with show.task("measuring", None):
+        for n in sizes:
+            bench.rows.append(_power_of_two(n, max(1, BATCH_BYTES // 4 // n), seconds))
+        for n in (64, 128, 1024, 4096):
+            if n <= largest:
+                bench.rows.append(_power_of_two(n, 512, seconds))
+        per_element = {row.n: row.nanoseconds["onnx-quarot"] / row.n for row in bench.rows[: len(sizes)]}
+        bench.figures |= _mixed(per_element, seconds) | _types(seconds) | _calls(seconds)
+    return bench
+
+
+def fastest(calls: Calls, seconds: float) -> dict[str, float]:
+    """The shortest time of each call in seconds, taken turn by turn for about `seconds` each."""
+    repeats: dict[str, int] = {}
+    for name, call in calls.items():
+        call()
+        start = time.perf_counter()
+        call()
+        repeats[name] = max(1, int(20e-6 / max(time.perf_counter() - start, 1e-7)))
+    best = dict.fromkeys(calls, float("inf"))
+    end = time.perf_counter() + seconds * len(calls)
+    rounds = 0
+    while rounds < 5 or time.perf_counter() < end:
+        for name, call in calls.items():
+            count = repeats[name]
+            start = time.perf_counter()
+            for _ in range(count):
+                call()
+            best[name] = min(best[name], (time.perf_counter() - start) / count)
+        rounds += 1
+    return best
+
+
+def _in_place(x: Array) -> Callable[[], object]:
+    return lambda: _core.hadamard(x, x)
+
+
+def _fht_cpu() -> Callable[[Array, int], object] | None:
+    try:
+        import fht_cpu
+    except ImportError:
+        return None
+    function: Callable[[Array, int], object] = fht_cpu.fht_2d_f32_rows
+    return function
+
+
+def _power_of_two(n: int, rows: int, seconds: float) -> Row:
+    # Transformed in place again and again, unscaled values would grow without bound: zeros stay, and cost the same.
+    ours, theirs, source, target = (np.zeros((rows, n), np.float32) for _ in range(4))
+    small = [np.zeros((1, 2), np.float32) for _ in range(4)]
+    calls: Calls = {
+        "onnx-quarot": lambda: _core.hadamard(ours, ours),
+        "memcpy": lambda: np.copyto(target, source),
+        "call onnx-quarot": lambda: _core.hadamard(small[0], small[0]),
+        "call memcpy": lambda: np.copyto(small[1], small[2]),
+    }
+    x = np.random.default_rng(0).standard_normal((rows, n)).astype(np.float32)
+    fht = _fht_cpu()
+    if fht is not None:
+        calls["fht-cpu"] = lambda: fht(theirs, 1)
+        calls["call fht-cpu"] = lambda: fht(small[3], 1)
+        expected = x.copy()
+        fht(expected, 1)
+        _check(_core.hadamard(x, scale=1.0), expected, f"{n}, against fht-cpu")
+    if n <= LARGEST_DENSE:
+        matrix = hadamard_matrix(n).astype(np.float32)
+        tiny = np.eye(2, dtype=np.float32)
+        calls["numpy"] = lambda: np.matmul(source, matrix, out=target)
+        calls["call numpy"] = lambda: np.matmul(small[1], tiny, out=small[2])
+        _check(_core.hadamard(x), x @ matrix, f"{n}, against numpy")
+    best = fastest(calls, seconds)
+    names = [name for name in best if not name.startswith("call ")]
+    return Row(n, rows, {name: max(best[name] - best[f"call {name}"], 1e-10) * 1e9 / rows for name in names})
+
+
+def _check(got: Array, expected: Array, what: str) -> None:
+    if np.abs(got - expected).max() > 1e-5 * np.abs(expected).max():
+        raise OnnxQuarotError(f"the transform of size {what}: the answers differ")
+
+
+def _mixed(per_element: dict[int, float], seconds: float) -> dict[str, float]:
+    """Cost of an element over that in the powers of two on both sides, their geometric mean."""
+    figures = {}
+    sizes = {order * max(16, 2 ** int(np.log2(6000 / order))): f"K = {order}" for order in ORDERS}
+    sizes |= dict.fromkeys(MODEL_SIZES, "a model's size")
+    for n, kind in sizes.items():
+        below = 2 ** int(np.log2(n))
+        if 2 * below not in per_element:
+            continue
+        rows = max(1, BATCH_BYTES // 4 // n)
+        x = np.zeros((rows, n), np.float32)
+        best = fastest({"x": _in_place(x), "call": _in_place(np.zeros((1, 2), np.float32))}, seconds)
+        cost = (best["x"] - best["call"]) * 1e9 / x.size
+        order = _core.factorize(n)[0]
+        factors = " x ".join(str(factor) for factor in _core.order_factors(order))
+        name = f"n = {n} ({kind}: {factors} x {n // order}), an element's cost over powers of two"
+        figures[name] = cost / float(np.sqrt(per_element[below] * per_element[2 * below]))
+    return figures
+
+
+def _types(seconds: float) -> dict[str, float]:
+    figures = {}
+    for n in (256, 1024, 4096):
+        rows = BATCH_BYTES // 4 // n
+        arrays = {
+            np.dtype(kind).name: np.zeros((rows, n), kind)
+            for kind in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)
+        }
+        best = fastest({name: _in_place(x) for name, x in arrays.items()}, seconds)
+        for name in arrays:
+            if name != "float32":
+                figures[f"{name} over float32, n = {n}"] = best[name] / best["float32"]
+    return figures
+
+
+def _calls(seconds: float) -> dict[str, float]:
+    """Threads, alignment, and what a call costs."""
+    large, one = np.zeros((512, 4096), np.float32), np.zeros((1, 64), np.float32)
+    store = np.zeros(4096 + 16, np.float32)
+    start = -store.ctypes.data % 64 // 4
+    aligned, shifted = store[start : start + 4096], np.zeros(4096 + 32, np.float32)
+    shift = (16 - shifted.ctypes.data) % 64 // 4
+    shifted = shifted[shift : shift + 4096]
+    best = fastest(
+        {
+            "one": lambda: _core.hadamard(large, large, threads=1),
+            "two": lambda: _core.hadamard(large, large, threads=2),
+            "row": lambda: _core.hadamard(one, one),
+            "row, two": lambda: _core.hadamard(one, one, threads=2),
+            "aligned": lambda: _core.hadamard(aligned, aligned),
+            "shifted": lambda: _core.hadamard(shifted, shifted),
+        },
+        max(seconds, 0.1),
+    )
+    return {
+        "speed-up by a second thread, 512 x 4096": best["one"] / best["two"],
+        "16 bytes off a cache line over aligned, n = 4096": best["shifted"] / best["aligned"],
+        "microseconds for a call with out= on one row of 64": best["row"] * 1e6,
+        "microseconds for the same with threads=2": best["row, two"] * 1e6,
+    }
+
+
+def draw(bench: Bench, target: Path) -> None:
+    """Draw nanoseconds per element against n into the PNG `target`. Errors: ConfigError, SaveError."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ConfigError("picture: needs the package matplotlib: pip install 'onnx-quarot[picture]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    rows = [row for row in bench.rows if row.rows != 512]
+    for name, colour in (
+        ("numpy", "#999999"),
+        ("fht-cpu", "#d95f02"),
+        ("onnx-quarot", "#1b5e9e"),
+        ("memcpy", "#66a61e"),
+    ):
+        points = [(row.n, row.nanoseconds[name] / row.n) for row in rows if name in row.nanoseconds]
+        if points:
+            label = "numpy x @ H" if name == "numpy" else name
+            axes.loglog(*zip(*points, strict=True), marker="o", markersize=3, color=colour, label=label, base=2)
+    axes.set(xlabel="n", ylabel="ns per element", title=f"{bench.cpu}, {bench.isa}, float32, one thread")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    try:
+        figure.savefig(target, dpi=150)
+    except OSError as error:
+        raise SaveError(f"picture: {target} cannot be written: {error}") from error
+    finally:
+        plt.close(figure)
