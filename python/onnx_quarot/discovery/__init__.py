@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -16,6 +17,7 @@ from onnx_quarot.discovery.constants import constant, root_tensor, tensor_shape,
 from onnx_quarot.discovery.labels import Labels
 from onnx_quarot.discovery.rules import apply_rules
 from onnx_quarot.discovery.shapes import Shapes
+from onnx_quarot.discovery.tied import keep_tied
 from onnx_quarot.discovery.typing import Def, Expansion, Out, Port, Typing, Use
 from onnx_quarot.errors import ConfigError, ModelError
 from onnx_quarot.plan import ROTATIONS, AxisChange, Online, Placement, Plan, Rebase, Site, State
@@ -30,13 +32,15 @@ def discover_model(
     rotations: Iterable[str] = ROTATIONS,
     block_size: int | None = None,
     seed: int | None = None,
+    tied: bool = False,
 ) -> Plan:
     """Decide what is rotated in ``model`` and how.
 
     rotations: which of R1 (the residual stream), R2 (attention values, a rotation a head), R3 (queries and keys) and R4
     (everything else, usually online in front of the down projection) may be used. block_size: rotate in blocks of this
     many features instead of whole axes where it divides them. seed: random signs in front of every rotation, drawn in
-    the order of the graph; None for plain Hadamard matrices.
+    the order of the graph; None for plain Hadamard matrices. tied: leave an embedding table that is also a linear
+    layer's weight in its basis, so that it stays one matrix (see :mod:`tied`).
 
     Raises ModelError when the model holds no linear layer, ConfigError for an unknown rotation or an impossible size.
     """
@@ -49,9 +53,12 @@ def discover_model(
         )
     typing = Typing(model.graph, Shapes(model))
     apply_rules(typing)
+    kept = keep_tied(typing) if tied else []
     if not typing.reads:
         raise ModelError("the model has no linear layer (MatMul or Gemm with a constant matrix): nothing to rotate")
-    return _Builder(model, typing, Labels(typing, wanted), block_size, seed).plan(wanted)
+    plan = _Builder(model, typing, Labels(typing, wanted), block_size, seed).plan(wanted)
+    notes = [f"{name} stays tied: the table and the layer keep one matrix, in its own basis" for name in kept]
+    return replace(plan, notes=(*plan.notes, *notes))
 
 
 def fingerprint(model: ir.Model) -> str:
