@@ -41,9 +41,16 @@ void infer_shape(const Api* api, ShapeInferContext* context) {
   TensorInfo* x = nullptr;
   check(api, ShapeInferContext_GetInputTypeShape(api, context, 0, &x));
   // Rank 0 is an unknown rank, which must not turn into a scalar, or a scalar, which fails when it runs.
-  if (!dims_of(api, static_cast<const TensorInfo*>(x)).empty()) {
-    check(api, ShapeInferContext_SetOutputTypeShape(api, context, 0, x));
+  const std::vector<std::int64_t> dims = dims_of(api, static_cast<const TensorInfo*>(x));
+  if (dims.empty()) return;
+  // A dimension that is neither known nor named would be stored as the number -1, which shape arithmetic downstream
+  // takes at its word.
+  std::vector<const char*> names(dims.size());
+  check(api, GetSymbolicDimensions(api, x, names.data(), names.size()));
+  for (std::size_t i = 0; i < dims.size(); ++i) {
+    if (dims[i] < 0 && (names[i] == nullptr || *names[i] == '\0')) return;
   }
+  check(api, ShapeInferContext_SetOutputTypeShape(api, context, 0, x));
 }
 
 // ONNX Runtime names the node in errors of running it, but not in those of making it.

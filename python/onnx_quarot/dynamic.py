@@ -5,7 +5,7 @@ It finds one range a tensor; weights are int8 with a scale a channel.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -17,7 +17,6 @@ from .qdq import SiteReport, check_float, check_opset
 from .qparams import QuantizedWeight, SolvedWeight
 from .scheme import Scheme
 from .sites import LinearSite, WeightSource, drop_unused
-from .tied_tables import SharedWeight
 
 _MS = "com.microsoft"
 
@@ -27,9 +26,8 @@ def quantize_dynamic(
     sites: Sequence[LinearSite],
     schemes: Mapping[str, Scheme],
     solved: Mapping[str, SolvedWeight],
-    tied: Collection[ir.Value] = (),
-) -> tuple[list[SiteReport], list[SharedWeight]]:
-    """Replace `sites` in place by DynamicQuantizeMatMul; a report for each, and the weights of roots in `tied`.
+) -> list[SiteReport]:
+    """Replace `sites` in place by DynamicQuantizeMatMul; a report for each.
 
     schemes: by node name, of the form dynamic. A Gemm's bias is added after the product. Everything is checked first:
     ModelError for a weight that is not float32, a Gemm that transposes its activations, or too old an opset,
@@ -46,8 +44,7 @@ def quantize_dynamic(
     names = GraphNames(model.graph)
     stored: dict[tuple[object, ...], list[ir.Value]] = {}
     model.opset_imports.setdefault(_MS, 1)
-    reports: list[SiteReport] = []
-    shared: list[SharedWeight] = []
+    reports = []
     for site in sites:
         scheme = schemes[site.node_name]
         key = site.weight_key()
@@ -61,9 +58,6 @@ def quantize_dynamic(
                 names.initializer(weight.scale_tensor(""), f"{site.weight}_scale"),
                 names.initializer(ir.Tensor(np.zeros(weight.scale_shape, np.int8)), f"{site.weight}_zero_point"),
             ]
-            if site.root in tied and axis == 1:
-                codes, scales, _ = stored[key]
-                shared.append(SharedWeight(site, codes, scales, zero=0, in_blocks=False))
         node = site.node
         operands = [value for value in node.inputs[1:] if value is not None]
         product = ir.node("DynamicQuantizeMatMul", [node.inputs[0], *stored[key]], domain=_MS, name=node.name)
@@ -81,4 +75,4 @@ def quantize_dynamic(
         reports.append(
             SiteReport(site.node_name, "DynamicQuantizeMatMul", site.activation, site.weight, 0.0, 0, 4 * count, count)
         )
-    return reports, shared
+    return reports

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from .blocks import quantize_blocks
+from .blocks import StoredBlocks, quantize_blocks
 from .dynamic import quantize_dynamic
 from .hessians import solve_weights
 from .observers import Range
@@ -16,9 +16,8 @@ from .progress import Progress
 from .qdq import SiteReport, quantize_linears
 from .ranges import static_ranges
 from .replay import Replay
-from .scheme import Scheme, TensorSpec, parse_scheme
+from .scheme import Scheme, parse_scheme
 from .sites import LinearSite
-from .tied_tables import SharedWeight, tied_roots
 from .tokens import quantize_tokens
 
 # What a head may be followed by: none of these mixes features.
@@ -27,11 +26,11 @@ _ELEMENTWISE = ("Add", "Cast", "Clip", "Div", "Identity", "Mul", "Sub", "Tanh")
 
 @dataclass(frozen=True)
 class Quantized:
-    """What was done to the linear layers, what there is to remark, and the weights that tables can share."""
+    """What was done to the linear layers, what there is to remark, and where constants are in blocks."""
 
     reports: list[SiteReport]
     notes: list[str]
-    shared: list[SharedWeight]
+    blocks: dict[ir.Value, StoredBlocks]
 
 
 def quantize_sites(
@@ -63,21 +62,19 @@ def quantize_sites(
         schemes |= wide
     solved = solve_weights(model_path, sites, schemes, data, folder, progress)
     reports: list[SiteReport] = []
-    shared: list[SharedWeight] = []
-    tied = tied_roots(model, sites)
+    blocks: dict[ir.Value, StoredBlocks] = {}
     for form in dict.fromkeys(other.form for other in schemes.values()):
         part = [site for site in sites if schemes[site.node_name].form == form]
         if form == "qdq":
-            done, weights = quantize_linears(model, part, ranges, scheme, overrides=schemes, solved=solved, tied=tied)
+            reports += quantize_linears(model, part, ranges, scheme, overrides=schemes, solved=solved)
         elif form == "block":
-            done, weights = quantize_blocks(model, part, schemes, solved, tied)
+            done, blocks = quantize_blocks(model, part, schemes, solved)
+            reports += done
         elif form == "dynamic":
-            done, weights = quantize_dynamic(model, part, schemes, solved, tied)
+            reports += quantize_dynamic(model, part, schemes, solved)
         else:
-            done, weights = quantize_tokens(model, part, schemes, solved), []
-        reports += done
-        shared += weights
-    return Quantized(reports, notes, shared)
+            reports += quantize_tokens(model, part, schemes, solved)
+    return Quantized(reports, notes, blocks)
 
 
 def head_schemes(sites: Sequence[LinearSite], scheme: Scheme) -> dict[str, Scheme]:
@@ -89,8 +86,7 @@ def head_schemes(sites: Sequence[LinearSite], scheme: Scheme) -> dict[str, Schem
         # ONNX Runtime's integer kernels mistake blocked 8-bit activations for ones with a single scale.
         head = parse_scheme("a8w8")
     else:
-        # Symmetric, so that a table can share the integers whatever the form.
-        weight = TensorSpec(bits=max(bits, scheme.weight.bits), per_channel=scheme.weight.per_channel)
+        weight = replace(scheme.weight, bits=max(bits, scheme.weight.bits))
         head = replace(scheme, weight=weight, weights="rtn")
     return {site.node_name: head for site in sites if _makes_output(site.node.outputs[0])}
 

@@ -28,15 +28,29 @@ class Placement:
 
 @dataclass(frozen=True)
 class AxisChange:
-    """New basis along one axis of a constant, as the node sees it."""
+    """New basis along one axis of a constant, as the node sees it; ``centre``: each tile loses its mean first."""
 
     axis: int
     placements: tuple[Placement, ...]
+    centre: bool = False
+
+
+@dataclass(frozen=True)
+class Addition:
+    """``factor`` x vector @ matrix, both constants (node, input) as they were: a bias moved behind a linear layer.
+
+    ``axis`` is the axis of the matrix that is summed over.
+    """
+
+    vector: tuple[int, int]
+    matrix: tuple[int, int]
+    axis: int
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
 class Rebase:
-    """One constant operand in its new basis: scales along axes first, then broadcast, then the rotations.
+    """One constant operand in its new basis: scales along axes and additions first, then broadcast, then rotations.
 
     ``scales`` holds pairs (axis, (node, input)) of the folded factors, ``expand`` an optional pair (axis from the end,
     length) along which the constant is written out in full.
@@ -47,6 +61,17 @@ class Rebase:
     changes: tuple[AxisChange, ...] = ()
     scales: tuple[tuple[int, tuple[int, int]], ...] = ()
     expand: tuple[int, int] | None = None
+    adds: tuple[Addition, ...] = ()
+
+
+@dataclass(frozen=True)
+class NewBias:
+    """A bias behind output 0 of ``node``, which had none, in the basis of that output."""
+
+    node: int
+    adds: tuple[Addition, ...]
+    placements: tuple[Placement, ...]
+    centre: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,6 +79,7 @@ class Online:
     """One transform at run time on the last axis of ``value``, in front of ``consumers`` (node, input).
 
     A consumer (-1, i) is output i of the graph. ``dtype`` names the ONNX type, ``width`` the length of the axis.
+    ``centre``: the mean over the axis is subtracted first.
     """
 
     value: str
@@ -62,6 +88,7 @@ class Online:
     consumers: tuple[tuple[int, int], ...]
     width: int
     dtype: str
+    centre: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,6 +124,9 @@ class Plan:
     sites: tuple[Site, ...]
     rebases: tuple[Rebase, ...] = ()
     ones: tuple[tuple[int, int], ...] = ()  # (node, input) of scales that were folded away
+    norms: tuple[int, ...] = ()  # LayerNorms on a centred stream, which become RMS norms
+    bypassed: tuple[tuple[int, int], ...] = ()  # (node, input): the node's output is that input from now on
+    biases: tuple[NewBias, ...] = ()
     online: tuple[Online, ...] = ()
     states: tuple[State, ...] = ()
     bases: dict[str, tuple[Placement, ...]] = field(default_factory=dict)  # produced values in a new basis (last axis)
@@ -145,11 +175,17 @@ class Plan:
                 sites=tuple(Site(**s) for s in d["sites"]),
                 rebases=tuple(_rebase(r) for r in d["rebases"]),
                 ones=tuple((a, b) for a, b in d["ones"]),
+                norms=tuple(d["norms"]),
+                bypassed=tuple((a, b) for a, b in d["bypassed"]),
+                biases=tuple(
+                    NewBias(b["node"], _additions(b["adds"]), _placements(b["placements"]), b["centre"])
+                    for b in d["biases"]
+                ),
                 online=tuple(
                     Online(**{**o, "consumers": tuple((a, b) for a, b in o["consumers"])}) for o in d["online"]
                 ),
                 states=tuple(State(**s) for s in d["states"]),
-                bases={name: tuple(Placement(**p) for p in ps) for name, ps in d["bases"].items()},
+                bases={name: _placements(ps) for name, ps in d["bases"].items()},
                 notes=tuple(d["notes"]),
             )
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
@@ -160,7 +196,16 @@ def _rebase(d: dict[str, Any]) -> Rebase:
     return Rebase(
         node=d["node"],
         input=d["input"],
-        changes=tuple(AxisChange(c["axis"], tuple(Placement(**p) for p in c["placements"])) for c in d["changes"]),
+        changes=tuple(AxisChange(c["axis"], _placements(c["placements"]), c["centre"]) for c in d["changes"]),
         scales=tuple((axis, (source[0], source[1])) for axis, source in d["scales"]),
         expand=None if d["expand"] is None else (d["expand"][0], d["expand"][1]),
+        adds=_additions(d["adds"]),
     )
+
+
+def _placements(items: list[dict[str, Any]]) -> tuple[Placement, ...]:
+    return tuple(Placement(**p) for p in items)
+
+
+def _additions(items: list[dict[str, Any]]) -> tuple[Addition, ...]:
+    return tuple(Addition(tuple(a["vector"]), tuple(a["matrix"]), a["axis"], a["factor"]) for a in items)

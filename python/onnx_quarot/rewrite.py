@@ -21,8 +21,10 @@ from onnx_quarot import _core
 from onnx_quarot.custom_op import add_hadamard
 from onnx_quarot.discovery import fingerprint
 from onnx_quarot.discovery.constants import Constant, constant, root_tensor
+from onnx_quarot.discovery.prepare import prepare
 from onnx_quarot.errors import ConfigError
-from onnx_quarot.plan import Online, Placement, Plan, Rebase
+from onnx_quarot.nodes import add_behind, bypass, subtract_mean, to_rms_norm
+from onnx_quarot.plan import Addition, AxisChange, NewBias, Online, Placement, Plan, Rebase
 from onnx_quarot.transform import Rotation, hadamard
 
 Array = np.ndarray[Any, Any]
@@ -33,12 +35,20 @@ _THREADS = min(4, os.cpu_count() or 1)
 
 def rotate_model(model: ir.Model, plan: Plan) -> None:
     """Apply ``plan`` to ``model`` in place. Raises ConfigError if the plan was made for another graph."""
+    prepare(model)
     if plan.fingerprint != fingerprint(model):
         raise ConfigError("plan: it was made for another model (the graphs differ)")
     nodes = list(model.graph)
-    _Weights(model, plan, nodes).rewrite()
+    biases = _Weights(model, plan, nodes).rewrite()
     for number, online in enumerate(plan.online):
         _insert_online(model, plan.rotations[online.rotation], online, nodes, number)
+    # Whatever was put behind a value so far reads the value with its bias.
+    for node, bias in biases:
+        add_behind(model, node, bias)
+    for index in plan.norms:
+        to_rms_norm(model, nodes[index])
+    for index, which in plan.bypassed:
+        bypass(model, nodes[index], which)
     RemoveUnusedNodesPass()(model)
 
 
@@ -52,44 +62,56 @@ class _Weights:
     def __init__(self, model: ir.Model, plan: Plan, nodes: Sequence[ir.Node]) -> None:
         self.graph, self.plan, self.nodes = model.graph, plan, nodes
 
-    def rewrite(self) -> None:
+    def rewrite(self) -> list[tuple[ir.Node, ir.Value]]:
+        """Returns the new biases: (node, constant to add behind it)."""
         by_root: dict[ir.Value, list[tuple[Rebase, Constant]]] = defaultdict(list)
         for job in self.plan.rebases:
             view = constant(self.nodes[job.node].inputs[job.input])
             if view is None:
                 raise ConfigError(f"plan: input {job.input} of node {job.node} is not a constant")
             by_root[view.root].append((job, view))
-        factors = {source: self._factor(source) for job in self.plan.rebases for _, source in job.scales}
+        folded = _Folded(self.plan, self.nodes)
+        biases = [(self.nodes[new.node], self._new_bias(new, folded)) for new in self.plan.biases]
         for root, jobs in by_root.items():
-            self._rewrite_root(root, jobs, factors)
+            self._rewrite_root(root, jobs, folded)
         self._set_ones()
+        return biases
 
-    def _factor(self, source: tuple[int, int]) -> Array:
-        view = constant(self.nodes[source[0]].inputs[source[1]])
-        assert view is not None
-        return view.numpy().astype(np.float64).ravel()
+    def _new_bias(self, new: NewBias, folded: _Folded) -> ir.Value:
+        weight = constant(self.nodes[new.node].inputs[new.adds[0].matrix[1]])
+        assert weight is not None
+        width = weight.shape[1 - new.adds[0].axis]
+        changes = (AxisChange(0, new.placements, new.centre),) if new.placements else ()
+        job = Rebase(new.node, -1, changes, adds=new.adds)
+        name = _fresh_name(self.graph, f"{self.nodes[new.node].outputs[0].name}.bias")
+        recipe = _Recipe(job, self.plan.rotations, folded, None)
+        zeros = ir.tensor(np.zeros(width, weight.dtype.numpy()), name=name)
+        return self._register(recipe.lazy(zeros, name, weight.dtype, (width,)))
 
-    def _rewrite_root(self, root: ir.Value, jobs: list[tuple[Rebase, Constant]], factors: dict[Any, Array]) -> None:
+    def _register(self, tensor: ir.TensorProtocol) -> ir.Value:
+        value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape))  # type: ignore[arg-type]
+        value.const_value = tensor
+        self.graph.register_initializer(value)
+        return value
+
+    def _rewrite_root(self, root: ir.Value, jobs: list[tuple[Rebase, Constant]], folded: _Folded) -> None:
         signatures = {_root_signature(job, view) for job, view in jobs}
         covered = {(self.nodes[job.node], job.input) for job, _ in jobs}
         if len(signatures) == 1 and None not in signatures and covered == set(_terminal_uses(root)):
             job, view = jobs[0]
             inverse = {axis: i for i, axis in enumerate(view.permutation)}
-            recipe = _Recipe(job, self.plan.rotations, factors, tuple(inverse[a] for a in range(len(inverse))))
+            recipe = _Recipe(job, self.plan.rotations, folded, tuple(inverse[a] for a in range(len(inverse))))
             root.const_value = recipe.lazy(root_tensor(root), str(root.name), root_tensor(root).dtype, view.shape)
             return
         clones: dict[Any, ir.Value] = {}
         for job, view in jobs:
-            key = (job.changes, job.scales, job.expand, view.permutation, view.dtype)
+            key = (job.changes, job.scales, job.expand, job.adds, view.permutation, view.dtype)
             if key not in clones:
                 name = _fresh_name(self.graph, f"{root.name}.{len(clones)}")
-                recipe = _Recipe(job, self.plan.rotations, factors, None)
+                recipe = _Recipe(job, self.plan.rotations, folded, None)
                 source = root_tensor(root)
                 tensor = recipe.lazy(source, name, view.dtype, view.shape, view.permutation)
-                value = ir.Value(name=name, type=ir.TensorType(view.dtype), shape=ir.Shape(tensor.shape))
-                value.const_value = tensor
-                self.graph.register_initializer(value)
-                clones[key] = value
+                clones[key] = self._register(tensor)
             self.nodes[job.node].replace_input_with(job.input, clones[key])
 
     def _set_ones(self) -> None:
@@ -102,10 +124,7 @@ class _Weights:
             if key not in made:
                 name = _fresh_name(self.graph, f"norm.ones.{'x'.join(map(str, view.shape))}")
                 tensor = ir.tensor(np.ones(view.shape, view.dtype.numpy()), name=name)
-                value = ir.Value(name=name, type=ir.TensorType(view.dtype), shape=ir.Shape(view.shape))
-                value.const_value = tensor
-                self.graph.register_initializer(value)
-                made[key] = value
+                made[key] = self._register(tensor)
             self.nodes[number].replace_input_with(index, made[key])
 
 
@@ -113,9 +132,11 @@ def _root_signature(job: Rebase, view: Constant) -> Any:
     """What a job does to the stored tensor, whatever view it is seen through; None if it cannot be done in place."""
     if job.expand is not None or view.dtype != root_tensor(view.root).dtype:
         return None
-    changes = frozenset((view.permutation[c.axis], c.placements) for c in job.changes)
+    if job.adds and view.is_view:
+        return None
+    changes = frozenset((view.permutation[c.axis], c.placements, c.centre) for c in job.changes)
     scales = tuple(sorted((view.permutation[axis], source) for axis, source in job.scales))
-    return changes, scales
+    return changes, scales, job.adds
 
 
 def _terminal_uses(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
@@ -137,6 +158,39 @@ def _fresh_name(graph: ir.Graph, wanted: str) -> str:
     return name
 
 
+class _Folded:
+    """The constants that are folded into others, as they were before anything changed."""
+
+    def __init__(self, plan: Plan, nodes: Sequence[ir.Node]) -> None:
+        self.factors: dict[tuple[int, int], Array] = {}
+        self._matrices: dict[tuple[int, int], tuple[ir.TensorProtocol, tuple[int, ...]]] = {}
+        additions = [a for job in plan.rebases for a in job.adds] + [a for new in plan.biases for a in new.adds]
+        vectors = [source for job in plan.rebases for _, source in job.scales]
+        for source in [*vectors, *(a.vector for a in additions)]:
+            self.factors[source] = _view(nodes, source).numpy().astype(np.float64).ravel()
+        for source in (a.matrix for a in additions):
+            view = _view(nodes, source)
+            self._matrices[source] = (root_tensor(view.root), view.permutation)
+
+    def product(self, addition: Addition) -> Array:
+        """factor x vector @ matrix in float64, a slice of the matrix at a time."""
+        tensor, permutation = self._matrices[addition.matrix]
+        matrix = tensor.numpy().transpose(permutation)
+        matrix = matrix.T if addition.axis == 1 else matrix
+        vector, total = self.factors[addition.vector], np.zeros(matrix.shape[1])
+        step = max(1, _SLICE_ELEMENTS // max(1, matrix.shape[1]))
+        for start in range(0, len(vector), step):
+            total += vector[start : start + step] @ matrix[start : start + step].astype(np.float64)
+        return total * addition.factor
+
+
+def _view(nodes: Sequence[ir.Node], source: tuple[int, int]) -> Constant:
+    view = constant(nodes[source[0]].inputs[source[1]])
+    if view is None:
+        raise ConfigError(f"plan: input {source[1]} of node {source[0]} is not a constant")
+    return view
+
+
 class _Recipe:
     """One rebased constant, computed when asked. ``back`` maps the use's layout back to the stored one."""
 
@@ -144,12 +198,12 @@ class _Recipe:
         self,
         job: Rebase,
         rotations: dict[str, Rotation],
-        factors: dict[Any, Array],
+        folded: _Folded,
         back: tuple[int, ...] | None,
     ) -> None:
         self.job, self.back = job, back
-        self.rotations = rotations
-        self.factors = [(axis, factors[source]) for axis, source in job.scales]
+        self.rotations, self.folded = rotations, folded
+        self.factors = [(axis, folded.factors[source]) for axis, source in job.scales]
 
     def lazy(
         self,
@@ -189,16 +243,20 @@ class _Recipe:
         shape: tuple[int, ...],
         dtype: np.dtype[Any],
     ) -> Array:
-        stored = source.numpy()
-        return self.compute(stored if permutation is None else stored.transpose(permutation), shape, dtype)
+        x = source.numpy()
+        if permutation is not None:
+            x = x.transpose(permutation)
+        if self.job.adds:  # a bias, which is small
+            x = x.astype(np.float64) + sum(self.folded.product(a) for a in self.job.adds)
+        return self.compute(x, shape, dtype)
 
     def compute(self, x: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """The constant in its new basis: float64 inside, one axis at a time, in slices that fit in the cache."""
         x = np.broadcast_to(x, shape)
-        changes = [(change.axis % len(shape), change.placements) for change in self.job.changes]
+        changes = self.job.changes or (AxisChange(0, ()),)
         # Between two changes of basis nothing is rounded: intermediate results are float64.
-        for number, (axis, placements) in enumerate(changes or [(0, ())]):
-            last = number >= len(changes) - 1
+        for number, todo in enumerate(changes):
+            axis, last = todo.axis % len(shape), number == len(changes) - 1
             out = np.empty(shape, dtype if last else np.float64)
 
             def change(
@@ -207,14 +265,14 @@ class _Recipe:
                 out: Array = out,
                 first: bool = number == 0,
                 axis: int = axis,
-                placements: Sequence[Placement] = placements,
+                todo: AxisChange = todo,
             ) -> None:
                 source = np.moveaxis(x[index], axis, -1)
                 part = np.empty(source.shape)
                 _copy(source, part)
                 if first:
                     self._scale(part, index, axis)
-                _rotate_features(part, placements, self.rotations, inverse=False)
+                _rotate_features(part, todo.placements, self.rotations, inverse=False, centre=todo.centre)
                 _copy(part, np.moveaxis(out[index], axis, -1))
 
             # Slices do not depend on each other, and everything costly in them releases the interpreter's lock.
@@ -233,7 +291,7 @@ class _Recipe:
 
 def _copy(source: Array, target: Array) -> None:
     """target[...] = source, one of them float64; matrices by the compiled copy, which is faster at turning them."""
-    if source.ndim == 2 and source.flags.aligned and target.flags.aligned:
+    if source.ndim == 2 and source.flags.aligned and target.flags.aligned and source.dtype != target.dtype:
         _core.convert(source, target)
     else:
         target[...] = source
@@ -263,13 +321,15 @@ def change_basis(
 
 
 def _rotate_features(
-    x: Array, placements: Sequence[Placement], rotations: dict[str, Rotation], *, inverse: bool
+    x: Array, placements: Sequence[Placement], rotations: dict[str, Rotation], *, inverse: bool, centre: bool = False
 ) -> None:
-    """Rotate parts of the last axis of a contiguous array in place."""
+    """Rotate parts of the last axis of a contiguous array in place; ``centre`` subtracts their mean first."""
     for p in placements:
         rotation = rotations[p.rotation]
         features = x[..., p.offset : p.offset + p.length]
         tiles = features.reshape(-1, rotation.size)
+        if centre:
+            tiles = tiles - tiles.mean(-1, keepdims=True)
         turned = hadamard(tiles, block_size=rotation.block_size, signs=rotation.signs, transpose=inverse, out=tiles)
         if not np.shares_memory(turned, x):
             features[...] = turned.reshape(features.shape)
@@ -289,6 +349,10 @@ def _insert_online(model: ir.Model, rotation: Rotation, online: Online, nodes: S
     value = _produced(graph, nodes, online)
     if value.dtype is None:  # few exporters annotate inner values; discovery inferred it
         value.dtype = ir.DataType[online.dtype]
+    before = value.producer()
+    if online.centre:
+        value = subtract_mean(model, value)
+        before = value.producer()
     node = add_hadamard(
         model,
         value,
@@ -298,11 +362,10 @@ def _insert_online(model: ir.Model, rotation: Rotation, online: Online, nodes: S
         transpose=online.inverse,
         name=f"{value.name}/Hadamard_{number}",
     )
-    producer = value.producer()
-    if producer is None:
+    if before is None:
         graph.insert_before(graph[0], node)
     else:
-        graph.insert_after(producer, node)
+        graph.insert_after(before, node)
     result = node.outputs[0]
     for consumer, index in online.consumers:
         if consumer >= 0:

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from networkx.algorithms.flow import preflow_push
 
 from onnx_quarot.discovery.basis import DisjointSets, Segment
+from onnx_quarot.discovery.centre import Centring
 from onnx_quarot.discovery.constants import constant
 from onnx_quarot.discovery.typing import Def, Out, Port, Typing, Use
 
@@ -33,8 +34,14 @@ class Labels:
         self._variables: dict[object, list[Variable]] = {}
         self._leaves: dict[tuple[ir.Value, int], list[Segment]] = {}
         self._reasons: dict[object, str] = {}
-        self.kind_of = {leaf: kind for segment, kind in typing.kinds for leaf in segment.leaves()}
+        self.kind_of: dict[Segment, str] = {}
+        for segment, kind in typing.kinds:
+            for leaf in segment.leaves():
+                self.kind_of[leaf] = min(kind, self.kind_of.get(leaf, kind))
         self._enabled = rotations
+        self._centring = Centring(typing, self.leaves)
+        for use, axis, why in self._centring.refused:
+            typing.block(use, axis, f"{use.node.op_type} {use.node.name!r}: {why}")
         self._collect()
         self._source_side = self._cut()
 
@@ -57,6 +64,10 @@ class Labels:
     def rotated(self, port: Port, axis: int, leaf: Segment) -> bool:
         return self._sets.find((port, axis, leaf)) in self._source_side
 
+    def centred(self, port: Port, axis: int) -> bool:
+        """Whether what is rotated along this axis also loses its mean."""
+        return any(self._centring.centred(port, axis, leaf) for leaf in self.leaves(port.value, axis))
+
     def any_rotated(self, port: Port, axis: int) -> bool:
         return any(on for _, _, on in self.spans(port, axis))
 
@@ -72,6 +83,8 @@ class Labels:
         for leaf in leaves:
             if (reason := self._reasons.get(self._sets.find((port, axis, leaf)))) is not None:
                 return reason
+        if axis % self.typing.rank(port) != self.typing.rank(port) - 1:
+            return "its features are not the last axis, where an online rotation works"
         return "no online rotation is possible here"
 
     def boundaries(self) -> Iterator[tuple[ir.Value, int, Def, list[Use | Out]]]:

@@ -23,8 +23,8 @@ Shape = tuple[int, ...]
 Array = np.ndarray[Any, Any]
 FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
 _MAX_TRACKED_ELEMENTS = 4096  # integer constants up to this size may be shapes, axes or bounds; larger ones are data
-_PRIMES = ((3, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61),
-           (5, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109, 113, 127, 131, 137))  # fmt: skip
+# Small ones first: a length beyond a model's table of positions would be cut.
+_PRIMES = ((3, 7, 13, 19, 29, 37, 43, 53, 61, 71, 79, 89), (5, 11, 17, 23, 31, 41, 47, 59, 67, 73, 83, 97))
 
 
 class Shapes:
@@ -36,9 +36,19 @@ class Shapes:
     """
 
     def __init__(self, model: ir.Model) -> None:
-        merged = DisjointSets()
-        first = _walk(model, _PRIMES[0], merged)
-        second = _walk(model, _PRIMES[1], merged)
+        best: tuple[_State, _State] | None = None
+        for guess in (_as_named, _one_length, _past_and_length):
+            merged = _Symbols()
+            first, second = (_walk(model, primes, merged, guess) for primes in _PRIMES)
+            if merged.bound:  # perhaps found in the second walk only
+                first = _walk(model, _PRIMES[0], merged, guess)
+            walks = first, second
+            if best is None or len(walks[1].inferred) > len(best[1].inferred):
+                best = walks
+            if len(walks[1].inferred) == sum(1 for n in model.graph for v in n.outputs if v.name):
+                break
+        assert best is not None
+        first, second = best
         self.shape: dict[ir.Value, Shape] = first.shape
         self.dtype: dict[ir.Value, ir.DataType] = first.dtype
         self.values: dict[ir.Value, Array] = first.values
@@ -59,27 +69,63 @@ class Shapes:
 
 
 class _Conflict(Exception):
-    """Two symbols that the graph uses as one dimension."""
+    """Two symbols that the graph uses as one dimension, or one that has a fixed value."""
+
+
+class _Symbols(DisjointSets):
+    """Names of dimensions, with those that turned out to be the same, or a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bound: dict[object, int] = {}
+
+
+# How symbolic dimensions of inputs are told apart. What an exporter named differently is often equal all the same; the
+# next guess is tried where a shape stays unknown. A wrong one only costs knowledge: no rotation lives on such an axis.
+Guess = Callable[[ir.Value, int, str], "tuple[str, ...]"]
+
+
+def _as_named(value: ir.Value, axis: int, name: str) -> tuple[str, ...]:
+    """By name; the first axis of every input is the batch, and "a + b" is a sum."""
+    return ("axis 0",) if axis == 0 else tuple(part.strip() for part in name.split("+"))
+
+
+def _one_length(value: ir.Value, axis: int, name: str) -> tuple[str, ...]:
+    """Tokens and their mask are of one length."""
+    rank = 0 if value.shape is None else len(value.shape)
+    return ("axis 1",) if axis == 1 and rank == 2 else _as_named(value, axis, name)
+
+
+def _past_and_length(value: ir.Value, axis: int, name: str) -> tuple[str, ...]:
+    """The mask covers the cache and the tokens, which are the first input."""
+    rank = 0 if value.shape is None else len(value.shape)
+    if axis == 2 and rank == 4:
+        return ("past",)
+    if axis == 1 and rank == 2:
+        return ("length",) if value.graph is not None and value is value.graph.inputs[0] else ("past", "length")
+    return _as_named(value, axis, name)
 
 
 class _State:
     def __init__(self) -> None:
+        self.inferred: set[ir.Value] = set()  # rather than read from the file
         self.shape: dict[ir.Value, Shape] = {}
         self.dtype: dict[ir.Value, ir.DataType] = {}
         self.values: dict[ir.Value, Array] = {}
 
 
-def _walk(model: ir.Model, primes: Sequence[int], merged: DisjointSets) -> _State:
+def _walk(model: ir.Model, primes: Sequence[int], merged: _Symbols, guess: Guess) -> _State:
     """One concrete walk; repeated as often as two symbols turn out to name the same dimension."""
     while True:
         try:
-            return _Walk(model, primes, merged).run()
+            return _Walk(model, primes, merged, guess).run()
         except _Conflict:
             continue
 
 
 class _Walk:
-    def __init__(self, model: ir.Model, primes: Sequence[int], merged: DisjointSets) -> None:
+    def __init__(self, model: ir.Model, primes: Sequence[int], merged: _Symbols, guess: Guess) -> None:
+        self.guess = guess
         self.graph = model.graph
         self.opsets = dict(model.graph.opset_imports)
         self.opsets.setdefault("", 21)
@@ -104,16 +150,42 @@ class _Walk:
                 st.values[value] = tensor.numpy()
         for node in self.graph:
             self._node(node)
+            for value in node.outputs:
+                if value in st.shape:
+                    st.inferred.add(value)
+                else:
+                    self._read(value)
         return st
+
+    def _read(self, value: ir.Value) -> None:
+        """The shape the file states, where it is complete (symbols count)."""
+        dims = value.shape
+        if (
+            dims is None
+            or value.dtype is None
+            or any(d == 0 or (not isinstance(d, int) and d.value is None) for d in dims)
+        ):
+            return
+        self.state.shape[value] = tuple(self._dimension(d, value, i) for i, d in enumerate(dims))
+        self.state.dtype[value] = value.dtype
 
     def _dimension(self, dim: object, value: ir.Value, axis: int) -> int:
         if isinstance(dim, int):
             return dim
         name = str(dim) if getattr(dim, "value", dim) is not None else f"{value.name}:{axis}"
-        key = self.merged.find(name)
-        if key not in self._symbols:
-            self._symbols[key] = next(self._primes)
-        return self._symbols[key]
+        total = 0
+        for part in self.guess(value, axis, name) if value.is_graph_input() else _as_named(value, -1, name):
+            if part.isdecimal():
+                total += int(part)
+                continue
+            key = self.merged.find(part)
+            if key in self.merged.bound:
+                total += self.merged.bound[key]
+                continue
+            if key not in self._symbols:
+                self._symbols[key] = next(self._primes)
+            total += self._symbols[key]
+        return total
 
     def _node(self, node: ir.Node) -> None:
         st = self.state
@@ -185,7 +257,7 @@ class _Walk:
                 ir_version=8,
             )
         except onnx.shape_inference.InferenceError:
-            self._merge_conflicting(inputs)
+            self._merge_conflicting(node, inputs)
             return
         for value in node.outputs:
             tensor = results[value.name].tensor_type if value.name in results else None
@@ -195,15 +267,26 @@ class _Walk:
             if tensor.HasField("shape") and all(d.HasField("dim_value") for d in tensor.shape.dim):
                 st.shape[value] = tuple(int(d.dim_value) for d in tensor.shape.dim)
 
-    def _merge_conflicting(self, inputs: Sequence[ir.Value]) -> None:
-        """Exporters give one dimension several symbols; where two meet and differ, they are the same."""
+    def _merge_conflicting(self, node: ir.Node, inputs: Sequence[ir.Value]) -> None:
+        """Exporters give one dimension several symbols; where two meet and differ, they are the same. Where one meets a
+        number (the head size of a cache), it is that number.
+        """
         by_prime = {p: key for key, p in self._symbols.items()}
         shapes = [self.state.shape[v] for v in inputs]
+        joins = node.op_type == "Concat"
+        axis = node.attributes.get_int("axis", 0) - (len(shapes[0]) if node.attributes.get_int("axis", 0) >= 0 else 0)
         for i, a in enumerate(shapes):
             for b in shapes[i + 1 :]:
-                for x, y in zip(reversed(a), reversed(b), strict=False):
-                    if x != y and x in by_prime and y in by_prime:
+                for back in range(1, min(len(a), len(b)) + 1):
+                    x, y = a[-back], b[-back]
+                    if x == y or (joins and -back == axis):
+                        continue
+                    if x in by_prime and y in by_prime:
                         self.merged.union(by_prime[x], by_prime[y])
+                        raise _Conflict
+                    x, y = (x, y) if x in by_prime else (y, x)
+                    if joins and x in by_prime and all(y % prime for prime in by_prime):
+                        self.merged.bound[by_prime[x]] = y
                         raise _Conflict
 
 
@@ -229,17 +312,60 @@ def _shape_operator(node: ir.Node, shape: Shape) -> Array:
 ContribRule = Callable[[ir.Node, dict[ir.Value, Shape]], "list[Shape | None]"]
 
 
+def _input(node: ir.Node, shapes: dict[ir.Value, Shape], index: int) -> Shape | None:
+    value = node.inputs[index] if index < len(node.inputs) else None
+    return None if value is None else shapes.get(value)
+
+
 def _same_as_first(node: ir.Node, shapes: dict[ir.Value, Shape]) -> list[Shape | None]:
-    first = node.inputs[0]
-    return [shapes.get(first) if first is not None else None]
+    return [_input(node, shapes, 0)]
 
 
 def _skip_norm(node: ir.Node, shapes: dict[ir.Value, Shape]) -> list[Shape | None]:
-    x = shapes.get(node.inputs[0]) if node.inputs[0] is not None else None
-    if x is None:
+    x = _input(node, shapes, 0)
+    return [] if x is None else [x, (*x[:-1], 1), (*x[:-1], 1), x]
+
+
+def _fused_matmul(node: ir.Node, shapes: dict[ir.Value, Shape]) -> list[Shape | None]:
+    a, b = _input(node, shapes, 0), _input(node, shapes, 1)
+    if a is None or b is None or len(a) < 2 or len(b) < 2:
         return []
-    statistics = (*x[:-1], 1)
-    return [x, statistics, statistics, x]
+    rows = a[-1] if node.attributes.get_int("transA", 0) else a[-2]
+    columns = b[-2] if node.attributes.get_int("transB", 0) else b[-1]
+    return [(*(a if len(a) >= len(b) else b)[:-2], rows, columns)]
+
+
+def _matmul_n_bits(node: ir.Node, shapes: dict[ir.Value, Shape]) -> list[Shape | None]:
+    x = _input(node, shapes, 0)
+    return [] if x is None else [(*x[:-1], node.attributes.get_int("N"))]
+
+
+def _multi_head_attention(node: ir.Node, shapes: dict[ir.Value, Shape]) -> list[Shape | None]:
+    q, k, v = (_input(node, shapes, i) for i in range(3))
+    if q is None or len(q) != 3 or k is None or v is None:
+        return []
+    heads = node.attributes.get_int("num_heads")
+    width = v[2] if len(v) == 3 else v[3] * heads
+    length = k[1] if len(k) == 3 else k[2]
+    past = _input(node, shapes, 6)
+    total = length + (past[2] if past is not None else 0)
+    return [(q[0], q[1], width), (q[0], heads, total, q[2] // heads), (q[0], heads, total, width // heads)]
+
+
+def _attention_with_weights(node: ir.Node, shapes: dict[ir.Value, Shape]) -> list[Shape | None]:
+    x, weights = _input(node, shapes, 0), _input(node, shapes, 1)
+    if x is None or weights is None or len(x) != 3:
+        return []
+    width = node.attributes.get_ints("qkv_hidden_sizes", [weights[1] // 3] * 3)[2]
+    return [(x[0], x[1], width)]
+
+
+def _embed_layer_norm(node: ir.Node, shapes: dict[ir.Value, Shape]) -> list[Shape | None]:
+    ids, table = _input(node, shapes, 0), _input(node, shapes, 2)
+    if ids is None or table is None:
+        return []
+    y = (*ids, table[1])
+    return [y, ids[:1], y]
 
 
 def _group_query_attention(node: ir.Node, shapes: dict[ir.Value, Shape]) -> list[Shape | None]:
@@ -260,14 +386,21 @@ def _group_query_attention(node: ir.Node, shapes: dict[ir.Value, Shape]) -> list
     return [(batch, length, heads * size), present, present]
 
 
+_MICROSOFT = "com.microsoft"
+_LIKE_FIRST = (
+    *("SimplifiedLayerNormalization", "RotaryEmbedding", "GroupNorm", "MoE", "QMoE"),
+    *("FastGelu", "Gelu", "BiasGelu", "QuickGelu", "BiasSoftmax", "BiasAdd"),
+)
 CONTRIB: dict[tuple[str, str], ContribRule] = {
     ("", "SimplifiedLayerNormalization"): _same_as_first,
-    ("com.microsoft", "SimplifiedLayerNormalization"): _same_as_first,
-    ("com.microsoft", "SkipSimplifiedLayerNormalization"): _skip_norm,
-    ("com.microsoft", "SkipLayerNormalization"): _skip_norm,
-    ("com.microsoft", "GroupQueryAttention"): _group_query_attention,
-    ("com.microsoft", "RotaryEmbedding"): _same_as_first,
-    ("com.microsoft", "FastGelu"): _same_as_first,
     ("onnx_quarot", "Hadamard"): _same_as_first,
-    ("com.microsoft", "QuickGelu"): _same_as_first,
+    **{(_MICROSOFT, name): _same_as_first for name in _LIKE_FIRST},
+    (_MICROSOFT, "SkipSimplifiedLayerNormalization"): _skip_norm,
+    (_MICROSOFT, "SkipLayerNormalization"): _skip_norm,
+    (_MICROSOFT, "GroupQueryAttention"): _group_query_attention,
+    (_MICROSOFT, "FusedMatMul"): _fused_matmul,
+    (_MICROSOFT, "MatMulNBits"): _matmul_n_bits,
+    (_MICROSOFT, "MultiHeadAttention"): _multi_head_attention,
+    (_MICROSOFT, "Attention"): _attention_with_weights,
+    (_MICROSOFT, "EmbedLayerNormalization"): _embed_layer_norm,
 }

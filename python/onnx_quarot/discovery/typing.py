@@ -57,6 +57,7 @@ class Kind(Enum):
     CONTRACT = "contract"  # both are summed over, one against the other
     NORM = "norm"  # an RMS normalisation
     SCALE = "scale"  # a constant factor a feature, folded into the readers
+    CENTRE = "centre"  # the mean is subtracted on the way; the same as LINEAR where it is zero already
 
 
 @dataclass(frozen=True)
@@ -79,22 +80,40 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Read:
-    """A linear layer that would gain from a rotated input."""
+class Slot:
+    """Input ``input`` of ``node`` meets the constant matrix at input ``weight``, summed over its axis ``axis``."""
 
-    port: Use
+    node: ir.Node
+    input: int
+    weight: int
     axis: int
 
 
 @dataclass(frozen=True)
-class Scale:
-    """A per-feature factor (input ``index`` of ``node``) that the ``readers`` absorb when the stream is rotated."""
+class Read:
+    """A linear layer that would gain from a rotated input: axis ``axis`` of ``slot``'s input."""
 
-    node: ir.Node
-    index: int
+    slot: Slot
+    axis: int
+
+    @property
+    def port(self) -> Use:
+        return Use(self.slot.node, self.slot.input)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A factor a feature (a constant) and a bias added behind it, which the ``readers`` of ``out`` take over.
+
+    ``data`` is the other operand of a plain Mul, which is then left out (as is the bias' Add); None for the scale of a
+    norm.
+    """
+
+    factor: Use
     out: Def
-    readers: tuple[ir.Node, ...]
-    bias_index: int | None = None
+    readers: tuple[Slot, ...]
+    bias: Use | None
+    data: Use | None
 
 
 @dataclass(frozen=True)
@@ -129,7 +148,11 @@ class Typing:
     expansions: list[Expansion] = field(default_factory=list)
     states: list[StatePair] = field(default_factory=list)
     kinds: list[tuple[Segment, str]] = field(default_factory=list)
-    squares: set[ir.Value] = field(default_factory=set)
+    squares: set[ir.Value] = field(default_factory=set)  # only their sum over the last axis is used
+    centres: list[Use] = field(default_factory=list)  # where the mean over the last axis is subtracted
+    converted: list[ir.Node] = field(default_factory=list)  # LayerNorms that become RMS norms where rotated
+    folded_biases: set[ir.Node] = field(default_factory=set)  # Adds of a bias that a Scale folds
+    unknown: list[Slot] = field(default_factory=list)  # linear layers of unknown shape
 
     # -- looking -----------------------------------------------------------------------------------------------------
     def rank(self, port: Port) -> int:
@@ -197,9 +220,12 @@ class Typing:
         for port in ports(node):
             self.block_port(port, reason)
 
-    def read(self, port: Use, axis: int) -> None:
+    def read(self, slot: Slot, axis: int) -> None:
+        port = Use(slot.node, slot.input)
         if self.segment(port, axis) is not None:
-            self.reads.append(Read(port, axis % self.rank(port)))
+            self.reads.append(Read(slot, axis % self.rank(port)))
+        else:
+            self.unknown.append(slot)
 
     def mark(self, segment: Segment, kind: str) -> None:
         """Give the rotation that may live here its name in the literature: R1 (stream), R2 (values), R3 (queries,

@@ -1,0 +1,121 @@
+"""Small equivalent changes of a graph that make it sayable: constants computed, fused sums with a norm taken apart.
+
+Done in place before discovery and again before rewriting, with the same outcome; a prepared graph stays as it is.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
+
+from onnx_quarot.discovery.constants import constant, uniform
+from onnx_quarot.discovery.rules.readers import absorb, slots
+from onnx_quarot.discovery.rules.registry import MICROSOFT
+from onnx_quarot.discovery.shapes import FLOATS, Shapes
+from onnx_quarot.discovery.typing import Typing
+
+_FOLDABLE = frozenset(
+    ("Add", "Sub", "Mul", "Div", "Neg", "Sqrt", "Reciprocal", "Pow", "Exp", "Squeeze", "Unsqueeze", "Reshape", "Concat")
+)
+_MAX_ELEMENTS = 1 << 16
+_SKIP_NORMS = {"SkipSimplifiedLayerNormalization": (None, 3), "SkipLayerNormalization": (3, 4)}
+
+
+def prepare(model: ir.Model) -> None:
+    """Compute small constant expressions (scales of the form 1 + w), and take a skip norm apart where only its sum can
+    change basis.
+    """
+    for node in list(model.graph):
+        _fold(model, node)
+    shapes: Shapes | None = None
+    for node in list(model.graph):
+        if node.domain != MICROSOFT or node.op_type not in _SKIP_NORMS or _plainly_absorbed(node):
+            continue
+        shapes = shapes or Shapes(model)
+        if not _absorbed(node, Typing(model.graph, shapes)):
+            _unfuse(model, node)
+
+
+def _fold(model: ir.Model, node: ir.Node) -> None:
+    if node.domain != "" or node.op_type not in _FOLDABLE or len(node.outputs) != 1:
+        return
+    views = [constant(v) for v in node.inputs]
+    if any(v is None or v.size > _MAX_ELEMENTS for v in views):
+        return
+    result = node.outputs[0]
+    if result.is_graph_output() or views[0] is None or views[0].dtype not in FLOATS:
+        return
+    inputs = {f"i{i}": v.numpy() for i, v in enumerate(views) if v is not None}
+    if any(a.dtype.name == "bfloat16" for a in inputs.values()):
+        return
+    make = onnx.helper
+    proto = make.make_node(node.op_type, list(inputs), ["o"])
+    proto.attribute.extend(ir.to_proto(a) for a in node.attributes.values())
+    infos = [make.make_tensor_value_info(k, make.np_dtype_to_tensor_dtype(a.dtype), None) for k, a in inputs.items()]
+    graph = make.make_graph([proto], "node", infos, [onnx.ValueInfoProto(name="o")])
+    opsets = [make.make_opsetid("", model.graph.opset_imports.get("", 21))]
+    (array,) = ReferenceEvaluator(make.make_model(graph, opset_imports=opsets)).run(None, inputs)
+    array = np.asarray(array)
+    if array.size > _MAX_ELEMENTS:
+        return
+    name = result.name
+    result.name = None
+    value = ir.Value(name=name, type=ir.TensorType(ir.DataType.from_numpy(array.dtype)), shape=ir.Shape(array.shape))
+    value.const_value = ir.tensor(array, name=name)
+    model.graph.register_initializer(value)
+    result.replace_all_uses_with(value)
+    model.graph.remove(node, safe=True)
+
+
+def _plainly_absorbed(node: ir.Node) -> bool:
+    """Every reader of the norm is visibly a linear layer, or its scale is uniform: no need to look at shapes."""
+    y = node.outputs[0]
+    scale, bias = constant(node.inputs[2]), _SKIP_NORMS[node.op_type][0]
+    plain = bias is None or len(node.inputs) <= bias or node.inputs[bias] is None
+    if scale is not None and uniform(scale) and plain:
+        return True
+    return not y.is_graph_output() and bool(y.uses()) and all(slots(u.node, u.idx) for u in y.uses())
+
+
+def _absorbed(node: ir.Node, t: Typing) -> bool:
+    y = node.outputs[0]
+    if not t.shapes.known(y) or not node.outputs[0].uses():
+        return True  # nothing is known about it: leave it as it is
+    found = absorb(t, y)
+    return found is not None and found.bias is None
+
+
+def _unfuse(model: ir.Model, node: ir.Node) -> None:
+    """input + skip (+ added), then the norm: so that the sum can change basis while the norm keeps its own."""
+    graph = model.graph
+    bias, added = _SKIP_NORMS[node.op_type]
+    total, last = node.inputs[0], node
+    made: list[ir.Node] = []
+    for number, operand in enumerate([node.inputs[1], node.inputs[added] if len(node.inputs) > added else None]):
+        if operand is None:
+            continue
+        add = ir.node("Add", [total, operand], name=f"{node.name}/Add_{number}")
+        total = add.outputs[0]
+        total.name = f"{node.outputs[0].name}/sum_{number}"
+        total.type = node.outputs[0].type or (ir.TensorType(operand.dtype) if operand.dtype else None)
+        made.append(add)
+    parameters = [node.inputs[2]]
+    if bias is not None:
+        parameters.append(node.inputs[bias])
+    attributes = {"axis": -1, "epsilon": node.attributes.get_float("epsilon", 1e-5)}
+    op_type = "LayerNormalization" if bias is not None else "SimplifiedLayerNormalization"
+    outputs = node.outputs[:3] if bias is not None else node.outputs[:1]
+    norm = ir.node(op_type, [total, *parameters], attributes, num_outputs=len(outputs), name=node.name)
+    made.append(norm)
+    graph.insert_before(last, made)
+    pairs = list(zip(outputs, norm.outputs, strict=True))
+    if len(node.outputs) > 3:
+        pairs.append((node.outputs[3], total))  # type: ignore[arg-type]
+    for old, new in pairs:
+        name, new.type, new.shape = old.name, old.type or new.type, old.shape
+        old.name = None
+        new.name = name
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+    graph.remove(node, safe=True)

@@ -1,0 +1,144 @@
+"""Who reads a value through a constant matrix, and can therefore absorb a scale or a bias in front of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from onnx_quarot.discovery.constants import constant, uniform
+from onnx_quarot.discovery.rules.registry import MICROSOFT
+from onnx_quarot.discovery.typing import Slot, Typing, Use
+
+_LINEAR = {("", "MatMul"), ("", "Gemm"), (MICROSOFT, "FusedMatMul")}
+
+
+def linear_slot(node: ir.Node, index: int = 0) -> Slot | None:
+    """The constant matrix that input ``index`` of ``node`` is multiplied by from the right; None if there is none."""
+    kind = (node.domain, node.op_type)
+    if kind in _LINEAR and index == 0:
+        weight = constant(node.inputs[1])
+        if weight is None or len(weight.shape) < 2:
+            return None
+        if any(node.attributes.get_int(name, 0) for name in ("transA", "transBatchA", "transBatchB")):
+            return None
+        rank = len(weight.shape)
+        return Slot(node, 0, 1, rank - 1 if node.attributes.get_int("transB", 0) else rank - 2)
+    if kind == (MICROSOFT, "Attention") and index == 0:
+        weight = constant(node.inputs[1])
+        return None if weight is None or len(weight.shape) != 2 else Slot(node, 0, 1, 0)
+    if kind == (MICROSOFT, "MoE") and index == 0:
+        weight = constant(node.inputs[2])
+        return None if weight is None or len(weight.shape) != 3 else Slot(node, 0, 2, 2)
+    return None
+
+
+def is_linear(node: ir.Node) -> bool:
+    """A MatMul or Gemm with a constant matrix."""
+    weight = constant(node.inputs[1]) if node.op_type in ("MatMul", "Gemm") and node.domain == "" else None
+    return weight is not None and len(weight.shape) == 2 and linear_slot(node) is not None
+
+
+def slots(node: ir.Node, index: int) -> tuple[Slot, ...]:
+    """Every constant matrix that input ``index`` of ``node`` meets; a mixture of experts may have two."""
+    first = linear_slot(node, index)
+    if first is None:
+        return ()
+    if node.op_type == "MoE" and len(node.inputs) > 6 and node.inputs[6] is not None:
+        third = constant(node.inputs[6])
+        return (first, Slot(node, 0, 6, 2)) if third is not None else ()
+    return (first,)
+
+
+def absorbing_readers(t: Typing, value: ir.Value) -> tuple[Slot, ...]:
+    """The matrices that read ``value`` if every reader is one (through operators that keep the last axis), else
+    none.
+    """
+    found: list[Slot] = []
+    if value.is_graph_output() or not value.uses():
+        return ()
+    for use in value.uses():
+        node = use.node
+        if node.op_type in ("Shape", "Size") and node.domain == "":
+            continue
+        if node.graph is not t.graph:
+            return ()
+        further = slots(node, use.idx)
+        if not further and use.idx == 0 and _keeps_last_axis(t, node):
+            further = absorbing_readers(t, node.outputs[0])
+        if not further:
+            return ()
+        found += further
+    return tuple(dict.fromkeys(found))
+
+
+def _keeps_last_axis(t: Typing, node: ir.Node) -> bool:
+    x, y = node.inputs[0], node.outputs[0]
+    if x is None or node.domain != "" or not (t.shapes.known(x) and t.shapes.known(y)):
+        return False
+    before, after = t.shapes.shape[x], t.shapes.shape[y]
+    if not before or not after or before[-1] != after[-1]:
+        return False
+    if node.op_type == "Gather":
+        return node.attributes.get_int("axis", 0) % len(before) != len(before) - 1
+    if node.op_type == "Transpose":
+        return node.attributes.get_ints("perm", [0])[-1] == len(before) - 1
+    return node.op_type in ("Identity", "Cast", "Dropout", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice")
+
+
+@dataclass(frozen=True)
+class Absorbed:
+    """Readers that take over a factor a feature of ``out``, and a bias that is added to it on the way."""
+
+    out: ir.Value
+    readers: tuple[Slot, ...]
+    bias: Use | None = None
+
+
+def absorb(t: Typing, value: ir.Value) -> Absorbed | None:
+    """How a factor a feature on ``value`` can be folded: into its readers, perhaps with a bias that follows it."""
+    if readers := absorbing_readers(t, value):
+        return Absorbed(value, readers)
+    uses = [u for u in value.uses() if u.node.op_type not in ("Shape", "Size")]
+    if len(uses) != 1 or value.is_graph_output() or not t.shapes.known(value):
+        return None
+    node = uses[0].node
+    if node.op_type != "Add" or node.domain != "" or node.graph is not t.graph:
+        return None
+    bias = Use(node, 1 - uses[0].idx)
+    view = constant(bias.value)
+    width = t.shapes.shape[value][-1]
+    if view is None or view.shape[-1:] != (width,) or view.size != width:
+        return None
+    readers = absorbing_readers(t, node.outputs[0])
+    return Absorbed(node.outputs[0], readers, bias) if readers and _take_biases(readers) else None
+
+
+def _take_biases(readers: tuple[Slot, ...]) -> bool:
+    return all(takes_bias(r) for r in readers)
+
+
+def takes_bias(slot: Slot) -> bool:
+    """Whether a constant in front of the matrix can be moved behind it."""
+    node = slot.node
+    weight = constant(node.inputs[slot.weight])
+    if weight is None or len(weight.shape) != 2:
+        return False
+    if node.op_type == "Attention":  # what is added between its product and its heads is its own bias
+        bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+        return bias is not None and bias.shape == (weight.shape[1],)
+    return (node.domain, node.op_type) in _LINEAR
+
+
+def is_uniform(value: ir.Value | None) -> bool:
+    view = constant(value)
+    return view is not None and uniform(view)
+
+
+def is_zero(value: ir.Value | None) -> bool:
+    """A constant of zeros, or nothing at all."""
+    if value is None:
+        return True
+    view = constant(value)
+    array = None if view is None else view.small()
+    return array is not None and not array.any()
