@@ -18,7 +18,7 @@ DYNAMIC = parse_scheme("a8w8-dynamic")
 def test_close_to_float_and_fused(tmp_path: Path) -> None:
     path = forms_model.save(tmp_path / "m.onnx")
     model, sites = forms_model.load(path)
-    reports = quantize_dynamic(model, sites, {s.node_name: DYNAMIC for s in sites}, {})
+    reports, _ = quantize_dynamic(model, sites, {s.node_name: DYNAMIC for s in sites}, {})
     assert [n.op_type for n in model.graph].count("DynamicQuantizeMatMul") == len(reports) == 3
     assert {r.quantized_bytes * 4 for r in reports} == {r.float_bytes for r in reports} | set()
     before = forms_model.run(model)

@@ -61,7 +61,7 @@ def test_quantize_keeps_the_function_with_and_without_the_library(
     reference = logits(model, feeds)
     assert noise(reference, logits(tmp_path / "q.onnx", feeds, use_library=use_library)) < 1e-2
     operators = [n.op_type for n in load(tmp_path / "q.onnx").graph]
-    assert operators.count("Hadamard") == CONFIG.layers
+    assert operators.count("Hadamard") == CONFIG.layers + 2  # the tied table keeps its basis
     assert operators.count("DequantizeLinear") >= 11
 
 
@@ -125,7 +125,7 @@ def test_report_speaks_json_and_to_people(model: Path, tmp_path: Path) -> None:
     report = oq.quantize(model, tmp_path / "q.onnx", batches())
     facts = json.loads(json.dumps(report.to_json()))
     assert facts["scheme"] == "a8w8"
-    assert facts["plan"]["online_ops"] == 2
+    assert facts["plan"]["online_ops"] == 4
     assert facts["peak_memory"] > 1e7
     console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(report.table())

@@ -87,7 +87,7 @@ def quantized(
     loaded = ir.from_proto(model)
     sites = linear_sites(loaded, **options)
     ranges = ranges_of(model, [site.activation for site in sites], tmp_path)
-    reports = quantize_linears(loaded, sites, ranges, scheme)
+    reports, _ = quantize_linears(loaded, sites, ranges, scheme)
     result = ir.to_proto(loaded)
     onnx.checker.check_model(result, full_check=True)
     return result, reports

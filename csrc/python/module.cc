@@ -46,7 +46,13 @@ DType dtype_from_numpy(const py::array& array, const char* argument) {
       case kNumpyFloat16:
         return DType::float16;
       default:
-        if (dtype.itemsize() == 2 && text(dtype) == "bfloat16") return DType::bfloat16;
+        // Numbers of types that others register are for good: one look at the name is enough. The interpreter lock is held.
+        static int bfloat16_number = -1;
+        if (dtype.num() == bfloat16_number) return DType::bfloat16;
+        if (dtype.itemsize() == 2 && text(dtype) == "bfloat16") {
+          bfloat16_number = dtype.num();
+          return DType::bfloat16;
+        }
     }
   }
   throw py::type_error(std::string(argument) + " has dtype " + text(dtype) +

@@ -191,10 +191,13 @@ def _types(seconds: float) -> dict[str, float]:
             np.dtype(kind).name: np.zeros((rows, n), kind)
             for kind in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)
         }
-        best = fastest({name: _in_place(x) for name, x in arrays.items()}, seconds)
+        calls = {name: _in_place(x) for name, x in arrays.items()}
+        calls |= {f"call {name}": _in_place(np.zeros((1, 2), x.dtype)) for name, x in arrays.items()}
+        best = fastest(calls, seconds)
+        cost = {name: best[name] - best[f"call {name}"] for name in arrays}
         for name in arrays:
             if name != "float32":
-                figures[f"{name} over float32, n = {n}"] = best[name] / best["float32"]
+                figures[f"{name} over float32, n = {n}"] = cost[name] / cost["float32"]
     return figures
 
 

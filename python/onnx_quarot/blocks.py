@@ -8,7 +8,7 @@ where ranges are not symmetric, a zero point of the codes' width.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,7 @@ from .qdq import SiteReport, check_float, check_opset
 from .qparams import Array, SolvedWeight, lazy
 from .scheme import Scheme, TensorSpec
 from .sites import LinearSite, WeightSource, constant_array, drop_unused
+from .tied_tables import SharedWeight
 
 _MS = "com.microsoft"
 _CHUNK_ELEMENTS = 2**20
@@ -175,10 +176,13 @@ def quantize_blocks(
     sites: Sequence[LinearSite],
     schemes: Mapping[str, Scheme],
     solved: Mapping[str, SolvedWeight],
-) -> tuple[list[SiteReport], dict[ir.Value, StoredBlocks]]:
-    """Replace `sites` in place by MatMulNBits; a report for each, and where each root constant's blocks are.
+    tied: Collection[ir.Value] = (),
+) -> tuple[list[SiteReport], list[SharedWeight]]:
+    """Replace `sites` in place by MatMulNBits; a report for each, and the weights of roots in `tied`.
 
-    schemes: by node name, of the form block. solved: integers found in advance, by node name. A bias is added after
+    schemes: by node name, of the form block. solved: integers found in advance, by node name. tied:
+    root constants whose integers tables will read too, returned where they are symmetric, of 8 bits, and fill their
+    blocks. A bias is added after
     the product. Everything is checked first: ModelError for a weight that is not float32, a Gemm that transposes its
     activations, or too old an opset.
     """
@@ -189,7 +193,8 @@ def quantize_blocks(
             raise ModelError(f"node {site.node_name!r}: a Gemm with transA=1 cannot become MatMulNBits; exclude it")
     names = GraphNames(model.graph)
     stored: dict[tuple[object, ...], StoredBlocks] = {}
-    reports, roots = [], {}
+    reports: list[SiteReport] = []
+    shared: list[SharedWeight] = []
     for site in sites:
         scheme = schemes[site.node_name]
         assert scheme.block is not None
@@ -202,8 +207,10 @@ def quantize_blocks(
                 names.initializer(weight.scales_tensor(), f"{site.weight}_scales"),
                 names.initializer(weight.zeros_tensor(), f"{site.weight}_zero_points") if weight.has_zeros else None,
             )
+            if site.root in tied and scheme.weight == TensorSpec() and site.depth % scheme.block == 0:
+                place = stored[key]
+                shared.append(SharedWeight(site, place.codes, place.scales, zero=128, in_blocks=True))
         place = stored[key]
-        roots[site.root] = place
         _replace(model.graph, names, site, place)
         bits = scheme.weight.bits
         reports.append(
@@ -221,7 +228,7 @@ def quantize_blocks(
             )
         )
     model.opset_imports.setdefault(_MS, 1)
-    return reports, roots
+    return reports, shared
 
 
 def _replace(graph: ir.Graph, names: GraphNames, site: LinearSite, place: StoredBlocks) -> None:

@@ -147,6 +147,9 @@ def rotate(
     type=click.Choice(["int8", "int4", "int8-tensor", "int4-tensor"]),
     help="Integers in the key/value cache, with a scale a channel (or a tensor).",
 )
+@click.option(
+    "--untie", is_flag=True, help="Rotate a head that shares its matrix with the embedding table: two matrices."
+)
 @click.option("--exclude", multiple=True, metavar="NODE", help="Leave this layer in floating point. Repeatable.")
 @rotation_options
 @click.option("--no-verify", is_flag=True, help="Do not compare outputs of the rotated model before quantizing.")
@@ -165,6 +168,7 @@ def quantize(
     weights: str | None,
     block: int | None,
     kv_cache: str | None,
+    untie: bool,
     exclude: Sequence[str],
     rotations: tuple[str, ...],
     block_size: int | None,
@@ -197,6 +201,7 @@ def quantize(
         weights=weights,
         block=block,
         kv_cache=kv_cache,
+        tied=not untie,
         tokenizer=tokenizer_for(calibration, model, tokenizer),
         window=window_length,
         windows=windows,

@@ -5,7 +5,7 @@ It finds one range a tensor; weights are int8 with a scale a channel.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -17,6 +17,7 @@ from .qdq import SiteReport, check_float, check_opset
 from .qparams import QuantizedWeight, SolvedWeight
 from .scheme import Scheme
 from .sites import LinearSite, WeightSource, drop_unused
+from .tied_tables import SharedWeight
 
 _MS = "com.microsoft"
 
@@ -26,8 +27,9 @@ def quantize_dynamic(
     sites: Sequence[LinearSite],
     schemes: Mapping[str, Scheme],
     solved: Mapping[str, SolvedWeight],
-) -> list[SiteReport]:
-    """Replace `sites` in place by DynamicQuantizeMatMul; a report for each.
+    tied: Collection[ir.Value] = (),
+) -> tuple[list[SiteReport], list[SharedWeight]]:
+    """Replace `sites` in place by DynamicQuantizeMatMul; a report for each, and the weights of roots in `tied`.
 
     schemes: by node name, of the form dynamic. A Gemm's bias is added after the product. Everything is checked first:
     ModelError for a weight that is not float32, a Gemm that transposes its activations, or too old an opset,
@@ -44,7 +46,8 @@ def quantize_dynamic(
     names = GraphNames(model.graph)
     stored: dict[tuple[object, ...], list[ir.Value]] = {}
     model.opset_imports.setdefault(_MS, 1)
-    reports = []
+    reports: list[SiteReport] = []
+    shared: list[SharedWeight] = []
     for site in sites:
         scheme = schemes[site.node_name]
         key = site.weight_key()
@@ -58,6 +61,9 @@ def quantize_dynamic(
                 names.initializer(weight.scale_tensor(""), f"{site.weight}_scale"),
                 names.initializer(ir.Tensor(np.zeros(weight.scale_shape, np.int8)), f"{site.weight}_zero_point"),
             ]
+            if site.root in tied and axis == 1:
+                codes, scales, _ = stored[key]
+                shared.append(SharedWeight(site, codes, scales, zero=0, in_blocks=False))
         node = site.node
         operands = [value for value in node.inputs[1:] if value is not None]
         product = ir.node("DynamicQuantizeMatMul", [node.inputs[0], *stored[key]], domain=_MS, name=node.name)
@@ -75,4 +81,4 @@ def quantize_dynamic(
         reports.append(
             SiteReport(site.node_name, "DynamicQuantizeMatMul", site.activation, site.weight, 0.0, 0, 4 * count, count)
         )
-    return reports
+    return reports, shared

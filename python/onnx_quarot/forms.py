@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from .blocks import StoredBlocks, quantize_blocks
+from .blocks import quantize_blocks
 from .dynamic import quantize_dynamic
 from .hessians import solve_weights
 from .observers import Range
@@ -16,8 +16,9 @@ from .progress import Progress
 from .qdq import SiteReport, quantize_linears
 from .ranges import static_ranges
 from .replay import Replay
-from .scheme import Scheme, parse_scheme
+from .scheme import Scheme, TensorSpec, parse_scheme
 from .sites import LinearSite
+from .tied_tables import SharedWeight, tied_roots
 from .tokens import quantize_tokens
 
 # What a head may be followed by: none of these mixes features.
@@ -26,11 +27,11 @@ _ELEMENTWISE = ("Add", "Cast", "Clip", "Div", "Identity", "Mul", "Sub", "Tanh")
 
 @dataclass(frozen=True)
 class Quantized:
-    """What was done to the linear layers, what there is to remark, and where constants are in blocks."""
+    """What was done to the linear layers, what there is to remark, and the weights that tables can share."""
 
     reports: list[SiteReport]
     notes: list[str]
-    blocks: dict[ir.Value, StoredBlocks]
+    shared: list[SharedWeight]
 
 
 def quantize_sites(
@@ -62,19 +63,21 @@ def quantize_sites(
         schemes |= wide
     solved = solve_weights(model_path, sites, schemes, data, folder, progress)
     reports: list[SiteReport] = []
-    blocks: dict[ir.Value, StoredBlocks] = {}
+    shared: list[SharedWeight] = []
+    tied = tied_roots(model, sites)
     for form in dict.fromkeys(other.form for other in schemes.values()):
         part = [site for site in sites if schemes[site.node_name].form == form]
         if form == "qdq":
-            reports += quantize_linears(model, part, ranges, scheme, overrides=schemes, solved=solved)
+            done, weights = quantize_linears(model, part, ranges, scheme, overrides=schemes, solved=solved, tied=tied)
         elif form == "block":
-            done, blocks = quantize_blocks(model, part, schemes, solved)
-            reports += done
+            done, weights = quantize_blocks(model, part, schemes, solved, tied)
         elif form == "dynamic":
-            reports += quantize_dynamic(model, part, schemes, solved)
+            done, weights = quantize_dynamic(model, part, schemes, solved, tied)
         else:
-            reports += quantize_tokens(model, part, schemes, solved)
-    return Quantized(reports, notes, blocks)
+            done, weights = quantize_tokens(model, part, schemes, solved), []
+        reports += done
+        shared += weights
+    return Quantized(reports, notes, shared)
 
 
 def head_schemes(sites: Sequence[LinearSite], scheme: Scheme) -> dict[str, Scheme]:
@@ -86,7 +89,8 @@ def head_schemes(sites: Sequence[LinearSite], scheme: Scheme) -> dict[str, Schem
         # ONNX Runtime's integer kernels mistake blocked 8-bit activations for ones with a single scale.
         head = parse_scheme("a8w8")
     else:
-        weight = replace(scheme.weight, bits=max(bits, scheme.weight.bits))
+        # Symmetric, so that a table can share the integers whatever the form.
+        weight = TensorSpec(bits=max(bits, scheme.weight.bits), per_channel=scheme.weight.per_channel)
         head = replace(scheme, weight=weight, weights="rtn")
     return {site.node_name: head for site in sites if _makes_output(site.node.outputs[0])}
 

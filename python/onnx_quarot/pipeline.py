@@ -27,7 +27,8 @@ from onnx_quarot.save import Staged, check_output, stage, workspace
 from onnx_quarot.scheme import Scheme, parse_scheme
 from onnx_quarot.seed_search import plain_seed, searches_seeds
 from onnx_quarot.sites import linear_sites
-from onnx_quarot.tables import quantize_tables
+from onnx_quarot.tables import TableReport, quantize_tables
+from onnx_quarot.tied_tables import share_tables
 from onnx_quarot.verify import Verification
 from onnx_quarot.verify import verify as verify_model
 
@@ -103,6 +104,7 @@ def quantize(
     weights: str | None = None,
     block: int | None = None,
     kv_cache: str | None = None,
+    tied: bool = True,
     tokenizer: str | Path | None = None,
     window: int = 512,
     windows: int | None = None,
@@ -124,11 +126,12 @@ def quantize(
     given. method: how activation ranges are found (``minmax``, ``percentile``, ``mse``, ``entropy``; None for the
     scheme's own). weights: how integer weights are chosen, ``rtn`` or ``gptq``; block: input features that share a
     scale, for schemes that have blocks; None for the scheme's own. kv_cache: ``int8`` or ``int4`` (a scale a channel),
-    or either with ``-tensor`` (a scale a tensor), for models whose attention is GroupQueryAttention. op_types: what is
-    quantized; Gather stands for tables of embeddings, of which only the weights become integers. exclude: names (or
-    patterns) of nodes that stay in floating point. rotations=() means none; config and matrix_dim as in
-    :func:`discover`. seed: random signs in the rotations; ``"search:K"`` tries the seeds 0 to K - 1 and keeps the one
-    closest to the float model on the calibration data, at K + 1 times the cost.
+    or either with ``-tensor`` (a scale a tensor), for models whose attention is GroupQueryAttention. tied: an embedding
+    table that is also the head's weight stays one matrix, which is then not rotated; False (or ``config``) makes it
+    two. op_types: what is quantized; Gather stands for tables of embeddings, of which only the weights become integers.
+    exclude: names (or patterns) of nodes that stay in floating point. rotations=() means none; config and matrix_dim as
+    in :func:`discover`. seed: random signs in the rotations; ``"search:K"`` tries the seeds 0 to K - 1 and keeps the
+    one closest to the float model on the calibration data, at K + 1 times the cost.
 
     Raises ModelError, DataError, ConfigError, VerificationError or SaveError; then nothing is written.
     """
@@ -138,7 +141,7 @@ def quantize(
     wanted = tuple(rotations)
     with clock.step("discover"):
         model = load(source)
-        plan = _plan(model, wanted, block_size, seed, config, matrix_dim) if wanted else None
+        plan = _plan(model, wanted, block_size, seed, config, matrix_dim, tied) if wanted else None
         batches = as_batches(calibration, input_specs(model), tokenizer=tokenizer, window=window, limit=windows)
         batches = chain([_first(batches)], batches)  # data that does not fit is found before any work is done
     with workspace(path) as folder:
@@ -153,9 +156,12 @@ def quantize(
             raise ModelError(f"the model has no linear layer left to quantize (op types {', '.join(op_types)})")
         data = Replay(batches, folder)
         with clock.step("quantize"):
+            tables: list[TableReport] = []
             caches = [] if kv_cache is None else quantize_cache(model, float_path, kv_cache, data, show)
             done = quantize_sites(model, float_path, sites, chosen, data, folder, show, mixed=mixed)
-            tables = quantize_tables(model) if "Gather" in op_types else []
+            if "Gather" in op_types:
+                share_tables(model, done.shared)
+                tables = quantize_tables(model)
         with clock.step("save"), show.task("writing", None):
             stage(model, path, folder).publish()
             companions = complete_folder(Path(source), path)
@@ -175,9 +181,11 @@ def _plan(
     seed: int | str | None,
     config: str | Path | None,
     matrix_dim: int | None,
+    tied: bool = False,
 ) -> Plan:
     if config is None:
-        plan = discover_model(model, rotations=rotations, block_size=block_size, seed=plain_seed(seed))
+        signs = plain_seed(seed)
+        plan = discover_model(model, rotations=rotations, block_size=block_size, seed=signs, tied=tied)
     else:
         plan = plan_from_config(
             model, read_rotation_config(config), rotations=rotations, block_size=block_size, seed=plain_seed(seed)

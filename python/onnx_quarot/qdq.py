@@ -14,7 +14,7 @@ ten times slower than the float model; they are rewritten here so that they are 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +43,7 @@ from .sites import (
     linear_sites,
     readers,
 )
+from .tied_tables import SharedWeight
 
 __all__ = ["LINEAR_OPS", "LinearSite", "SiteReport", "linear_sites", "quantize_linears"]
 
@@ -72,11 +73,13 @@ def quantize_linears(
     *,
     overrides: Mapping[str, Scheme] | None = None,
     solved: Mapping[str, SolvedWeight] | None = None,
-) -> list[SiteReport]:
-    """Quantize `sites` (`linear_sites` of this model) in place; return a report for each, in graph order.
+    tied: Collection[ir.Value] = (),
+) -> tuple[list[SiteReport], list[SharedWeight]]:
+    """Quantize `sites` (`linear_sites` of this model) in place; a report for each, in graph order, and tied weights.
 
     ranges: for every site's activation. overrides: another scheme for some sites, by node name. solved: integer weights
-    that are known already (see gptq), by node name. Each activation tensor is quantized once, whoever reads it; readers
+    that are known already (see gptq), by node name. tied: root constants whose integers tables will read too, returned
+    where their scales are one a channel. Each activation tensor is quantized once, whoever reads it; readers
     that are no site keep the float tensor. Each weight is quantized once, evaluated when the model is saved;
     a weight that something else reads as well keeps its float copy for that reader, which the report notes.
     Gemm's alpha is folded into the weight's values, beta into the bias. Everything is checked before the
@@ -85,13 +88,13 @@ def quantize_linears(
     """
     schemes = {site.node_name: (overrides or {}).get(site.node_name, scheme) for site in sites}
     _check(model, sites, ranges, schemes)
-    editor = _Editor(model.graph, ranges, schemes, solved or {})
+    editor = _Editor(model.graph, ranges, schemes, solved or {}, tied)
     order = {node: index for index, node in enumerate(model.graph)}
     ordered = sorted(sites, key=lambda site: order[site.node])
     editor.readers.update(editor.weight_key(site) for site in ordered)
     done = [(site, editor.quantize(site)) for site in ordered]
     editor.finish()
-    return [editor.report(site, op_type) for site, op_type in done]
+    return [editor.report(site, op_type) for site, op_type in done], list(editor.shared.values())
 
 
 def _check(
@@ -137,8 +140,11 @@ class _Editor:
         ranges: Mapping[str, Range],
         schemes: Mapping[str, Scheme],
         solved: Mapping[str, SolvedWeight],
+        tied: Collection[ir.Value],
     ) -> None:
         self.graph, self.ranges, self.schemes, self.solved = graph, ranges, schemes, solved
+        self.tied = tied
+        self.shared: dict[ir.Value, SharedWeight] = {}
         self.activations: dict[tuple[str, TensorSpec], tuple[np.float32, int, ir.Value]] = {}
         self.weights: dict[tuple[object, ...], tuple[QuantizedWeight, ir.Value]] = {}
         self.readers: Counter[tuple[object, ...]] = Counter()
@@ -232,7 +238,7 @@ class _Editor:
     def _weight(self, site: LinearSite) -> tuple[QuantizedWeight, ir.Value]:
         key = self.weight_key(site)
         if key not in self.weights:
-            self.weights[key] = self._new_weight(site, unsigned=self.readers[key] > 1)
+            self.weights[key] = self._new_weight(site, unsigned=self.readers[key] > 1 or site.root in self.tied)
         return self.weights[key]
 
     def weight_key(self, site: LinearSite) -> tuple[object, ...]:
@@ -264,6 +270,8 @@ class _Editor:
         # Integers before scales: written in this order, the weight is read once.
         quantized = self._initializer(weight.tensor(""), f"{base}_quantized")
         scale = self._initializer(weight.scale_tensor(""), f"{base}_scale")
+        if site.root in self.tied and axis == 1:
+            self.shared[site.root] = SharedWeight(site, quantized, scale, weight.zero_point, in_blocks=False)
         # Not shared between weights, for the same reason.
         zero = self._constant_of(weight.zero_point, weight.dtype, weight.scale_shape, f"{base}_zero_point")
         operand = self._value(f"{base}_dequantized", ir.DataType.FLOAT, ir.Shape(shape))

@@ -16,6 +16,7 @@ from onnx_quarot.discovery.labels import Labels
 from onnx_quarot.discovery.prepare import prepare
 from onnx_quarot.discovery.rules import apply_rules
 from onnx_quarot.discovery.shapes import Shapes
+from onnx_quarot.discovery.tied import keep_tied
 from onnx_quarot.discovery.typing import Typing
 from onnx_quarot.errors import ConfigError, ModelError
 from onnx_quarot.plan import ROTATIONS, Plan
@@ -38,6 +39,7 @@ def discover_model(
     rotations: Iterable[str] = ROTATIONS,
     block_size: int | None = None,
     seed: int | None = None,
+    tied: bool = False,
 ) -> Plan:
     """Decide what is rotated in ``model`` and how. The model is brought into a form that can be rotated (see
     :mod:`prepare`), which does not change its function.
@@ -45,7 +47,8 @@ def discover_model(
     rotations: which of R1 (the residual stream), R2 (attention values, a rotation a head), R3 (queries and keys) and R4
     (everything else, usually online in front of the down projection) may be used. block_size: rotate in blocks of this
     many features instead of whole axes where it divides them. seed: random signs in front of every rotation, drawn in
-    the order of the graph; None for plain Hadamard matrices.
+    the order of the graph; None for plain Hadamard matrices. tied: leave an embedding table that is also a linear
+    layer's weight in its basis, so that it stays one matrix (see :mod:`tied`).
 
     Raises ModelError when the model holds no linear layer, ConfigError for an unknown rotation or an impossible size.
     """
@@ -60,6 +63,7 @@ def discover_model(
     prepare(model)
     typing = Typing(model.graph, Shapes(model))
     apply_rules(typing)
+    kept = keep_tied(typing) if tied else []
     if not typing.reads and not typing.unknown:
         if quantized:
             raise ModelError(
@@ -76,6 +80,8 @@ def discover_model(
     if any(isinstance(a, ir.Attr) and a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
            for n in model.graph for a in n.attributes.values()):  # fmt: skip
         builder.note("subgraphs (If, Loop, Scan) are left alone, with everything they read")
+    for name in kept:
+        builder.note(f"{name} stays tied: the table and the layer keep one matrix, in its own basis")
     return builder.plan(wanted, fingerprint(model))
 
 

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+import onnx_quarot as oq
+import small_llama
+from onnx_quarot.discovery import discover_model
+from onnx_quarot.load import load
+from onnx_quarot.sites import linear_sites
+from onnx_quarot.tied_tables import tied_roots
+
+# 128 features, so that blocks of 128 are full.
+LLAMA = small_llama.Config(layers=2, vocab=160, heads=4, head_size=32)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_llama.save(tmp_path_factory.mktemp("llama") / "model.onnx", LLAMA)
+
+
+def batches(count: int = 4, length: int = 48) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    return [small_llama.decoder_feeds(LLAMA, rng, length) for _ in range(count)]
+
+
+def error(reference: Path, candidate: Path) -> float:
+    feeds = batches(5)[-1]
+    a, b = (oq.session(path).run(["logits"], feeds)[0] for path in (reference, candidate))
+    return float(np.linalg.norm(a - b) / np.linalg.norm(a))
+
+
+@pytest.mark.parametrize("rotations", [("R1", "R2", "R4"), ()], ids=["rotated", "plain"])
+@pytest.mark.parametrize("scheme", ["a8w8", "a8w8-dynamic", "a8w8-block", "a8w4-block", "a4w4"])
+def test_one_matrix_serves_both(llama: Path, tmp_path: Path, scheme: str, rotations: tuple[str, ...]) -> None:
+    oq.quantize(llama, tmp_path / "q.onnx", batches(), scheme=scheme, rotations=rotations)
+    model = ir.load(tmp_path / "q.onnx")
+    floats = [
+        t
+        for v in model.graph.initializers.values()
+        if (t := v.const_value) is not None and t.dtype == ir.DataType.FLOAT
+    ]
+    assert all(t.size < LLAMA.vocab * LLAMA.hidden for t in floats)
+    large = [v for v in model.graph.initializers.values() if v.const_value.size == LLAMA.vocab * LLAMA.hidden]
+    assert len(large) == 1
+    readers = {use.node.op_type for use in large[0].uses()}
+    assert "Gather" in readers
+    assert len(readers) == 2
+    assert error(llama, tmp_path / "q.onnx") < (0.08 if "w8" in scheme else 0.6)
+    # The table itself: what the graph's first layer reads is the table's rows, to 8 bits.
+    assert len(large[0].uses()) == 2
+
+
+def test_untied_on_request(llama: Path, tmp_path: Path) -> None:
+    sizes = {}
+    for tied in (True, False):
+        report = oq.quantize(llama, tmp_path / "q.onnx", batches(1), tied=tied)
+        sizes[tied] = report.bytes_out
+        assert any("stays tied" in note for note in report.notes) == tied
+    assert sizes[True] < sizes[False] - LLAMA.vocab * LLAMA.hidden * 0.9
+
+
+def test_the_plan_leaves_both_ends_alone_and_is_exact(llama: Path, tmp_path: Path) -> None:
+    plan = discover_model(load(llama), rotations=("R1", "R2", "R4"), tied=True)
+    assert [(s.name, s.how) for s in plan.sites if s.how == "none"] == [("/lm_head/MatMul", "none")]
+    assert "tied" in str(plan.declined[0].reason)
+    report = oq.rotate(llama, tmp_path / "r.onnx", plan=plan)
+    assert report.verification is not None
+    assert report.verification.worst < 1e-4
+
+
+def test_a_table_in_the_other_orientation_is_not_shared(tmp_path: Path) -> None:
+    """Rows of the constant are read by the table, and multiplied by as they are: not the same matrix."""
+    model = ir.load(small_llama.save(tmp_path / "m.onnx", LLAMA))
+    assert [root.name for root in tied_roots(model, linear_sites(model))] == ["lm_head.MatMul.weight"]
+    transpose = next(n for n in model.graph if n.op_type == "Transpose")
+    transpose.attributes["perm"] = ir.AttrInt64s("perm", [0, 1])
+    assert tied_roots(model, linear_sites(model)) == set()
+    untied = ir.load(small_llama.save(tmp_path / "u.onnx", small_llama.Config(tied=False)))
+    assert tied_roots(untied, linear_sites(untied)) == set()
