@@ -7,10 +7,10 @@ from onnx_quarot.clipping import fit_rows
 from onnx_quarot.scheme import TensorSpec
 
 SPECS = [
-    TensorSpec(bits=8),
-    TensorSpec(bits=4),
-    TensorSpec(bits=4, signed=False, symmetric=False),
-    TensorSpec(bits=8, signed=False, symmetric=False),
+    TensorSpec(bits=8, method="mse"),
+    TensorSpec(bits=4, method="mse"),
+    TensorSpec(bits=4, signed=False, symmetric=False, method="mse"),
+    TensorSpec(bits=8, signed=False, symmetric=False, method="mse"),
 ]
 
 
@@ -45,7 +45,7 @@ def test_never_worse_than_the_full_range_and_better_at_four_bits(spec: TensorSpe
 def test_importance_moves_the_range_to_what_counts() -> None:
     rows = np.random.default_rng(0).standard_normal((50, 64)).astype(np.float32)
     rows[:, 0] = 9
-    spec, importance = TensorSpec(bits=4), np.full(64, 1e-6, np.float32)
+    spec, importance = SPECS[1], np.full(64, 1e-6, np.float32)
     importance[0] = 1
     only = rounded(rows, *fit_rows(rows, spec, importance), spec)
     without = rounded(rows, *fit_rows(rows, spec, 1 - importance), spec)
@@ -71,3 +71,13 @@ def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onnx_quarot.clipping._CHUNK", 40)
     for a, b in zip(whole, fit_rows(rows, spec, importance), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_only_the_method_mse_searches() -> None:
+    rows = np.random.default_rng(0).standard_t(4, (20, 64)).astype(np.float32)
+    scale, zero = fit_rows(rows, TensorSpec(bits=4))
+    np.testing.assert_allclose(scale, np.abs(rows).max(1) / 7, rtol=1e-6)
+    assert not zero.any()
+    np.testing.assert_allclose(
+        rounded(rows, scale, zero, TensorSpec(bits=4)), plain(rows, TensorSpec(bits=4)), rtol=1e-5
+    )

@@ -206,6 +206,7 @@ def test_weight_granularity(given: QuantGranularity | None, per_channel: bool) -
         (CalibMethod.MinMax, "minmax"),
         (CalibMethod.MinMSE, "mse"),
         (CalibMethod.Percentile, "percentile"),
+        (CalibMethod.Entropy, "entropy"),
         (None, parse_scheme("a8w8").activation.method),
     ],
 )
@@ -222,6 +223,38 @@ def test_algorithms_argument_stands_in_for_the_configured_ones() -> None:
     assert translate(QConfig(LAYER), [QuarotConfig(r_matrix_dim=64)])["matrix_dim"] == 64
 
 
+def test_sixteen_and_four_bits_and_gptq() -> None:
+    wide = translate(QConfig(QLayerConfig(UInt16Spec(), weight=Int4Spec()), algo_config=[GPTQConfig(bits=4, mse=True)]))
+    scheme = wide["scheme"]
+    assert (scheme.name, scheme.activation.bits, scheme.activation.method) == ("a16w4", 16, "minmax")
+    assert (scheme.weight.bits, scheme.weights, scheme.weight.method, scheme.damping) == (4, "gptq", "mse", 0.01)
+    assert wide["rotations"] == ()
+    plain = translate(QConfig(layer(weight=Int8Spec(calibration_method=CalibMethod.MinMax))))["scheme"]
+    assert (plain.weight.method, plain.weights) == ("minmax", "rtn")
+
+
+def test_layers_by_name_and_type(tmp_path: Path) -> None:
+    """A name counts before a type, and None means floating point."""
+    wide = QLayerConfig(UInt16Spec(), weight=Int8Spec())
+    config = QConfig(
+        LAYER,
+        specific_layer_config={wide: ["/model/layers.0/mlp/down_proj/MatMul"], None: ["/lm_head/MatMul"]},
+        layer_type_config={QLayerConfig(Int8Spec(), weight=Int8Spec()): ["MatMul"]},
+    )
+    small_llama.save(tmp_path / "m.onnx", CONFIG)
+    ModelQuantizer(config).quantize_model(tmp_path / "m.onnx", tmp_path / "q.onnx", Reader())
+    graph = onnx.load(tmp_path / "q.onnx").graph
+    types = {t.name: t.data_type for t in graph.initializer}
+    made = [types[n.input[2]] for n in graph.node if n.op_type == "QuantizeLinear"]
+    assert made.count(onnx.TensorProto.UINT16) == 1
+    assert set(made) == {onnx.TensorProto.UINT16, onnx.TensorProto.INT8}
+    head = next(n for n in graph.node if n.name == "/lm_head/MatMul")
+    assert types[head.input[1]] == onnx.TensorProto.FLOAT
+    unknown = QConfig(LAYER, specific_layer_config={wide: ["no_such_layer"]})
+    with pytest.raises(ConfigError, match="'no_such_layer' fits no linear layer"):
+        ModelQuantizer(unknown).quantize_model(tmp_path / "m.onnx", tmp_path / "q.onnx", Reader())
+
+
 def layer(**parts: QTensorConfig) -> QLayerConfig:
     return QLayerConfig(**{"activation": UInt8Spec(), "weight": Int8Spec(), **parts})
 
@@ -229,27 +262,32 @@ def layer(**parts: QTensorConfig) -> QLayerConfig:
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        (QConfig(layer(activation=UInt16Spec())), "activation.*UInt16"),
+        (QConfig(layer(activation=Int4Spec())), "activation.*Int4"),
         (QConfig(layer(activation=BFP16Spec())), "activation.*BFP16"),
-        (QConfig(layer(weight=Int4Spec())), "weight.*Int4"),
         (QConfig(layer(weight=Int16Spec())), "weight.*Int16"),
         (QConfig(layer(weight=UInt8Spec())), "weight.*UInt8"),
         (QConfig(layer(weight=Int8Spec(symmetric=False))), "weight.*symmetric"),
         (QConfig(layer(weight=XInt8Spec())), "weight.*PowerOf2"),
         (QConfig(layer(activation=UInt8Spec(scale_type=ScaleType.Int16))), r"activation.*ScaleType\.Int16"),
-        (QConfig(layer(activation=UInt8Spec(calibration_method=CalibMethod.Entropy))), "activation.*Entropy"),
-        (QConfig(layer(weight=Int8Spec(calibration_method=CalibMethod.MinMSE))), "weight.*MinMSE"),
+        (QConfig(layer(activation=UInt8Spec(calibration_method=CalibMethod.Distribution))), "activation.*Distribution"),
+        (QConfig(layer(weight=Int8Spec(calibration_method=CalibMethod.Entropy))), "weight.*Entropy"),
         (QConfig(layer(activation=UInt8Spec(quant_granularity=QuantGranularity.Channel))), "Channel"),
         (QConfig(layer(weight=Int8Spec(quant_granularity=QuantGranularity.Group))), "weight.*Group"),
         (QConfig(layer(bias=Int8Spec())), "bias"),
         (QConfig(layer(output_tensors=UInt8Spec())), "output_tensors"),
         (QConfig(QLayerConfig(weight=Int8Spec())), "activation"),
         (QConfig(QLayerConfig(activation=UInt8Spec())), "weight"),
-        (QConfig(LAYER, specific_layer_config={LAYER: ["a"]}), "specific_layer_config"),
+        (QConfig(LAYER, specific_layer_config={"int8": ["a"]}), "specific_layer_config.*int8"),
+        (QConfig(LAYER, specific_layer_config={LAYER: "a"}), "specific_layer_config.*list"),
+        (QConfig(LAYER, specific_layer_config={layer(weight=UInt8Spec()): ["a"]}), "weight.*UInt8"),
         (QConfig(LAYER, layer_type_config={LAYER: ["Conv"]}), "layer_type_config"),
         (QConfig(LAYER, exclude=[(["a"], ["b"])]), "exclude.*subgraph"),
         (QConfig(LAYER, algo_config=[SmoothQuantConfig(alpha=0.7)]), "SmoothQuantConfig"),
-        (QConfig(LAYER, algo_config=[GPTQConfig()]), "GPTQConfig"),
+        (QConfig(LAYER, algo_config=[GPTQConfig(bits=4)]), "GPTQConfig has bits 4.*Int8"),
+        (QConfig(LAYER, algo_config=[GPTQConfig(act_order=True)]), "GPTQConfig has act_order True"),
+        (QConfig(LAYER, algo_config=[GPTQConfig(group_size=64)]), "GPTQConfig has group_size 64"),
+        (QConfig(LAYER, algo_config=[GPTQConfig(perc_damp=0)]), "perc_damp 0"),
+        (QConfig(LAYER, algo_config=[GPTQConfig(), GPTQConfig()]), "2 GPTQConfigs"),
         (QConfig(LAYER, algo_config=[CLEConfig(cle_steps=2)]), "CLEConfig"),
         (QConfig(LAYER, algo_config=[QuarotConfig(), AdaRoundConfig()]), "AdaRoundConfig"),
         (QConfig(LAYER, algo_config=[QuarotConfig(), QuarotConfig()]), "2 QuarotConfigs"),

@@ -8,8 +8,8 @@ from onnx_quarot.errors import DataError
 from onnx_quarot.gptq import inverse_factor, solve
 from onnx_quarot.scheme import TensorSpec
 
-SYMMETRIC = TensorSpec(bits=4, per_channel=True)
-ASYMMETRIC = TensorSpec(bits=4, signed=False, symmetric=False)
+SYMMETRIC = TensorSpec(bits=4, per_channel=True, method="mse")
+ASYMMETRIC = TensorSpec(bits=4, signed=False, symmetric=False, method="mse")
 
 
 def inputs(rows: int, features: int, seed: int = 0) -> np.ndarray:

@@ -207,7 +207,12 @@ def quantize_blocks(
                 names.initializer(weight.scales_tensor(), f"{site.weight}_scales"),
                 names.initializer(weight.zeros_tensor(), f"{site.weight}_zero_points") if weight.has_zeros else None,
             )
-            if site.root in tied and scheme.weight == TensorSpec() and site.depth % scheme.block == 0:
+            if (
+                site.root in tied
+                and scheme.weight.bits == 8
+                and scheme.weight.symmetric
+                and site.depth % scheme.block == 0
+            ):
                 place = stored[key]
                 shared.append(SharedWeight(site, place.codes, place.scales, zero=128, in_blocks=True))
         place = stored[key]

@@ -21,8 +21,9 @@ _STEPS = {4: 16, 8: 7, 16: 1}
 def fit_rows(rows: Array, spec: TensorSpec, importance: Array | None = None) -> tuple[Array, Array]:
     """Scale and zero point of each row: float32 [n] and int32 [n], of least squared error over candidates.
 
-    rows: float32 [n, k], finite. Symmetric types try the peak times a falling series of factors; others try both ends
-    together, then each alone, and always keep zero inside. importance: weights of the k squared errors, [n, k] or [k]
+    rows: float32 [n, k], finite. A spec with the method mse searches; any other takes the full range. Symmetric
+    types try the peak times a falling series of factors; others try both ends together, then each alone, and always
+    keep zero inside. importance: weights of the k squared errors, [n, k] or [k]
     (a Hessian's diagonal). A row of zeros gets scale 1.
     """
     scales, zeros = np.empty(len(rows), np.float32), np.zeros(len(rows), np.int32)
@@ -42,7 +43,7 @@ def _symmetric(rows: Array, spec: TensorSpec, importance: Array | None) -> tuple
     peak = np.maximum(rows.max(axis=1, initial=0.0), -rows.min(axis=1, initial=0.0)).astype(np.float64)
     zeros = np.full(len(rows), middle, np.int32)
     best, least = _safe(peak / half), np.full(len(rows), np.inf)
-    for factor in _factors(spec.bits):
+    for factor in _factors(spec):
         scale = _safe(peak * factor / half)
         _keep_better(rows, scale, zeros, spec, importance, least, best, zeros)
     return best, zeros
@@ -60,9 +61,9 @@ def _asymmetric(rows: Array, spec: TensorSpec, importance: Array | None) -> tupl
         better = _keep_better(rows, scale, zero, spec, importance, least, scales, zeros)
         ends[0][better], ends[1][better] = a[better], b[better]
 
-    for factor in _factors(spec.bits):
+    for factor in _factors(spec):
         attempt(low * factor, high * factor)
-    for side in (0, 1):
+    for side in (0, 1) if spec.method == "mse" else ():
         here = [end.copy() for end in ends]
         for factor in (0.7, 0.8, 0.9, 1.1, 1.2):
             moved = list(here)
@@ -71,8 +72,10 @@ def _asymmetric(rows: Array, spec: TensorSpec, importance: Array | None) -> tupl
     return scales, zeros
 
 
-def _factors(bits: int) -> Array:
-    return np.linspace(1.0, _NARROWEST[bits], _STEPS[bits])
+def _factors(spec: TensorSpec) -> Array:
+    if spec.method != "mse":
+        return np.ones(1)
+    return np.linspace(1.0, _NARROWEST[spec.bits], _STEPS[spec.bits])
 
 
 def _grid(low: Array, high: Array, spec: TensorSpec) -> tuple[Array, Array]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import onnx_ir as ir
 
 from .blocks import quantize_blocks
 from .dynamic import quantize_dynamic
+from .errors import ConfigError
 from .hessians import solve_weights
 from .observers import Range
 from .progress import Progress
@@ -80,6 +82,31 @@ def quantize_sites(
     return Quantized(reports, notes, shared)
 
 
+def layer_schemes(
+    sites: Sequence[LinearSite], layers: Mapping[str, str | Scheme | None]
+) -> tuple[list[LinearSite], dict[str, Scheme]]:
+    """The sites that are quantized at all, and those with a scheme of their own.
+
+    layers: schemes by node name, pattern of node names, or operator type; of several that fit a site, an exact name
+    counts first, then the order given. None leaves a site in floating point. ConfigError for a key that fits no site.
+    """
+    left: list[LinearSite] = []
+    chosen: dict[str, Scheme] = {}
+    fitting: set[str] = set()
+    for site in sites:
+        keys = [key for key in layers if key in (site.node_name, site.op_type) or fnmatchcase(site.node_name, key)]
+        keys.sort(key=lambda key: key != site.node_name)
+        fitting.update(keys)
+        scheme = layers[keys[0]] if keys else ""
+        if scheme is not None:
+            left.append(site)
+        if scheme:
+            chosen[site.node_name] = parse_scheme(scheme)
+    if unused := [key for key in layers if key not in fitting]:
+        raise ConfigError(f"layers: {unused[0]!r} fits no linear layer of the model ({len(sites)} found)")
+    return left, chosen
+
+
 def head_schemes(sites: Sequence[LinearSite], scheme: Scheme) -> dict[str, Scheme]:
     """The schemes of the sites that make an output of the graph, where these keep more bits."""
     bits = scheme.head_bits
@@ -90,7 +117,7 @@ def head_schemes(sites: Sequence[LinearSite], scheme: Scheme) -> dict[str, Schem
         head = parse_scheme("a8w8")
     else:
         # Symmetric, so that a table can share the integers whatever the form.
-        weight = TensorSpec(bits=max(bits, scheme.weight.bits), per_channel=scheme.weight.per_channel)
+        weight = TensorSpec(bits=max(bits, scheme.weight.bits), per_channel=scheme.weight.per_channel, method="mse")
         head = replace(scheme, weight=weight, weights="rtn")
     return {site.node_name: head for site in sites if _makes_output(site.node.outputs[0])}
 

@@ -73,7 +73,7 @@ def solve_weights(
             for name in names:
                 gram = grams.pop(name)
                 _enough(gram, by_input[name][0])
-                factor = inverse_factor(gram.sum)
+                factor = inverse_factor(gram.sum, schemes[by_input[name][0].node_name].damping)
                 for site in by_input[name]:
                     scheme = schemes[site.node_name]
                     source = WeightSource(site)

@@ -82,7 +82,7 @@ def quantize_cache(
         node = cache.node
         node.resize_inputs(max(len(node.inputs), max(_SCALES) + 1))
         for index, value in zip(_SCALES, cache.present, strict=True):
-            scale = sampled[str(value.name)].scale(TensorSpec(bits=bits), per_channel)
+            scale = sampled[str(value.name)].scale(TensorSpec(bits=bits, method="mse"), per_channel)
             node.replace_input_with(index, names.initializer(ir.Tensor(scale), f"{value.name}.scale"))
         width = sizes[node] * bits // 8
         for value in (*cache.past, *cache.present):

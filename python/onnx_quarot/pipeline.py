@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnx_quarot.data import as_batches, input_specs
 from onnx_quarot.discovery import discover_model
 from onnx_quarot.errors import ConfigError, DataError, ModelError
-from onnx_quarot.forms import quantize_sites
+from onnx_quarot.forms import layer_schemes, quantize_sites
 from onnx_quarot.genai_folder import complete_folder
 from onnx_quarot.kv_cache import CacheReport, check_cache, quantize_cache
 from onnx_quarot.load import external_files, load
@@ -110,6 +110,7 @@ def quantize(
     windows: int | None = None,
     op_types: Sequence[str] = ("MatMul", "Gemm", "Gather"),
     exclude: Sequence[str] = (),
+    layers: Mapping[str, str | Scheme | None] | None = None,
     config: str | Path | None = None,
     matrix_dim: int | None = None,
     verify: bool = True,
@@ -129,8 +130,9 @@ def quantize(
     or either with ``-tensor`` (a scale a tensor), for models whose attention is GroupQueryAttention. tied: an embedding
     table that is also the head's weight stays one matrix, which is then not rotated; False (or ``config``) makes it
     two. op_types: what is quantized; Gather stands for tables of embeddings, of which only the weights become integers.
-    exclude: names (or patterns) of nodes that stay in floating point. rotations=() means none; config and matrix_dim as
-    in :func:`discover`. seed: random signs in the rotations; ``"search:K"`` tries the seeds 0 to K - 1 and keeps the
+    exclude: names (or patterns) of nodes that stay in floating point. layers: other schemes, or None for floating
+    point, by node name, pattern or operator type, the first that fits. rotations=() means none; config and matrix_dim
+    as in :func:`discover`. seed: random signs in the rotations; ``"search:K"`` tries the seeds 0 to K - 1 and keeps the
     one closest to the float model on the calibration data, at K + 1 times the cost.
 
     Raises ModelError, DataError, ConfigError, VerificationError or SaveError; then nothing is written.
@@ -152,13 +154,14 @@ def quantize(
             float_path = staged.path
             model = load(float_path)
         sites = linear_sites(model, tuple(t for t in op_types if t != "Gather"), tuple(exclude))
+        sites, others = layer_schemes(sites, layers or {})
         if not sites:
             raise ModelError(f"the model has no linear layer left to quantize (op types {', '.join(op_types)})")
         data = Replay(batches, folder)
         with clock.step("quantize"):
             tables: list[TableReport] = []
             caches = [] if kv_cache is None else quantize_cache(model, float_path, kv_cache, data, show)
-            done = quantize_sites(model, float_path, sites, chosen, data, folder, show, mixed=mixed)
+            done = quantize_sites(model, float_path, sites, chosen, data, folder, show, mixed=mixed, overrides=others)
             if "Gather" in op_types:
                 share_tables(model, done.shared)
                 tables = quantize_tables(model)

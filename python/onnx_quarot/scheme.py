@@ -35,7 +35,8 @@ class TensorSpec:
 
     bits: 4, 8 or 16. signed: integer type. symmetric: the range is made [-m, m]; a signed symmetric type then
     leaves out its lowest value (int8: -127..127). per_channel: one scale an output channel instead of one a
-    tensor. method: how activations get their range, one of METHODS (weights always use their own extremes).
+    tensor. method: how activations get their range, one of METHODS; of weights minmax (their extremes) or mse (the
+    range of least squared error).
     """
 
     bits: int = 8
@@ -82,7 +83,7 @@ class Scheme:
     None: all of them. weights: how the integers are chosen; rtn rounds to the nearest in a range of least squared
     error, gptq makes up for each column's error in the next ones (Frantar et al., arXiv:2210.17323). head_bits: bits
     of the weights of the layer that makes an output of the graph (a language model's head), None for those of all
-    others; in the form token that layer is a8w8.
+    others; in the form token that layer is a8w8. damping: of gptq's Hessians, as a share of their mean diagonal.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Scheme:
     block: int | None = None
     weights: str = "rtn"
     head_bits: int | None = None
+    damping: float = 0.01
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:
@@ -138,9 +140,10 @@ class Scheme:
 # uint8 with a zero point costs the same as symmetric int8 in every kernel, and uses the whole of its 256
 # levels where a distribution is skewed (what follows an activation function).
 _UINT8 = TensorSpec(bits=8, signed=False, symmetric=False, method="mse")
-_UINT4 = TensorSpec(bits=4, signed=False, symmetric=False)
-_INT8_CHANNEL = TensorSpec(bits=8, signed=True, symmetric=True, per_channel=True)
-_INT4_CHANNEL = TensorSpec(bits=4, signed=True, symmetric=True, per_channel=True)
+_UINT4 = TensorSpec(bits=4, signed=False, symmetric=False, method="mse")
+_INT8 = TensorSpec(method="mse")
+_INT8_CHANNEL = TensorSpec(bits=8, signed=True, symmetric=True, per_channel=True, method="mse")
+_INT4_CHANNEL = TensorSpec(bits=4, signed=True, symmetric=True, per_channel=True, method="mse")
 
 _SCHEMES = (
     Scheme("a8w8", _UINT8, _INT8_CHANNEL),
@@ -149,8 +152,8 @@ _SCHEMES = (
     Scheme("a8w4", _UINT8, _INT4_CHANNEL, weights="gptq", head_bits=8),
     Scheme("a4w4", _UINT4, _UINT4, form="token", block=32, weights="gptq", head_bits=8),
     Scheme("a8w8-dynamic", _UINT8, _INT8_CHANNEL, form="dynamic"),
-    Scheme("a8w8-block", TensorSpec(), TensorSpec(), form="block", block=128),
-    Scheme("a8w4-block", TensorSpec(), _UINT4, form="block", block=64, weights="gptq", head_bits=8),
+    Scheme("a8w8-block", _INT8, _INT8, form="block", block=128),
+    Scheme("a8w4-block", _INT8, _UINT4, form="block", block=64, weights="gptq", head_bits=8),
 )
 SCHEMES: dict[str, Scheme] = {scheme.name: scheme for scheme in _SCHEMES}
 

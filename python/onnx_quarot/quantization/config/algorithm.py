@@ -75,9 +75,18 @@ class SmoothQuantConfig(AlgoConfig):
 
 
 class GPTQConfig(AlgoConfig):
-    """GPTQ: known by name, not supported."""
+    """GPTQ (Frantar et al., arXiv:2210.17323) chooses the integers of weights.
+
+    bits: those of the weight's data type. perc_damp: damping of the Hessian, as a share of the mean of its diagonal.
+    block_size: features whose errors are spread in one go; a matter of speed, the result does not depend on it. mse:
+    ranges of least squared error. group_size other than -1, act_order and weight_symmetric=False raise ConfigError.
+    """
 
     name = "gptq"
+    supported = True
+    bits: int
+    perc_damp: float
+    mse: bool
 
     def __init__(
         self,
