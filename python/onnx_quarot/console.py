@@ -13,6 +13,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from .errors import OnnxQuarotError, SaveError
+from .interrupt import EXIT_CODE, prompt_interrupts
 from .progress import Progress, terminal_progress
 
 KINDS = ("R1", "R2", "R3", "R4")
@@ -22,7 +23,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Interrupted(click.ClickException):
     """Ctrl-C. Click's own handling prints an empty line first."""
 
-    exit_code = 130
+    exit_code = EXIT_CODE
 
 
 class OneLineErrors(click.Group):
@@ -31,7 +32,8 @@ class OneLineErrors(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         try:
-            return super().invoke(ctx)
+            with prompt_interrupts():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             raise Interrupted("interrupted") from None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +43,7 @@ def complete_folder(source: Path, target: Path) -> tuple[str, ...]:
         options = (_decoder(settings) or decoder).setdefault("session_options", {})
         library = Path(custom_op_library())
         if any(node.domain == DOMAIN for node in ir.load(target).graph.all_nodes()):
-            shutil.copy2(library, folder / f".{library.name}.partial")
-            os.replace(folder / f".{library.name}.partial", folder / library.name)
+            _replace(folder / library.name, library.read_bytes())
             written.append(library.name)
             options["custom_ops_library"] = library.name
         elif options.get("custom_ops_library") == library.name:
@@ -72,5 +70,9 @@ def _read(path: Path) -> Any:
 
 def _replace(path: Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from onnx_quarot.errors import OnnxQuarotError, SaveError
+from onnx_quarot.partial import announce, claim, release, remove_abandoned, retract
 
 _INLINE_BYTES = 1024  # constants up to this size stay in the .onnx file
 _SINGLE_FILE_BYTES = 64 << 20  # models below this size are one file
@@ -36,9 +35,13 @@ def check_output(source: str | Path, target: str | Path) -> Path:
 
 @contextmanager
 def workspace(target: Path) -> Iterator[Path]:
-    """A folder beside the target for what is half done; gone afterwards, whatever happened."""
+    """A folder beside the target for what is half done; gone afterwards, whatever happened.
+
+    What a killed process left behind goes with the next workspace of the same target.
+    """
     try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        remove_abandoned(target)
+        folder, lock = claim(target)
     except OSError as error:
         raise SaveError(f"output: cannot write beside {str(target)!r} ({error.strerror})") from error
     try:
@@ -50,7 +53,7 @@ def workspace(target: Path) -> Iterator[Path]:
             ) from error
         raise
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        release(folder, lock)
 
 
 def write(model: ir.Model, path: Path, data_name: str, on_tensor: Callable[[], None] | None = None) -> None:
@@ -96,12 +99,13 @@ class Staged:
         stale = _data_files(self.target)
         _sync(folder)
         data = folder / self.data_name
-        if data.exists():
-            os.replace(data, place / self.data_name)
         try:
+            if data.exists():
+                announce(folder, self.data_name)
+                os.replace(data, place / self.data_name)
             os.replace(self.path, self.target)
-        except OSError:
-            (place / self.data_name).unlink(missing_ok=True)
+        except BaseException:
+            retract(folder, self.target)  # also after an interrupt
             raise
         for path in stale:
             path.unlink(missing_ok=True)

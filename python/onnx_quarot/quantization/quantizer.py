@@ -15,6 +15,7 @@ import onnx_ir as ir
 from .. import pipeline
 from ..errors import ConfigError, ModelError
 from ..load import external_files
+from ..partial import announce
 from ..save import workspace
 from .config.algorithm import AlgoConfig
 from .config.config import QConfig
@@ -91,6 +92,7 @@ def _move_weights_out(path: Path) -> None:
         data_name = f"{path.name}.data"
         ir.save(ir.load(path), folder / path.name, external_data=data_name, size_threshold_bytes=1024)
         # The old file needs no data file, so this order leaves a whole model behind at every moment.
+        announce(folder, data_name)
         os.replace(folder / data_name, path.parent / data_name)
         os.replace(folder / path.name, path)
 
