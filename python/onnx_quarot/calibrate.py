@@ -24,6 +24,7 @@ import onnxruntime as ort
 
 from .errors import DataError, ModelError
 from .observers import MinMax, Percentile, Range, Sink, TokenMSE, make_observer
+from .partial import disposable
 
 __all__ = ["MinMax", "Percentile", "Range", "TokenMSE", "calibrate", "observe", "open_model", "probe", "run"]
 
@@ -168,7 +169,7 @@ def open_model(model: ir.Model, folder: Path, stack: ExitStack, threads: int | N
     source: str | bytes
     if inline > _INLINE_LIMIT:
         # Weights inside the file would be held twice, as message and as tensors: map them from a file instead.
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="onnx-quarot-")))
+        scratch = stack.enter_context(disposable(Path(tempfile.mkdtemp(prefix="onnx-quarot-"))))
         source = str(scratch / "model.onnx")
         ir.save(model, source, external_data="model.onnx.data")
     else:

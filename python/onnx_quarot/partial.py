@@ -10,6 +10,8 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _LOCK = "lock"
@@ -43,6 +45,17 @@ def release(folder: Path, lock: int) -> None:
     os.close(lock)
     shutil.rmtree(folder, ignore_errors=True)
     _live.discard(folder)
+
+
+@contextmanager
+def disposable(folder: Path) -> Iterator[Path]:
+    """Remove ``folder`` at the end, also of a process that :func:`remove_live` says is ending."""
+    _live.add(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        _live.discard(folder)
 
 
 def announce(folder: Path, data_name: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from onnx_quarot.errors import OnnxQuarotError, SaveError
+from onnx_quarot.errors import ModelError, OnnxQuarotError, SaveError
 from onnx_quarot.partial import announce, claim, release, remove_abandoned, retract
 
 _INLINE_BYTES = 1024  # constants up to this size stay in the .onnx file
@@ -69,6 +69,10 @@ def write(model: ir.Model, path: Path, data_name: str, on_tensor: Callable[[], N
         while cause is not None and not isinstance(cause, OnnxQuarotError | OSError | MemoryError):
             cause = cause.__cause__
         raise cause or error from None
+    except OnnxQuarotError:
+        raise
+    except ValueError as error:  # a file of weights that was checked when loading is not what it was
+        raise ModelError(f"model: external data changed while it was read ({error})") from error
 
 
 def _write(model: ir.Model, path: Path, data_name: str, on_tensor: Callable[[], None] | None) -> None:

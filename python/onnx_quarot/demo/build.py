@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from onnx_quarot.demo.gguf_model import GgufLlama
 from onnx_quarot.demo.llama_graph import llama_graph
 from onnx_quarot.demo.tokenizer import tokenizer_config_json, tokenizer_json
 from onnx_quarot.errors import SaveError
+from onnx_quarot.partial import disposable
 from onnx_quarot.progress import NullProgress, Progress
 
 
@@ -41,22 +41,21 @@ def build_model(gguf_path: str | Path, folder: str | Path, *, progress: Progress
     except OSError as error:
         raise SaveError(f"{folder} cannot be written: {error}") from error
     try:
-        for name, content in texts.items():
-            (scratch / name).write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
-        with (progress or NullProgress()).task("write float32 ONNX model", len(model.graph.initializers)) as task:
-            ir.save(
-                model,
-                scratch / "model.onnx",
-                external_data="model.onnx.data",
-                callback=lambda _tensor, _info: task.advance(),
-                max_workers=1,
-            )
-        scratch.chmod(0o755)
-        os.replace(scratch, folder)
+        with disposable(scratch):
+            for name, content in texts.items():
+                (scratch / name).write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+            with (progress or NullProgress()).task("write float32 ONNX model", len(model.graph.initializers)) as task:
+                ir.save(
+                    model,
+                    scratch / "model.onnx",
+                    external_data="model.onnx.data",
+                    callback=lambda _tensor, _info: task.advance(),
+                    max_workers=1,
+                )
+            scratch.chmod(0o755)
+            os.replace(scratch, folder)
     except OSError as error:
         raise SaveError(f"{folder} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 

@@ -18,6 +18,7 @@ from onnx_quarot.demo.text import calibration_text, evaluation_text
 from onnx_quarot.errors import DataError, ModelError, SaveError
 from onnx_quarot.evaluation import ModelFigures, evaluate_many
 from onnx_quarot.generate import generate, load_tokenizer
+from onnx_quarot.partial import disposable
 from onnx_quarot.progress import NullProgress, Progress
 
 WINDOW = 512
@@ -272,12 +273,10 @@ def _folder(output: str | Path | None) -> Iterator[Path]:
         scratch = tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
     except OSError as error:
         raise SaveError(f"output: {str(target)!r} cannot be written ({error.strerror})") from error
-    try:
-        yield Path(scratch)
-        Path(scratch).chmod(0o755)
-        os.replace(scratch, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with disposable(Path(scratch)) as folder:
+        yield folder
+        folder.chmod(0o755)
+        os.replace(folder, target)
 
 
 def _complete(source: Path, folder: Path) -> None:
