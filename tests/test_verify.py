@@ -1,0 +1,73 @@
+"""Verification in every weight type, and what it says of models that cannot be compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import onnx_quarot as oq
+import small_llama
+from small_llama import Config
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(np.float32, 1e-4), (np.float16, 2e-2), (ml_dtypes.bfloat16, 0.15)], ids=str
+)
+def test_weights_of_every_type_are_rotated_and_verified(tmp_path: Path, dtype: Any, tolerance: float) -> None:
+    class Builder(small_llama.Builder):
+        pass
+
+    Builder.dtype = np.dtype(dtype)
+    onnx.save(Builder(Config(), 0).model(), tmp_path / "m.onnx")
+    report = oq.rotate(tmp_path / "m.onnx", tmp_path / "r.onnx")
+    assert report.verification is not None
+    assert report.verification.tolerance == tolerance
+    assert report.verification.worst < tolerance / 5
+    kinds = {t.data_type for t in onnx.load(tmp_path / "r.onnx").graph.initializer if len(t.dims) == 2}
+    assert kinds == {helper.np_dtype_to_tensor_dtype(np.dtype(dtype))}
+
+
+def two_layers(path: Path, weight: np.ndarray[Any, Any]) -> Path:
+    rng = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w1"], ["h"], "first"),
+        helper.make_node("MatMul", ["h", "w2"], ["y"], "second"),
+    ]
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["rows", 16]) for n in "xy")
+    first = rng.standard_normal((16, 16)).astype(np.float32)
+    weights = [numpy_helper.from_array(first, "w1"), numpy_helper.from_array(weight, "w2")]
+    graph = helper.make_graph(nodes, "g", [x], [y], weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+def test_float16_behind_casts_is_judged_as_float16(tmp_path: Path) -> None:
+    """The outputs are float32, but no weight is better than float16."""
+    rng = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("Cast", ["x"], ["a"], to=TensorProto.FLOAT16),
+        helper.make_node("MatMul", ["a", "w1"], ["b"]),
+        helper.make_node("MatMul", ["b", "w2"], ["c"]),
+        helper.make_node("Cast", ["c"], ["y"], to=TensorProto.FLOAT),
+    ]
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["rows", 64]) for n in "xy")
+    weights = [numpy_helper.from_array(rng.standard_normal((64, 64)).astype(np.float16), n) for n in ("w1", "w2")]
+    graph = helper.make_graph(nodes, "g", [x], [y], weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
+    report = oq.rotate(tmp_path / "m.onnx", tmp_path / "r.onnx")
+    assert report.verification is not None
+    assert 1e-5 < report.verification.worst < report.verification.tolerance == 2e-2
+
+
+def test_a_model_that_makes_no_numbers_is_told_apart_from_an_inexact_rewrite(tmp_path: Path) -> None:
+    weight = np.random.default_rng(1).standard_normal((16, 16)).astype(np.float32)
+    weight[3, 4] = np.nan
+    with pytest.raises(oq.VerificationError, match="weight that is not finite"):
+        oq.rotate(two_layers(tmp_path / "m.onnx", weight), tmp_path / "r.onnx")
+    assert not (tmp_path / "r.onnx").exists()
