@@ -79,7 +79,7 @@ CASES: dict[str, tuple[Nodes, dict[str, np.ndarray], bool]] = {
     ),
     "scalar factor": ([node("Mul", "h c", "m")], {"c": np.float32(3).reshape(1)}, True),
     "divide by a scalar": ([node("Div", "h c", "m")], {"c": np.float32(3).reshape(1)}, True),
-    "divide a scalar by it": ([node("Exp", "h e"), node("Div", "c e", "m")], {"c": np.float32(3).reshape(1)}, False),
+    "divide a scalar by it": ([node("Exp", "h", "e"), node("Div", "c e", "m")], {"c": np.float32(3).reshape(1)}, False),
     "factor a feature, absorbed": ([node("Mul", "h c", "m")], {"c": W32}, True),
     "factor a feature, then a nonlinearity": ([node("Mul", "h c", "k"), node("Tanh", "k", "m")], {"c": W32}, False),
     "factor and bias a feature": ([node("Mul", "h c", "k"), node("Add", "k d", "m")], {"c": W32, "d": W32 - 1}, True),
@@ -114,7 +114,11 @@ CASES: dict[str, tuple[Nodes, dict[str, np.ndarray], bool]] = {
         {"z": i64(0), "f": i64(32), "ax": i64(-1), "st": i64(2)},
         False,
     ),
-    "split and join": ([node("Split", "h", "k q", axis=-1, num_outputs=2), node("Concat", "q k", "m", axis=-1)], {}, True),
+    "split and join": (
+        [node("Split", "h", "k q", axis=-1, num_outputs=2), node("Concat", "q k", "m", axis=-1)],
+        {},
+        True,
+    ),
     "gather positions": ([node("Gather", "h p", "m", axis=1)], {"p": i64(2, 0)}, True),
     "gather features": ([node("Gather", "h p", "m", axis=2)], {"p": np.arange(31, -1, -1, dtype=np.int64)}, False),
     "mean over positions": ([node("ReduceMean", "h ax", "m", keepdims=1)], {"ax": i64(1)}, True),
@@ -135,7 +139,8 @@ CASES: dict[str, tuple[Nodes, dict[str, np.ndarray], bool]] = {
         False,
     ),
     "decomposed rms norm": (
-        [node("Pow", "h two", "p"), node("ReduceMean", "p ax", "v"), node("Add", "v eps", "ve"), node("Sqrt", "ve", "sd"),
+        [node("Pow", "h two", "p"), node("ReduceMean", "p ax", "v"), node("Add", "v eps", "ve"),
+         node("Sqrt", "ve", "sd"),
          node("Div", "h sd", "n"), node("Mul", "n g", "m")],
         {"two": np.float32(2), "ax": i64(-1), "eps": np.float32(1e-5), "g": W32},
         True,
@@ -153,7 +158,8 @@ CASES: dict[str, tuple[Nodes, dict[str, np.ndarray], bool]] = {
     ),
     "decomposed layer norm": (
         [node("ReduceMean", "h ax", "mu"), node("Sub", "h mu", "d"), node("Pow", "d two", "p"),
-         node("ReduceMean", "p ax", "v"), node("Add", "v eps", "ve"), node("Sqrt", "ve", "sd"), node("Div", "d sd", "n"),
+         node("ReduceMean", "p ax", "v"), node("Add", "v eps", "ve"), node("Sqrt", "ve", "sd"),
+         node("Div", "d sd", "n"),
          node("Mul", "n g", "q"), node("Add", "q c", "m")],
         {"two": np.float32(2), "ax": i64(-1), "eps": np.float32(1e-5), "g": W32, "c": W32 - 1},
         True,
@@ -188,7 +194,10 @@ def test_between_two_layers(case: str, tmp_path: Path) -> None:
     nodes = [node("MatMul", "x a", "h"), *middle, node("MatMul", "m b", "y")]
     opset = 23 if any(n.op_type == "RMSNormalization" for n in middle) else 21
     path = save(tmp_path / "m.onnx", nodes, [2, 3, 16], opset=opset, a=rand(16, 32), b=rand(32, 8), **weights)
-    assert how(decide(path), "y") == ("offline" if offline else "online")
+    plan = decide(path)
+    assert how(plan, "y") != "none"
+    # The input of the graph is rotated online in front of the first layer; whatever does not preserve costs one more.
+    assert len(plan.online) == (1 if offline else 2)
 
 
 @pytest.mark.parametrize("transpose", [0, 1])
@@ -214,7 +223,7 @@ def test_convolutions_read_and_write_channels(tmp_path: Path) -> None:
     plan = decide(save(tmp_path / "m.onnx", nodes, [2, 8, 6, 6], **weights))
     assert how(plan, "k") == "offline"
     assert {s.name for s in plan.sites} == {"h", "k"}  # grouped channels are refused
-    assert "not the last axis" in str(next(s.reason for s in plan.sites if s.name == "h"))
+    assert "input of the graph" in str(next(s.reason for s in plan.sites if s.name == "h"))
 
 
 def attention(keys: Nodes) -> Nodes:
@@ -236,7 +245,9 @@ def attention(keys: Nodes) -> Nodes:
 def test_values_are_rotated_a_head(tmp_path: Path) -> None:
     weights = {f"w{v}": rand(16, 32) for v in "qkv"}
     shapes = {"s": i64(0, 0, 4, 8), "s2": i64(0, 0, 32)}
-    path = save(tmp_path / "m.onnx", attention([node("MatMul", "q k", "z")]), [2, 3, 16], wo=rand(32, 16), **weights, **shapes)
+    path = save(
+        tmp_path / "m.onnx", attention([node("MatMul", "q k", "z")]), [2, 3, 16], wo=rand(32, 16), **weights, **shapes
+    )
     plan = decide(path)
     assert how(plan, "y") == "offline"
     assert {r.size for n, r in plan.rotations.items() if plan.kinds[n] == "R2"} == {8}
@@ -248,7 +259,14 @@ def test_experts_read_and_write(tmp_path: Path) -> None:
         node("MatMul", "n r", "p"), node("MoE", "n p u _ d e", "k", domain=MS, k=2, activation_type="silu"),
         node("Add", "h k", "t"), node("MatMul", "t b", "y"),
     ]  # fmt: skip
-    weights = {"a": rand(16, 32), "g": W32, "r": rand(32, 4), "u": rand(4, 24, 32), "d": rand(4, 32, 24), "e": rand(4, 32)}
+    weights = {
+        "a": rand(16, 32),
+        "g": W32,
+        "r": rand(32, 4),
+        "u": rand(4, 24, 32),
+        "d": rand(4, 32, 24),
+        "e": rand(4, 32),
+    }
     plan = decide(save(tmp_path / "m.onnx", nodes, [6, 16], b=rand(32, 8), **weights))
     assert {n: how(plan, n) for n in ("p", "k", "y")} == dict.fromkeys(("p", "k", "y"), "offline")
 
