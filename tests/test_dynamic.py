@@ -12,7 +12,7 @@ from onnx_quarot.dynamic import quantize_dynamic
 from onnx_quarot.errors import ConfigError, ModelError
 from onnx_quarot.scheme import TensorSpec, parse_scheme
 
-DYNAMIC = parse_scheme("a8w8-dynamic")
+DYNAMIC = parse_scheme("a8w8-dynamic-tensor")
 
 
 def test_close_to_float_and_fused(tmp_path: Path) -> None:

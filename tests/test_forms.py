@@ -37,7 +37,8 @@ def error(reference: Path, candidate: Path) -> float:
 
 @pytest.mark.parametrize(
     ("scheme", "most"),
-    [("a16w8", 0.08), ("a8w8", 0.1), ("a8w8-dynamic", 0.1), ("a8w8-block", 0.07), ("a8w4-block", 0.5), ("a8w4", 0.8),
+    [("a16w8", 0.08), ("a8w8", 0.1), ("a8w8-dynamic", 0.06), ("a8w4-dynamic", 0.6),
+     ("a8w8-dynamic-tensor", 0.1), ("a8w8-block", 0.07), ("a8w4-block", 0.5), ("a8w4", 0.8),
      ("a4w4", 0.8)],
 )  # fmt: skip
 def test_every_scheme_end_to_end(llama: Path, tmp_path: Path, scheme: str, most: float) -> None:

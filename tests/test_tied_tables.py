@@ -34,7 +34,7 @@ def error(reference: Path, candidate: Path) -> float:
 
 
 @pytest.mark.parametrize("rotations", [("R1", "R2", "R4"), ()], ids=["rotated", "plain"])
-@pytest.mark.parametrize("scheme", ["a8w8", "a8w8-dynamic", "a8w8-block", "a8w4-block", "a4w4"])
+@pytest.mark.parametrize("scheme", ["a8w8", "a8w8-dynamic-tensor", "a8w8-block", "a8w4-block", "a4w4"])
 def test_one_matrix_serves_both(llama: Path, tmp_path: Path, scheme: str, rotations: tuple[str, ...]) -> None:
     oq.quantize(llama, tmp_path / "q.onnx", batches(), scheme=scheme, rotations=rotations)
     model = ir.load(tmp_path / "q.onnx")

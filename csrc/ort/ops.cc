@@ -7,6 +7,7 @@
 
 #include "abi.h"
 #include "hadamard.h"
+#include "qlinear.h"
 #include "hadamard_quantize.h"
 #include "status.h"
 
@@ -27,7 +28,8 @@ class Domain {
   explicit Domain(const Api* api)
       : hadamard_{{{api, kFloat}, {api, kFloat16}, {api, kBFloat16}, {api, kDouble}}},
         quantize_{{{api, kInt8}, {api, kUInt8}}},
-        dynamic_quantize_(api) {
+        dynamic_quantize_(api),
+        linears_{{{api, kFloat}, {api, kFloat16}, {api, kBFloat16}}} {
     const auto release = [api](CustomOpDomain* held) { ReleaseCustomOpDomain(api, held); };
     CustomOpDomain* made = nullptr;
     check(api, CreateCustomOpDomain(api, kDomain, &made));
@@ -35,6 +37,7 @@ class Domain {
     for (const HadamardOp& op : hadamard_) check(api, CustomOpDomain_Add(api, made, &op));
     for (const HadamardQuantizeOp& op : quantize_) check(api, CustomOpDomain_Add(api, made, &op));
     check(api, CustomOpDomain_Add(api, made, &dynamic_quantize_));
+    for (const QLinearOp& op : linears_) check(api, CustomOpDomain_Add(api, made, &op));
     handle_ = owner.release();
   }
 
@@ -44,6 +47,7 @@ class Domain {
   std::array<HadamardOp, 4> hadamard_;
   std::array<HadamardQuantizeOp, 2> quantize_;
   HadamardDynamicQuantizeOp dynamic_quantize_;
+  std::array<QLinearOp, 3> linears_;
   CustomOpDomain* handle_ = nullptr;
 };
 

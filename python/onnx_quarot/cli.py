@@ -131,7 +131,8 @@ def rotate(
     "--scheme",
     default="a8w8",
     show_default=True,
-    help="Bits of activations and weights: a8w8, a16w8, a8w4, a4w4, a8w8-dynamic, a8w8-block, a8w4-block.",
+    help="Bits of activations and weights: a8w8, a16w8, a8w4, a4w4, a8w8-dynamic, a8w4-dynamic, "
+    "a8w8-dynamic-tensor, a8w8-block, a8w4-block.",
 )
 @click.option(
     "--mixed",

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from .blocks import quantize_blocks
 from .dynamic import quantize_dynamic
 from .errors import ConfigError
+from .fused_linear import quantize_fused
 from .hessians import solve_weights
 from .observers import Range
 from .progress import Progress
@@ -75,6 +76,8 @@ def quantize_sites(
             done, weights = quantize_blocks(model, part, schemes, solved, tied)
         elif form == "dynamic":
             done, weights = quantize_dynamic(model, part, schemes, solved, tied)
+        elif form == "fused":
+            done, weights = quantize_fused(model, part, schemes, solved), []
         else:
             done, weights = quantize_tokens(model, part, schemes, solved), []
         reports += done

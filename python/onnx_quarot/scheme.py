@@ -16,7 +16,7 @@ import onnx_ir as ir
 from .errors import ConfigError
 
 METHODS = ("minmax", "percentile", "mse", "entropy")
-FORMS = ("qdq", "block", "dynamic", "token")
+FORMS = ("qdq", "block", "dynamic", "fused", "token")
 WEIGHT_METHODS = ("rtn", "gptq")
 
 _STORAGE: dict[tuple[int, bool], tuple[ir.DataType, np.dtype]] = {
@@ -78,6 +78,7 @@ class Scheme:
       qdq: QuantizeLinear and DequantizeLinear with static ranges, per tensor.
       block: MatMulNBits with accuracy level 4, which makes activations int8 per row and block while it runs.
       dynamic: DynamicQuantizeMatMul, which finds one range a tensor while it runs.
+      fused: onnx_quarot::QLinear, which finds one range a token while it runs.
       token: QuantizeLinear and DequantizeLinear whose scales are computed in the graph, per token and block.
     block: features along the input axis that share a scale, of weights (and, in the form token, of activations);
     None: all of them. weights: how the integers are chosen; rtn rounds to the nearest in a range of least squared
@@ -101,12 +102,14 @@ class Scheme:
         if self.weights not in WEIGHT_METHODS:
             raise ConfigError(f"weights: {self.weights!r} is not supported; use one of {', '.join(WEIGHT_METHODS)}")
         if self.block is not None:
-            if self.form in ("qdq", "dynamic"):
+            if self.form in ("qdq", "dynamic") or (self.form == "fused" and self.weight.per_channel):
                 raise ConfigError(f"block: {self.name} has one scale a channel; a block size is for *-block and a4w4")
             if self.block < 16 or self.block & (self.block - 1):
                 raise ConfigError(f"block: {self.block} is not supported; use a power of two of at least 16")
         if self.form == "token" and (self.activation.bits, self.weight.bits) != (4, 4):
             raise ConfigError(f"bits: {self.name} has scales for each token, which take 4 bits on both sides")
+        if self.form == "fused" and self.block not in (None, 32, 64, 128):
+            raise ConfigError(f"block: {self.block} is not supported by {self.name}; use 32, 64 or 128")
         if self.form == "block" and self.weight.bits not in (4, 8):
             raise ConfigError(f"weight: {self.weight.bits} bits in blocks are not supported; use 4 or 8")
 
@@ -131,7 +134,7 @@ class Scheme:
     @property
     def min_opset(self) -> int:
         """The oldest opset of ONNX's own operators that can carry the scheme."""
-        if self.form in ("block", "dynamic"):
+        if self.form in ("block", "dynamic", "fused"):
             return 13
         narrow = {self.activation.bits, self.weight.bits} != {8}
         return 21 if narrow or self.form == "token" else 13
@@ -151,7 +154,10 @@ _SCHEMES = (
     Scheme("a16w8", TensorSpec(bits=16, signed=False, symmetric=False), _INT8_CHANNEL),
     Scheme("a8w4", _UINT8, _INT4_CHANNEL, weights="gptq", head_bits=8),
     Scheme("a4w4", _UINT4, _UINT4, form="token", block=32, weights="gptq", head_bits=8),
-    Scheme("a8w8-dynamic", _UINT8, _INT8_CHANNEL, form="dynamic"),
+    Scheme("a8w8-dynamic", TensorSpec(), _INT8_CHANNEL, form="fused"),
+    Scheme("a8w4-dynamic", TensorSpec(), TensorSpec(bits=4), form="fused", block=64, weights="gptq", head_bits=8),
+    # With one operator of ONNX Runtime's own, and one range a tensor.
+    Scheme("a8w8-dynamic-tensor", _UINT8, _INT8_CHANNEL, form="dynamic"),
     Scheme("a8w8-block", _INT8, _INT8, form="block", block=128),
     Scheme("a8w4-block", _INT8, _UINT4, form="block", block=64, weights="gptq", head_bits=8),
 )

@@ -1,0 +1,329 @@
+#include "qlinear.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "fwht.h"
+#include "node.h"
+#include "qlinear/qlinear.h"
+#include "status.h"
+
+namespace onnx_quarot::ort {
+namespace {
+
+// Rows quantized at a time: their integers stay in the second cache, or near it.
+constexpr std::size_t kRows = 256;
+// Work handed to a thread at once, in products: about 20 us.
+constexpr std::size_t kTaskProducts = std::size_t{1} << 21;
+constexpr std::size_t kTaskValues = std::size_t{1} << 15;
+
+std::string text(const std::vector<std::int64_t>& dims) {
+  std::string joined;
+  for (const std::int64_t dim : dims) joined += (joined.empty() ? "" : ", ") + std::to_string(dim);
+  return "[" + joined + "]";
+}
+
+void check_dims(const char* name, const std::vector<std::int64_t>& found, const std::vector<std::size_t>& wanted) {
+  const std::vector<std::int64_t> rule(wanted.begin(), wanted.end());
+  if (found != rule) throw std::invalid_argument(std::string(name) + " has shape " + text(found) + ": it must be " + text(rule));
+}
+
+// float16 by its bits: exact, subnormal numbers, infinities and NaNs included.
+float from_half(std::uint16_t half) {
+  const std::uint32_t sign = (half & 0x8000u) << 16, magnitude = half & 0x7fffu;
+  std::uint32_t bits = magnitude << 13;
+  float value = 0;
+  std::memcpy(&value, &bits, sizeof(value));
+  value *= 0x1p112f;  // moves the exponent, and makes subnormal numbers normal
+  std::memcpy(&bits, &value, sizeof(bits));
+  if (magnitude >= 0x7c00u) bits = 0x7f800000u | (magnitude << 13);
+  bits |= sign;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+std::uint16_t to_half(float value) {
+  std::uint32_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(bits));
+  const auto sign = static_cast<std::uint16_t>((bits >> 16) & 0x8000u);
+  bits &= 0x7fffffffu;
+  std::uint32_t half = 0;
+  if (bits > 0x7f800000u) {
+    half = 0x7e00u;
+  } else if (bits >= 0x477ff000u) {
+    half = 0x7c00u;
+  } else if (bits < 0x38800000u) {  // subnormal: the addition rounds, to half even
+    float small = 0;
+    std::memcpy(&small, &bits, sizeof(small));
+    small += 0.5f;
+    std::memcpy(&half, &small, sizeof(half));
+    half -= 0x3f000000u;
+  } else {
+    half = (bits - 0x38000000u + 0xfffu + ((bits >> 13) & 1u)) >> 13;
+  }
+  return static_cast<std::uint16_t>(sign | half);
+}
+
+float from_bfloat(std::uint16_t value) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(value) << 16;
+  float wide = 0;
+  std::memcpy(&wide, &bits, sizeof(wide));
+  return wide;
+}
+
+std::uint16_t to_bfloat(float value) {
+  std::uint32_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(bits));
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<std::uint16_t>((bits >> 16) | 0x40u);
+  return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// Reads attributes: required ones without a default.
+class Reader {
+ public:
+  Reader(const Api* api, const KernelInfo* info) : api_(api), info_(info) {}
+
+  std::size_t integer(const char* name, std::optional<std::int64_t> otherwise, std::int64_t least) const {
+    std::int64_t value = 0;
+    if (!succeeded(api_, KernelInfoGetAttribute_int64(api_, info_, name, &value))) {
+      if (!otherwise) throw std::invalid_argument("attribute " + std::string(name) + " is missing: it must be an int");
+      value = *otherwise;
+    }
+    if (value < least) {
+      throw std::invalid_argument(std::string(name) + " is " + std::to_string(value) + ": it must be at least " +
+                                  std::to_string(least));
+    }
+    return static_cast<std::size_t>(value);
+  }
+
+  std::optional<double> real(const char* name) const {
+    float value = 0;
+    if (!succeeded(api_, KernelInfoGetAttribute_float(api_, info_, name, &value))) return std::nullopt;
+    return static_cast<double>(value);
+  }
+
+ private:
+  const Api* api_;
+  const KernelInfo* info_;
+};
+
+// Runs task(i) for i in [0, total) on the session's threads; the first failure is thrown.
+template <class Task>
+void parallel(const Api* api, const KernelContext* context, std::size_t total, const Task& task) {
+  if (total == 1) return task(0);
+  struct Work {
+    const Api* api;
+    const Task& task;
+    std::vector<Status*> failures;  // one a task, so that no two threads write to the same one
+  } work{api, task, std::vector<Status*>(total, nullptr)};
+  Status* status = KernelContext_ParallelFor(
+      api, context,
+      [](void* data, std::size_t i) {
+        auto& job = *static_cast<Work*>(data);
+        job.failures[i] = guarded(job.api, [&] { job.task(i); });
+      },
+      total, 0, &work);
+  for (Status* failure : work.failures) {
+    if (failure == nullptr) continue;
+    if (status == nullptr) {
+      status = failure;
+    } else {
+      ReleaseStatus(api, failure);
+    }
+  }
+  check(api, status);
+}
+
+struct Inputs {
+  const void* x = nullptr;
+  const std::uint8_t* weights = nullptr;
+  const float* scales = nullptr;
+  const float* bias = nullptr;
+  std::vector<float> signs;
+  std::vector<std::int64_t> x_dims;
+};
+
+// Immutable once made: one kernel runs on many threads at once.
+class QLinearKernel {
+ public:
+  QLinearKernel(const Api* api, ElementType type, const KernelInfo* info) : api_(api), type_(type) {
+    const Reader reader(api, info);
+    shape_.depth = reader.integer("K", std::nullopt, 1);
+    shape_.columns = reader.integer("N", std::nullopt, 1);
+    shape_.bits = reader.integer("bits", 8, 1);
+    shape_.block = reader.integer("block", 0, 0);
+    check_shape(shape_);
+    const std::size_t layout = reader.integer("layout_version", std::nullopt, 0);
+    if (layout != static_cast<std::size_t>(kPackedLayout)) {
+      throw std::invalid_argument("layout_version is " + std::to_string(layout) + ": this library reads " +
+                                  std::to_string(kPackedLayout));
+    }
+    if (reader.integer("rotate", 0, 0) == 0) return;
+    rotation_.emplace();
+    rotation_->size = shape_.depth;
+    rotation_->block_size = reader.integer("block_size", static_cast<std::int64_t>(shape_.depth), 1);
+    rotation_->transpose = reader.integer("transpose", 0, 0) != 0;
+    rotation_->scale = reader.real("scale");
+    const Transform valid(*rotation_);
+  }
+
+  const Api* api() const { return api_; }
+
+  void compute(KernelContext* context) const {
+    const Inputs inputs = read(context);
+    std::vector<std::int64_t> dims = inputs.x_dims;
+    std::size_t rows = 1;
+    for (std::size_t i = 0; i + 1 < dims.size(); ++i) rows *= static_cast<std::size_t>(dims[i]);
+    dims.back() = static_cast<std::int64_t>(shape_.columns);
+    Value* output = nullptr;
+    check(api_, KernelContext_GetOutput(api_, context, 0, dims.data(), dims.size(), &output));
+    auto* y = static_cast<char*>(const_cast<void*>(data_of(api_, output)));
+    std::optional<TransformSpec> spec = rotation_;
+    if (spec) spec->signs_length = inputs.signs.size();
+    const std::optional<Transform> transform = spec ? std::optional<Transform>(*spec) : std::nullopt;
+    const std::size_t item = type_ == kFloat ? 4 : 2;
+    for (std::size_t row = 0; row < rows; row += kRows) {
+      const std::size_t count = std::min(kRows, rows - row);
+      run(context, inputs, transform ? &*transform : nullptr, row, count, y + row * shape_.columns * item);
+    }
+  }
+
+ private:
+  Inputs read(const KernelContext* context) const {
+    std::size_t count = 0;
+    check(api_, KernelContext_GetInputCount(api_, context, &count));
+    const Value* values[5] = {};
+    for (std::size_t i = 0; i < std::min<std::size_t>(count, 5); ++i) {
+      check(api_, KernelContext_GetInput(api_, context, i, &values[i]));
+    }
+    Inputs inputs;
+    inputs.x_dims = dims_of(api_, values[0]);
+    if (inputs.x_dims.empty() || inputs.x_dims.back() != static_cast<std::int64_t>(shape_.depth)) {
+      throw std::invalid_argument("X has shape " + text(inputs.x_dims) + ": its last axis must be K, which is " +
+                                  std::to_string(shape_.depth));
+    }
+    const std::size_t step = shape_.bits == 4 ? 2 : 1;
+    check_dims("W", dims_of(api_, values[1]), {shape_.panels(), shape_.steps() / step, kPanelColumns, 4});
+    if (shape_.bits == 8) {
+      check_dims("scales", dims_of(api_, values[2]), {shape_.columns});
+    } else {
+      check_dims("scales", dims_of(api_, values[2]), {shape_.panels(), shape_.blocks(), kPanelColumns});
+    }
+    inputs.x = data_of(api_, values[0]);
+    inputs.weights = static_cast<const std::uint8_t*>(data_of(api_, values[1]));
+    inputs.scales = static_cast<const float*>(data_of(api_, values[2]));
+    if (values[3] != nullptr) {
+      check_dims("bias", dims_of(api_, values[3]), {shape_.columns});
+      inputs.bias = static_cast<const float*>(data_of(api_, values[3]));
+    }
+    if (values[4] != nullptr && rotation_) {
+      const std::vector<std::int64_t> dims = dims_of(api_, values[4]);
+      const auto length = dims.size() == 1 ? static_cast<std::size_t>(dims[0]) : 0;
+      if (length != shape_.depth && length != rotation_->block_size) {
+        throw std::invalid_argument("signs has shape " + text(dims) + ": it must have the length of a block or of K");
+      }
+      const auto* signs = static_cast<const std::int8_t*>(data_of(api_, values[4]));
+      inputs.signs.assign(signs, signs + length);
+    }
+    return inputs;
+  }
+
+  // A row of X as float32, rotated: X's own memory if nothing has to be done to it.
+  const float* row_of(const Inputs& inputs, const Transform* transform, std::size_t row, float* room) const {
+    const std::size_t size = shape_.depth, at = row * size;
+    const auto* straight = static_cast<const float*>(inputs.x) + at;
+    if (type_ != kFloat) {
+      const auto* from = static_cast<const std::uint16_t*>(inputs.x) + at;
+      for (std::size_t k = 0; k < size; ++k) room[k] = type_ == kFloat16 ? from_half(from[k]) : from_bfloat(from[k]);
+      straight = room;
+    }
+    if (transform == nullptr) return straight;
+    const auto stride = static_cast<std::ptrdiff_t>(size);
+    transform->rows(straight, room, 1, stride, stride, inputs.signs.empty() ? nullptr : inputs.signs.data());
+    return room;
+  }
+
+  void run(const KernelContext* context, const Inputs& inputs, const Transform* transform, std::size_t row,
+           std::size_t count, char* y) const {
+    QuantizedRows rows(qlinear_kernels(), shape_, count);
+    const std::size_t chunk = std::max<std::size_t>(1, kTaskValues / shape_.depth);
+    parallel(api_, context, (count + chunk - 1) / chunk, [&](std::size_t i) {
+      std::vector<float> room(transform == nullptr && type_ == kFloat ? 0 : shape_.depth);
+      for (std::size_t r = i * chunk; r < std::min(count, (i + 1) * chunk); ++r) {
+        rows.set(r, row_of(inputs, transform, row + r, room.data()));
+      }
+    });
+
+    std::vector<float> wide(type_ == kFloat ? 0 : count * shape_.columns);
+    auto* result = type_ == kFloat ? reinterpret_cast<float*>(y) : wide.data();
+    // Columns are shared out in whole panels, and rows where there are too few of those.
+    const std::size_t panel_products = shape_.steps() * 4 * kPanelColumns;
+    const std::size_t all_panels = shape_.panels();
+    const std::size_t row_parts = all_panels < 16 ? std::max<std::size_t>(1, count / 64) : 1;
+    const std::size_t row_products = panel_products * ((count + row_parts - 1) / row_parts);
+    const std::size_t panels = std::min(all_panels, (kTaskProducts + row_products - 1) / row_products + 3) / 4 * 4;
+    const std::size_t width = panels == 0 ? all_panels : panels, column_parts = (all_panels + width - 1) / width;
+    parallel(api_, context, row_parts * column_parts, [&](std::size_t i) {
+      const std::size_t part = i % row_parts, panel = i / row_parts * width;
+      multiply(rows, count * part / row_parts, count * (part + 1) / row_parts, inputs.weights, inputs.scales, inputs.bias,
+               result, panel, std::min(all_panels, panel + width));
+    });
+
+    auto* narrow = reinterpret_cast<std::uint16_t*>(y);
+    for (std::size_t i = 0; i < wide.size(); ++i) narrow[i] = type_ == kFloat16 ? to_half(wide[i]) : to_bfloat(wide[i]);
+  }
+
+  const Api* api_;
+  ElementType type_;
+  QLinearShape shape_;
+  std::optional<TransformSpec> rotation_;
+};
+
+// ONNX Runtime names the node in errors of running it, but not in those of making it.
+QLinearKernel* make_kernel(const Api* api, ElementType type, const KernelInfo* info) {
+  try {
+    return new QLinearKernel(api, type, info);
+  } catch (const std::invalid_argument& error) {
+    throw std::invalid_argument("QLinear node '" + name_of(api, info) + "': " + error.what());
+  }
+}
+
+const QLinearOp* self(const CustomOp* op) { return static_cast<const QLinearOp*>(op); }
+
+ElementType input_type(const CustomOp* op, std::size_t index) {
+  constexpr ElementType types[] = {kFloat, kUInt8, kFloat, kFloat, kInt8};
+  return index == 0 ? self(op)->type : types[index];
+}
+
+}  // namespace
+
+QLinearOp::QLinearOp(const Api* table, ElementType element) : CustomOp{}, api(table), type(element) {
+  version = kApiVersion;
+  GetName = [](const CustomOp*) { return "QLinear"; };
+  GetExecutionProviderType = [](const CustomOp*) -> const char* { return nullptr; };
+  GetInputType = input_type;
+  GetInputTypeCount = [](const CustomOp*) { return std::size_t{5}; };
+  GetInputCharacteristic = [](const CustomOp*, std::size_t index) { return index < 3 ? kRequired : kOptional; };
+  GetInputMemoryType = [](const CustomOp*, std::size_t) { return kDefaultMemory; };
+  GetOutputType = [](const CustomOp* op, std::size_t) { return self(op)->type; };
+  GetOutputTypeCount = [](const CustomOp*) { return std::size_t{1}; };
+  GetOutputCharacteristic = [](const CustomOp*, std::size_t) { return kRequired; };
+  GetVariadicInputMinArity = GetVariadicInputHomogeneity = [](const CustomOp*) { return 0; };
+  GetVariadicOutputMinArity = GetVariadicOutputHomogeneity = [](const CustomOp*) { return 0; };
+  GetStartVersion = [](const CustomOp*) { return 1; };
+  GetEndVersion = [](const CustomOp*) { return 1; };
+  CreateKernelV2 = [](const CustomOp* op, const Api* table_now, const KernelInfo* info, void** kernel) {
+    return guarded(table_now, [&] { *kernel = make_kernel(table_now, self(op)->type, info); });
+  };
+  KernelComputeV2 = [](void* kernel, KernelContext* context) {
+    const auto* self_kernel = static_cast<const QLinearKernel*>(kernel);
+    return guarded(self_kernel->api(), [&] { self_kernel->compute(context); });
+  };
+  KernelDestroy = [](void* kernel) { delete static_cast<QLinearKernel*>(kernel); };
+}
+
+}  // namespace onnx_quarot::ort

@@ -1,0 +1,70 @@
+// An `Isa` for CPUs with a dot product of four bytes: each lane of a sum gains four products. The including file defines
+// ONNX_QUAROT_DOT_LANES, ONNX_QUAROT_DOT_ROWS, ONNX_QUAROT_DOT_PANELS, ONNX_QUAROT_DOT_SIGNED (1: weights are signed as
+// well, 0: unsigned) and Vector dot_bytes(Vector sum, Vector weights, Vector values).
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace onnx_quarot {
+namespace {
+
+void quantize_all_bytes(const QuantizeJob& job);
+
+struct Isa {
+  static constexpr std::size_t lanes = ONNX_QUAROT_DOT_LANES, rows = ONNX_QUAROT_DOT_ROWS, panels = ONNX_QUAROT_DOT_PANELS;
+  static constexpr std::size_t few_panels = ONNX_QUAROT_DOT_LANES == 16 ? 4 : 1, halves = 1, rows4 = 4;
+  static constexpr std::int32_t offset8 = ONNX_QUAROT_DOT_SIGNED ? 0 : 128, offset4 = 8;
+  static constexpr std::size_t step_bytes8 = 4;
+  using Int [[gnu::vector_size(4 * ONNX_QUAROT_DOT_LANES), gnu::aligned(4)]] = std::int32_t;
+  using Float [[gnu::vector_size(4 * ONNX_QUAROT_DOT_LANES), gnu::aligned(4)]] = float;
+  using Bytes [[gnu::vector_size(4 * ONNX_QUAROT_DOT_LANES), gnu::aligned(4)]] = std::uint8_t;
+  using Weights = Int;
+  using Values = Int;
+  using Weights4 = Int;
+  using Values4 = Int;
+  using Part = Int;
+
+  static constexpr bool widens = false;
+  static constexpr std::size_t widened_bytes = 1;
+  static void widen(const std::uint8_t*, std::uint8_t*) {}
+  static Weights widened(const std::uint8_t* from, std::size_t vector, std::size_t half) { return weights(from, vector, half); }
+
+  static Bytes bytes(const std::uint8_t* from, std::size_t vector) {
+    Bytes loaded;
+    std::memcpy(&loaded, from + vector * 4 * lanes, sizeof(loaded));
+    return loaded;
+  }
+  static Weights weights(const std::uint8_t* from, std::size_t vector, std::size_t) {
+    const Bytes loaded = bytes(from, vector);
+    return reinterpret_cast<Int>(ONNX_QUAROT_DOT_SIGNED ? loaded ^ std::uint8_t{0x80} : loaded);
+  }
+  static Values values(const std::uint8_t* from, std::size_t) { return values4(from); }
+  static Int dot8(Int sum, Weights weights, Values values) { return dot_bytes(sum, weights, values); }
+  static void quantize8(const QuantizeJob& job) { quantize_all_bytes(job); }
+
+  static Part part(Int sum) { return sum; }
+  static Weights4 nibbles(const std::uint8_t* from, std::size_t vector, std::size_t half) {
+    const Bytes loaded = bytes(from, vector);
+    return reinterpret_cast<Int>(half == 0 ? loaded & std::uint8_t{15} : loaded >> std::uint8_t{4});
+  }
+  static Values4 values4(const std::uint8_t* from) {
+    std::int32_t four = 0;
+    std::memcpy(&four, from, sizeof(four));
+    return four - Int{};
+  }
+  static Part dot4(Part part, Weights4 weights, Values4 values) { return dot_bytes(part, weights, values); }
+  static Int flush(Int, Part part) { return part; }
+};
+
+}  // namespace
+}  // namespace onnx_quarot
+
+#include "kernel-inl.h"
+
+namespace onnx_quarot {
+namespace {
+void quantize_all_bytes(const QuantizeJob& job) { quantize_bytes<Isa::offset8>(job); }
+}  // namespace
+}  // namespace onnx_quarot

@@ -1,0 +1,56 @@
+// What an instruction set offers for QLinear. Filled by the isa_*.cc files, chosen in qlinear.cc.
+#ifndef ONNX_QUAROT_QLINEAR_KERNELS_H
+#define ONNX_QUAROT_QLINEAR_KERNELS_H
+
+#include <cstddef>
+#include <cstdint>
+
+namespace onnx_quarot {
+
+// One row to quantize: values * inverse, rounded, in `steps` steps of four, zeros after `depth`.
+struct QuantizeJob {
+  const float* values;
+  std::size_t depth;
+  std::size_t steps;
+  std::size_t block_steps;  // steps that share a correction
+  float inverse;
+  void* out;
+  std::int32_t* corrections;  // one a block
+};
+
+// Rows of integers times packed panels. Distances in bytes for `values`, in elements elsewhere.
+struct MultiplyJob {
+  const void* values;
+  std::size_t row_bytes;
+  const std::int32_t* corrections;
+  const float* row_scales;
+  std::size_t rows;
+  const std::uint8_t* weights;  // of the first panel
+  std::size_t panel_bytes;
+  std::size_t steps;
+  std::size_t block_steps;  // as above
+  const float* scales;      // of the first panel's first column
+  const float* bias;        // null: none
+  float* y;                 // first row, first panel's first column
+  std::size_t y_stride;
+  std::size_t columns;      // in all panels together; the last panel may be narrower than 16
+};
+
+struct QLinearKernels {
+  const char* name;
+  std::size_t step_bytes8, step_bytes4;  // of four quantized activations, beside 8- and 4-bit weights
+  void (*quantize8)(const QuantizeJob&);
+  void (*quantize4)(const QuantizeJob&);
+  void (*multiply8)(const MultiplyJob&);
+  void (*multiply4)(const MultiplyJob&);
+};
+
+extern const QLinearKernels qlinear_baseline;
+extern const QLinearKernels qlinear_avx2;
+extern const QLinearKernels qlinear_avxvnni;
+extern const QLinearKernels qlinear_avx512vnni;
+extern const QLinearKernels qlinear_neon;
+
+}  // namespace onnx_quarot
+
+#endif

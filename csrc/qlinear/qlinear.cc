@@ -1,0 +1,177 @@
+#include "qlinear.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+
+#include "cpu.h"
+#include "fwht.h"
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
+namespace onnx_quarot {
+namespace {
+
+struct DotFeatures {
+  bool avx512vnni = false, avxvnni = false, neon = false;
+};
+
+DotFeatures detect_dot() {
+  DotFeatures features;
+#if defined(__x86_64__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) != 0) {
+    features.avx512vnni = detect_cpu().avx512 && (c & (1u << 11)) != 0;
+    const unsigned subleaves = a;
+    if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0) {
+      features.avxvnni = detect_cpu().avx2 && (a & (1u << 4)) != 0;
+    }
+  }
+#elif defined(__aarch64__) && defined(__linux__)
+  constexpr unsigned long dot_product = 1ul << 20;  // HWCAP_ASIMDDP
+  features.neon = (getauxval(AT_HWCAP) & dot_product) != 0;
+#elif defined(__aarch64__) && defined(__APPLE__)
+  features.neon = true;
+#endif
+  return features;
+}
+
+struct Candidate {
+  const QLinearKernels* kernels;
+  bool runs;
+  const char* isa;  // the value of ONNX_QUAROT_ISA that allows it, of those before it and itself the narrowest
+};
+
+const std::vector<Candidate>& candidates() {
+  static const std::vector<Candidate> found = [] {
+    std::vector<Candidate> all;
+    const DotFeatures dot = detect_dot();
+    (void)dot;
+#if defined(__x86_64__)
+    all.push_back({&qlinear_avx512vnni, dot.avx512vnni, "avx512"});
+    // Without a name of its own in the variable: chosen where nothing is asked for.
+    all.push_back({&qlinear_avxvnni, dot.avxvnni, "avx512"});
+    all.push_back({&qlinear_avx2, detect_cpu().avx2, "avx2"});
+#elif defined(ONNX_QUAROT_QLINEAR_NEON)
+    all.push_back({&qlinear_neon, dot.neon, "neon"});
+#endif
+    all.push_back({&qlinear_baseline, true, "baseline"});
+    return all;
+  }();
+  return found;
+}
+
+const QLinearKernels& choose() {
+  const char* forced = std::getenv("ONNX_QUAROT_ISA");
+  const std::string limit = forced == nullptr || *forced == '\0' ? "" : active_isa();  // which checks the name
+  bool allowed = limit.empty();
+  for (const Candidate& candidate : candidates()) {
+    allowed = allowed || limit == candidate.isa;
+    if (allowed && candidate.runs) return *candidate.kernels;
+  }
+  return qlinear_baseline;
+}
+
+}  // namespace
+
+void check_shape(const QLinearShape& shape) {
+  if (shape.depth < 1 || shape.depth > kMaxDepth) {
+    throw std::invalid_argument("K is " + std::to_string(shape.depth) + ": it must be 1 to " + std::to_string(kMaxDepth));
+  }
+  if (shape.columns < 1) throw std::invalid_argument("N is 0: it must be at least 1");
+  if (shape.bits != 8 && shape.bits != 4) {
+    throw std::invalid_argument("bits is " + std::to_string(shape.bits) + ": it must be 8 or 4");
+  }
+  if (shape.bits == 4 && shape.block != 32 && shape.block != 64 && shape.block != 128) {
+    throw std::invalid_argument("block is " + std::to_string(shape.block) + ": it must be 32, 64 or 128");
+  }
+}
+
+QuantizedRows::QuantizedRows(const QLinearKernels& kernels, const QLinearShape& shape, std::size_t rows)
+    : kernels_(&kernels), shape_(shape), count_(rows) {
+  // Rows a power of two apart would fall into the same few cache sets.
+  row_bytes_ = shape.steps() * (shape.bits == 4 ? kernels.step_bytes4 : kernels.step_bytes8) + 64;
+  values_.resize(rows * row_bytes_);
+  corrections_.resize(rows * shape.blocks());
+  scales_.resize(rows);
+}
+
+void QuantizedRows::set(std::size_t index, const float* values) {
+  // As integers, magnitudes are in order, with infinities and NaNs above all others.
+  std::uint32_t largest = 0;
+  for (std::size_t k = 0; k < shape_.depth; ++k) {
+    std::uint32_t bits = 0;
+    std::memcpy(&bits, values + k, sizeof(bits));
+    bits &= 0x7fffffffu;
+    largest = bits > largest ? bits : largest;
+  }
+  const bool finite = largest < 0x7f800000u;
+  float peak = 0;
+  std::memcpy(&peak, &largest, sizeof(peak));
+  if (peak < 1e-30f) peak = 1e-30f;
+  std::uint8_t* out = values_.data() + index * row_bytes_;
+  std::int32_t* corrections = corrections_.data() + index * shape_.blocks();
+  if (!finite) {
+    scales_[index] = std::numeric_limits<float>::quiet_NaN();
+    std::memset(out, 0, row_bytes_);
+    std::memset(corrections, 0, shape_.blocks() * sizeof(*corrections));
+    return;
+  }
+  scales_[index] = peak / 127.0f;
+  const QuantizeJob job{values, shape_.depth, shape_.steps(), shape_.steps() / shape_.blocks(), 127.0f / peak, out,
+                        corrections};
+  (shape_.bits == 4 ? kernels_->quantize4 : kernels_->quantize8)(job);
+}
+
+void multiply(const QuantizedRows& rows, std::size_t first, std::size_t end, const std::uint8_t* weights,
+              const float* scales, const float* bias, float* y, std::size_t first_panel, std::size_t end_panel) {
+  const QLinearShape& shape = rows.shape_;
+  const std::size_t column = first_panel * kPanelColumns;
+  MultiplyJob job{};
+  job.values = rows.values_.data() + first * rows.row_bytes_;
+  job.row_bytes = rows.row_bytes_;
+  job.corrections = rows.corrections_.data() + first * shape.blocks();
+  job.row_scales = rows.scales_.data() + first;
+  job.rows = end - first;
+  job.weights = weights + first_panel * shape.panel_bytes();
+  job.panel_bytes = shape.panel_bytes();
+  job.steps = shape.steps();
+  job.block_steps = shape.steps() / shape.blocks();
+  job.scales = scales + column * shape.blocks();
+  job.bias = bias == nullptr ? nullptr : bias + column;
+  job.y = y + first * shape.columns + column;
+  job.y_stride = shape.columns;
+  job.columns = std::min(end_panel * kPanelColumns, shape.columns) - column;
+  (shape.bits == 4 ? rows.kernels_->multiply4 : rows.kernels_->multiply8)(job);
+}
+
+const QLinearKernels& qlinear_kernels() {
+  static const QLinearKernels& chosen = choose();
+  return chosen;
+}
+
+const QLinearKernels& qlinear_kernels(const std::string& isa) {
+  for (const Candidate& candidate : candidates()) {
+    if (isa == candidate.kernels->name && candidate.runs) return *candidate.kernels;
+  }
+  throw std::invalid_argument("isa is '" + isa + "', which this build or this CPU does not have");
+}
+
+std::vector<std::string> qlinear_isas() {
+  std::vector<std::string> names;
+  for (const Candidate& candidate : candidates()) {
+    if (candidate.runs) names.emplace_back(candidate.kernels->name);
+  }
+  return names;
+}
+
+std::string qlinear_isa() { return qlinear_kernels().name; }
+
+}  // namespace onnx_quarot

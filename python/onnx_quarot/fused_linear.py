@@ -1,0 +1,189 @@
+"""Linear layers that quantize their activations per token, as QLinear: one compiled operator.
+
+Layers that read one value become one operator, their outputs side by side, and an online rotation that only they read
+becomes part of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from .blocks import BlockWeight, add_bias
+from .custom_op import DOMAIN, _Transform
+from .custom_op import OP_TYPE as HADAMARD
+from .editing import GraphNames, take_over
+from .errors import ConfigError, ModelError
+from .qdq import SiteReport, check_float, check_opset
+from .qlinear import MAX_DEPTH, OP_TYPE, PANEL, QLinearSpec, add_qlinear, pack, pack_scales
+from .qparams import Array, QuantizedWeight, SolvedWeight, lazy
+from .scheme import Scheme
+from .sites import LinearSite, WeightSource, drop_unused, readers
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A layer's weight, evaluated when it is written: integers [depth, channels] and scales [blocks, channels]."""
+
+    codes: Callable[[], Array]
+    scales: Callable[[], Array]
+
+
+def quantize_fused(
+    model: ir.Model,
+    sites: Sequence[LinearSite],
+    schemes: Mapping[str, Scheme],
+    solved: Mapping[str, SolvedWeight],
+) -> list[SiteReport]:
+    """Replace `sites` in place by QLinear; a report for each.
+
+    schemes: by node name, of the form fused: 8-bit weights with a scale a channel, or 4-bit ones in blocks. solved:
+    integers found in advance, by node name. Everything is checked first: ModelError for a weight that is not float32, a
+    Gemm that transposes its activations, or too old an opset, ConfigError for weights the operator does not take.
+    """
+    for site in sites:
+        scheme = schemes[site.node_name]
+        check_opset(model, scheme)
+        check_float(site)
+        if site.transposes_input:
+            raise ModelError(f"node {site.node_name!r}: a Gemm with transA=1 cannot be quantized so; exclude it")
+        if site.depth > MAX_DEPTH:
+            raise ModelError(f"node {site.node_name!r}: has {site.depth} input features; {OP_TYPE} takes {MAX_DEPTH}")
+        weight = scheme.weight
+        if weight.bits not in (4, 8) or not (weight.signed and weight.symmetric):
+            raise ConfigError(f"weight: {scheme.name} takes signed symmetric weights of 4 or 8 bits")
+    groups: dict[tuple[object, ...], list[LinearSite]] = {}
+    for site in sites:
+        groups.setdefault((site.input, _block(schemes[site.node_name])), []).append(site)
+    names = GraphNames(model.graph)
+    stored: dict[tuple[object, ...], tuple[ir.Value, ir.Value]] = {}
+    for (_, block), group in groups.items():
+        assert block is None or isinstance(block, int)
+        key = (block, *(site.weight_key() for site in group))
+        if key not in stored:
+            stored[key] = _store(names, group, block, schemes, solved)
+        _replace(model, names, group, block, stored[key])
+    return [_report(site, schemes[site.node_name]) for site in sites]
+
+
+def _block(scheme: Scheme) -> int | None:
+    return None if scheme.weight.bits == 8 else scheme.block
+
+
+def _store(
+    names: GraphNames,
+    group: Sequence[LinearSite],
+    block: int | None,
+    schemes: Mapping[str, Scheme],
+    solved: Mapping[str, SolvedWeight],
+) -> tuple[ir.Value, ir.Value]:
+    parts = [_part(site, schemes[site.node_name], block, solved.get(site.node_name)) for site in group]
+    depth, columns = group[0].depth, sum(site.channels for site in group)
+    panels = -(-columns // PANEL)
+    steps = -(-depth // 4) if block is None else -(-depth // block) * block // 8
+
+    def packed() -> Array:
+        codes: Array = pack(np.concatenate([part.codes() for part in parts], axis=1), block)
+        return codes
+
+    def scales() -> Array:
+        joined = np.concatenate([part.scales() for part in parts], axis=1)
+        return pack_scales(joined) if block is not None else joined[0].astype(np.float32)
+
+    scale_shape = [columns] if block is None else [panels, -(-depth // block), PANEL]
+    name = group[0].weight
+    return (
+        names.initializer(lazy(packed, ir.DataType.UINT8, [panels, steps, PANEL, 4], ""), f"{name}_packed"),
+        names.initializer(lazy(scales, ir.DataType.FLOAT, scale_shape, ""), f"{name}_scales"),
+    )
+
+
+def _part(site: LinearSite, scheme: Scheme, block: int | None, solved: SolvedWeight | None) -> _Part:
+    if block is not None:
+        blocks = BlockWeight(site, scheme.weight, block, solved)
+        codes, factors, _ = blocks.plain_tensors()
+        return _Part(lambda: codes.numpy().astype(np.int8), factors.numpy)
+    source, shape = WeightSource(site), (site.depth, site.channels)
+    weight = QuantizedWeight(site.weight, shape, scheme.weight, 1, source.read, source.close, solved=solved)
+    return _Part(weight.tensor("").numpy, lambda: weight.scale()[None])
+
+
+def _replace(
+    model: ir.Model,
+    names: GraphNames,
+    group: Sequence[LinearSite],
+    block: int | None,
+    weights: tuple[ir.Value, ir.Value],
+) -> None:
+    graph, first = model.graph, group[0].node
+    x = group[0].input
+    columns = sum(site.channels for site in group)
+    spec = QLinearSpec(group[0].depth, columns, block)
+    signs: ir.Value | None = None
+    rotation = x.producer()
+    inside = rotation is not None and (rotation.domain, rotation.op_type) == (DOMAIN, HADAMARD)
+    inside = inside and set(readers(x)) == {site.node for site in group} and not x.is_graph_output()
+    if inside:
+        assert rotation is not None
+        assert rotation.inputs[0] is not None
+        signs = rotation.inputs[1] if len(rotation.inputs) > 1 else None
+        spec = QLinearSpec(spec.depth, columns, block, rotation=_transform(rotation, spec.depth))
+        x = rotation.inputs[0]
+    node = add_qlinear(model, spec, [x, *weights, None, signs], first.name or names.unique("QLinear"))
+    joined = node.outputs[0]
+    shape = x.shape
+    if shape is not None and shape.rank():
+        joined.shape = ir.Shape([*shape.dims[:-1], columns])
+    joined.name = names.unique(f"{first.outputs[0].name}_joined")
+    added = [node]
+    products = [joined]
+    if len(group) > 1:
+        sizes = names.initializer(ir.Tensor(np.array([site.channels for site in group])), f"{joined.name}_sizes")
+        split = ir.node("Split", [joined, sizes], {"axis": -1}, num_outputs=len(group), name=names.unique("Split"))
+        for site, output in zip(group, split.outputs, strict=True):
+            output.name = names.unique(f"{site.node.outputs[0].name}_part")
+            output.type = ir.TensorType(ir.DataType.FLOAT)
+        added.append(split)
+        products = list(split.outputs)
+    graph.insert_before(first, added)
+    for site, product in zip(group, products, strict=True):
+        old = site.node
+        bias = add_bias(names, site, product)
+        graph.insert_before(old, bias)
+        take_over(old.outputs[0], bias[-1].outputs[0] if bias else product)
+        operands = [value for value in old.inputs[1:] if value is not None]
+        graph.remove(old, safe=True)
+        for operand in dict.fromkeys(operands):
+            drop_unused(graph, operand)
+    if inside:
+        assert rotation is not None
+        graph.remove(rotation, safe=True)
+
+
+def _transform(node: ir.Node, depth: int) -> _Transform:
+    """What a Hadamard node does."""
+    given = {name: value.value for name, value in node.attributes.items()}
+    signs = node.inputs[1] if len(node.inputs) > 1 else None
+    length = 0 if signs is None or signs.const_value is None else int(signs.const_value.shape.numpy()[0])
+    block, scale = int(given.get("block_size", depth)), given.get("scale")
+    return _Transform(block, length, bool(given.get("transpose", 0)), scale, ir.DataType.FLOAT)
+
+
+def _report(site: LinearSite, scheme: Scheme) -> SiteReport:
+    bits, count = scheme.weight.bits, site.depth * site.channels
+    block = _block(scheme)
+    return SiteReport(
+        site.node_name,
+        OP_TYPE,
+        site.activation,
+        site.weight,
+        activation_scale=0.0,
+        activation_zero_point=0,
+        float_bytes=4 * count,
+        quantized_bytes=count * bits // 8,
+        weight_bits=bits,
+        note="" if block is None else f"blocks of {block}",
+    )

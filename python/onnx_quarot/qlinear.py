@@ -1,0 +1,181 @@
+"""Linear layers in one compiled operator, ``onnx_quarot::QLinear``: rotate, quantize per token, multiply, scale.
+
+Weights are stored packed, as the kernel reads them (layout version 1, see :func:`pack`). A model-local function in
+standard operators unpacks them, so that the model runs without the library too, if slowly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from .custom_op import DOMAIN, OPSET_VERSION, _Body, _Transform
+from .errors import ConfigError
+
+Array = npt.NDArray[Any]
+
+OP_TYPE = "QLinear"
+LAYOUT_VERSION = 1
+PANEL = 16
+BLOCKS = (32, 64, 128)
+MAX_DEPTH = 131072
+_MIN_IR_VERSION = 10
+# Rows whose largest value is below this count as zeros.
+_LEAST_PEAK = 1e-30
+
+
+def pack(weight: Array, block: int | None = None) -> npt.NDArray[np.uint8]:
+    """Pack integer weights ``[K, N]`` for the operator; zeros fill what is not full.
+
+    block None: 8 bits, values -127 to 127, packed as ``[panels, steps, 16, 4]``: panels of 16 outputs, steps of 4
+    features, each value + 128. block 32, 64 or 128: 4 bits, values -8 to 7, the same with steps of 8 features and two
+    values (+ 8) a byte, byte j with feature j in its lower half and feature 4 + j in its upper one.
+    """
+    bound = (-127, 127) if block is None else (-8, 7)
+    if weight.ndim != 2 or 0 in weight.shape or weight.shape[0] > MAX_DEPTH:
+        raise ConfigError(f"weight: shape {weight.shape} cannot be packed; use [K, N] with K up to {MAX_DEPTH}")
+    if block is not None and block not in BLOCKS:
+        raise ConfigError(f"block: {block} is not supported; use one of {', '.join(map(str, BLOCKS))}")
+    if weight.min() < bound[0] or weight.max() > bound[1]:
+        raise ConfigError(f"weight: holds values outside {bound[0]} to {bound[1]}")
+    depth, columns = weight.shape
+    step = 4 if block is None else 8
+    filled = np.pad(weight, ((0, -depth % (block or step)), (0, -columns % PANEL)))
+    codes = (filled.astype(np.int16) - (-128 if block is None else -8)).astype(np.uint8)
+    panels = codes.reshape(-1, step, codes.shape[1] // PANEL, PANEL).transpose(2, 0, 3, 1)
+    if block is None:
+        return np.ascontiguousarray(panels)
+    packed: npt.NDArray[np.uint8] = panels[..., :4] | (panels[..., 4:] << 4)
+    return packed
+
+
+def pack_scales(scales: Array) -> npt.NDArray[np.float32]:
+    """Scales ``[blocks, N]`` of 4-bit weights as the operator reads them, ``[panels, blocks, 16]``."""
+    filled = np.pad(scales.astype(np.float32), ((0, 0), (0, -scales.shape[1] % PANEL)))
+    return np.ascontiguousarray(filled.reshape(len(scales), -1, PANEL).transpose(1, 0, 2))
+
+
+@dataclass(frozen=True)
+class QLinearSpec:
+    """What tells one QLinear from another, its tensors aside. block: None for 8 bits. rotation: of float32 rows."""
+
+    depth: int
+    columns: int
+    block: int | None = None
+    dtype: ir.DataType = ir.DataType.FLOAT
+    has_bias: bool = False
+    rotation: _Transform | None = None
+
+    @property
+    def attributes(self) -> dict[str, int | float]:
+        """The node's attributes."""
+        found: dict[str, int | float] = {"K": self.depth, "N": self.columns, "layout_version": LAYOUT_VERSION}
+        if self.block is not None:
+            found |= {"bits": 4, "block": self.block}
+        if self.rotation is not None:
+            found |= {"rotate": 1, **self.rotation.attributes(self.depth)}
+        return found
+
+    @property
+    def overload(self) -> str:
+        """The name of the function body."""
+        parts = [f"k{self.depth}_n{self.columns}", "w8" if self.block is None else f"w4b{self.block}"]
+        parts += ["bias"] if self.has_bias else []
+        parts += [f"hadamard_{self.rotation.overload()}"] if self.rotation is not None else []
+        return "_".join(parts) + {ir.DataType.FLOAT16: "_f16", ir.DataType.BFLOAT16: "_bf16"}.get(self.dtype, "")
+
+
+def add_qlinear(model: ir.Model, spec: QLinearSpec, inputs: Sequence[ir.Value | None], name: str) -> ir.Node:
+    """Make a node, and the function it stands for, which is put into the model; the caller places the node.
+
+    inputs: X, packed weights, scales, bias or None, signs or None.
+    """
+    model.ir_version = max(model.ir_version, _MIN_IR_VERSION)
+    model.opset_imports[DOMAIN] = OPSET_VERSION
+    identifier = (DOMAIN, OP_TYPE, spec.overload)
+    if identifier not in model.functions:
+        model.functions[identifier] = _function(spec, model.opset_imports[""])
+    given = list(inputs)
+    while given[-1] is None:
+        given.pop()
+    node = ir.node(OP_TYPE, given, spec.attributes, domain=DOMAIN, overload=spec.overload, name=name)
+    node.outputs[0].type = ir.TensorType(spec.dtype)
+    return node
+
+
+def _function(spec: QLinearSpec, opset: int) -> ir.Function:
+    """The operator in standard operators: the same integers, multiplied in float32."""
+    body = _Body(opset)
+    kinds = [spec.dtype, ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.FLOAT, ir.DataType.INT8]
+    names = ["X", "W", "scales", "bias", "signs"]
+    inputs = [ir.Value(name=name, type=ir.TensorType(kind)) for name, kind in zip(names, kinds, strict=True)]
+    x, packed, scales, bias, signs = inputs
+    has_signs = spec.rotation is not None and spec.rotation.signs_length > 0
+    rows = x if spec.dtype == ir.DataType.FLOAT else body.cast(x, ir.DataType.FLOAT)
+    if spec.rotation is not None:
+        rows = spec.rotation.apply(body, rows, signs if has_signs else None)
+    largest = _row_peak(body, rows)
+    peak = body.node("Max", [largest, _real(body, _LEAST_PEAK)])
+    inverse = body.node("Div", [_real(body, 127.0), peak])
+    # Infinity times zero is NaN, as is what a NaN touches: the whole row of one becomes NaN, as in the operator.
+    codes = body.node("Round", [body.node("Mul", [rows, inverse])])
+    row_scale = body.node("Div", [peak, _real(body, 127.0)])
+    weight = _unpacked(body, spec, packed, scales)
+    product = body.node("Mul", [body.node("MatMul", [codes, weight]), row_scale])
+    if spec.block is None:
+        product = body.node("Mul", [product, scales])
+    if spec.has_bias:
+        product = body.node("Add", [product, bias])
+    product = body.node("Identity", [product]) if spec.dtype == ir.DataType.FLOAT else body.cast(product, spec.dtype)
+    product.name = "Y"
+    used = inputs[:3] + ([bias] if spec.has_bias or has_signs else []) + ([signs] if has_signs else [])
+    graph = ir.Graph(used, [product], nodes=body.nodes, opset_imports={"": opset}, name=spec.overload)
+    # Declared for the nodes that carry them; their values are in the body already.
+    declared = [
+        ir.AttrFloat32(name, value) if isinstance(value, float) else ir.AttrInt64(name, value)
+        for name, value in spec.attributes.items()
+    ]
+    return ir.Function(DOMAIN, OP_TYPE, spec.overload, graph=graph, attributes=declared)
+
+
+def _real(body: _Body, value: float) -> ir.Value:
+    return body.constant(np.array(value, np.float32))
+
+
+def _row_peak(body: _Body, x: ir.Value) -> ir.Value:
+    magnitude = body.node("Abs", [x])
+    if body.opset_version >= 18:
+        return body.node("ReduceMax", [magnitude, body.constant(np.array([-1], np.int64))], keepdims=1)
+    return body.node("ReduceMax", [magnitude], axes=[-1], keepdims=1)
+
+
+def _unpacked(body: _Body, spec: QLinearSpec, packed: ir.Value, scales: ir.Value) -> ir.Value:
+    """[K, N] float32: the integers, for 4 bits times their scales."""
+    panels = -(-spec.columns // PANEL)
+    if spec.block is None:
+        codes = body.cast(packed, ir.DataType.FLOAT)
+        values = body.node("Sub", [codes, _real(body, 128.0)])
+        step, depth = 4, -(-spec.depth // 4) * 4
+    else:
+        high = body.node("Div", [packed, body.constant(np.array(16, np.uint8))])
+        sixteen = body.constant(np.array(16, np.uint8))
+        low = body.node("Sub", [packed, body.node("Mul", [high, sixteen])])
+        both = [body.cast(part, ir.DataType.FLOAT) for part in (low, high)]
+        values = body.node("Sub", [body.node("Concat", both, axis=3), _real(body, 8.0)])
+        step, depth = 8, -(-spec.depth // spec.block) * spec.block
+        blocks = depth // spec.block
+        grouped = body.reshape(values, [panels, blocks, spec.block // step, PANEL, step])
+        factors = body.reshape(scales, [panels, blocks, 1, PANEL, 1])
+        scaled = body.node("Mul", [grouped, factors])
+        values = body.reshape(scaled, [panels, depth // step, PANEL, step])
+    order = body.node("Transpose", [values], perm=[1, 3, 0, 2])
+    matrix = body.reshape(order, [depth, panels * PANEL])
+    ends = body.constant(np.array([spec.depth, spec.columns], np.int64))
+    return body.node(
+        "Slice", [matrix, body.constant(np.array([0, 0], np.int64)), ends, body.constant(np.array([0, 1], np.int64))]
+    )

@@ -1,0 +1,173 @@
+// QLinear's kernels, those of this CPU and emulated ones, against int32 sums by definition: bit for bit.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "qlinear/kernels.h"
+#include "qlinear/qlinear.h"
+
+namespace onnx_quarot {
+extern const QLinearKernels qlinear_emulated_avx512vnni;
+extern const QLinearKernels qlinear_emulated_avxvnni;
+extern const QLinearKernels qlinear_emulated_signed;
+}  // namespace onnx_quarot
+
+using namespace onnx_quarot;
+
+namespace {
+
+int failures = 0;
+
+// How activations and weights are filled.
+enum class Fill { random, extreme };
+
+struct Layer {
+  QLinearShape shape;
+  std::vector<std::int8_t> values;  // [K][N], what the weights mean
+  std::vector<std::uint8_t> packed;
+  std::vector<float> scales, bias;
+};
+
+Layer make_layer(const QLinearShape& shape, Fill fill, std::mt19937& random) {
+  Layer layer{shape, std::vector<std::int8_t>(shape.depth * shape.columns), {}, {}, {}};
+  const int top = shape.bits == 8 ? 127 : 7, bottom = shape.bits == 8 ? -127 : -8;
+  for (auto& value : layer.values) {
+    const int drawn = bottom + static_cast<int>(random() % static_cast<unsigned>(top - bottom + 1));
+    value = static_cast<std::int8_t>(fill == Fill::extreme ? (drawn < 0 ? bottom : top) : drawn);
+  }
+  const std::size_t fours = shape.steps(), offset = shape.bits == 8 ? 128 : 8;
+  const auto at = [&](std::size_t k, std::size_t n) {
+    const int value = k < shape.depth && n < shape.columns ? layer.values[k * shape.columns + n] : 0;
+    return static_cast<unsigned>(value + static_cast<int>(offset));
+  };
+  for (std::size_t p = 0; p < shape.panels(); ++p) {
+    for (std::size_t s = 0; s < fours; s += shape.bits == 8 ? 1 : 2) {
+      for (std::size_t c = p * 16; c < p * 16 + 16; ++c) {
+        for (std::size_t j = 0; j < 4; ++j) {
+          const unsigned high = shape.bits == 8 ? 0 : at(s * 4 + 4 + j, c) << 4;
+          layer.packed.push_back(static_cast<std::uint8_t>(at(s * 4 + j, c) | high));
+        }
+      }
+    }
+  }
+  const std::size_t scale_count = shape.bits == 8 ? shape.columns : shape.panels() * shape.blocks() * 16;
+  for (std::size_t i = 0; i < scale_count; ++i) layer.scales.push_back(0.01f + static_cast<float>(random() % 100) / 1e4f);
+  for (std::size_t i = 0; i < shape.columns; ++i) layer.bias.push_back(static_cast<float>(random() % 100) / 10.0f - 5.0f);
+  return layer;
+}
+
+std::vector<float> make_rows(const QLinearShape& shape, std::size_t rows, Fill fill, std::mt19937& random) {
+  std::vector<float> x(rows * shape.depth);
+  std::normal_distribution<float> normal;
+  for (float& value : x) value = fill == Fill::extreme ? (random() % 2 == 0 ? 3.0f : -3.0f) : normal(random);
+  // One row of zeros, one with a NaN, one with an infinity, when there are enough.
+  if (rows > 4) {
+    std::fill_n(x.begin() + static_cast<std::ptrdiff_t>(shape.depth), shape.depth, 0.0f);
+    x[2 * shape.depth + shape.depth / 2] = std::numeric_limits<float>::quiet_NaN();
+    x[4 * shape.depth - 1] = -std::numeric_limits<float>::infinity();
+  }
+  return x;
+}
+
+std::vector<float> reference(const Layer& layer, const std::vector<float>& x, std::size_t rows) {
+  const QLinearShape& shape = layer.shape;
+  std::vector<float> y(rows * shape.columns);
+  std::vector<std::int32_t> q(shape.depth);
+  for (std::size_t m = 0; m < rows; ++m) {
+    float peak = 0;
+    bool finite = true;
+    for (std::size_t k = 0; k < shape.depth; ++k) {
+      finite = finite && std::isfinite(x[m * shape.depth + k]);
+      peak = std::max(peak, std::fabs(x[m * shape.depth + k]));
+    }
+    peak = std::max(peak, 1e-30f);
+    const float inverse = 127.0f / peak, scale = peak / 127.0f;
+    for (std::size_t k = 0; k < shape.depth && finite; ++k) {
+      q[k] = static_cast<std::int32_t>(std::nearbyintf(x[m * shape.depth + k] * inverse));
+    }
+    for (std::size_t n = 0; n < shape.columns; ++n) {
+      float& out = y[m * shape.columns + n];
+      const std::size_t block = shape.bits == 8 ? shape.depth : shape.block;
+      float total = 0;
+      for (std::size_t b = 0; b < shape.blocks(); ++b) {
+        std::int32_t sum = 0;
+        for (std::size_t k = b * block; k < std::min(shape.depth, (b + 1) * block); ++k) {
+          sum += q[k] * layer.values[k * shape.columns + n];
+        }
+        volatile float product = static_cast<float>(sum);
+        if (shape.bits == 8) {
+          product = product * scale;
+          total = product;
+        } else {
+          product = product * layer.scales[(n / 16 * shape.blocks() + b) * 16 + n % 16];
+          total = total + product;
+        }
+      }
+      volatile float scaled = total * (shape.bits == 8 ? layer.scales[n] : scale);
+      out = finite ? scaled + layer.bias[n] : std::numeric_limits<float>::quiet_NaN();
+    }
+  }
+  return y;
+}
+
+void check(const QLinearShape& shape, std::size_t count, Fill fill, std::mt19937& random) {
+  check_shape(shape);
+  const Layer layer = make_layer(shape, fill, random);
+  const std::vector<float> x = make_rows(shape, count, fill, random), wanted = reference(layer, x, count);
+  std::vector<const QLinearKernels*> all = {&qlinear_emulated_avx512vnni, &qlinear_emulated_avxvnni,
+                                            &qlinear_emulated_signed};
+  for (const std::string& name : qlinear_isas()) all.push_back(&qlinear_kernels(name));
+  for (const QLinearKernels* kernels : all) {
+    QuantizedRows rows(*kernels, shape, count);
+    for (std::size_t m = 0; m < count; ++m) rows.set(m, x.data() + m * shape.depth);
+    // In one piece, and in four that share nothing.
+    for (const bool pieces : {false, true}) {
+      std::vector<float> y(wanted.size(), 77.0f);
+      const std::size_t row = pieces ? count / 2 : 0, panel = pieces ? shape.panels() / 2 : 0;
+      const auto part = [&](std::size_t r0, std::size_t r1, std::size_t p0, std::size_t p1) {
+        if (r0 < r1 && p0 < p1) {
+          multiply(rows, r0, r1, layer.packed.data(), layer.scales.data(), layer.bias.data(), y.data(), p0, p1);
+        }
+      };
+      part(0, row, 0, panel);
+      part(row, count, 0, panel);
+      part(0, row, panel, shape.panels());
+      part(row, count, panel, shape.panels());
+      for (std::size_t i = 0; i < y.size(); ++i) {
+        if (std::memcmp(&y[i], &wanted[i], sizeof(float)) == 0 || (std::isnan(y[i]) && std::isnan(wanted[i]))) continue;
+        ++failures;
+        std::fprintf(stderr, "failed: %s, %zu bits, K %zu, N %zu, block %zu, M %zu: y[%zu] is %g and not %g\n",
+                     kernels->name, shape.bits, shape.depth, shape.columns, shape.block, count, i,
+                     static_cast<double>(y[i]), static_cast<double>(wanted[i]));
+        break;
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  std::mt19937 random(1);
+  for (const std::size_t depth : {1u, 3u, 4u, 15u, 16u, 64u, 100u, 257u, 1029u, 2050u}) {
+    for (const std::size_t columns : {1u, 15u, 16u, 17u, 63u, 64u, 130u}) {
+      for (const std::size_t rows : {1u, 2u, 5u, 6u, 7u, 23u}) {
+        check({depth, columns, 8, 0}, rows, Fill::random, random);
+        for (const std::size_t block : {32u, 64u, 128u}) check({depth, columns, 4, block}, rows, Fill::random, random);
+      }
+    }
+  }
+  for (const std::size_t rows : {257u, 300u}) check({1500, 33, 8, 0}, rows, Fill::random, random);
+  // The largest sums there are, at depths where 16-bit ones and float32 ones would fail.
+  for (const std::size_t rows : {1u, 40u}) {
+    check({32768, 20, 8, 0}, rows, Fill::extreme, random);
+    check({32768, 20, 4, 128}, rows, Fill::extreme, random);
+  }
+  check({131072, 3, 8, 0}, 1, Fill::extreme, random);
+  std::printf("%d failures\n", failures);
+  return failures == 0 ? 0 : 1;
+}
