@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
-from onnx_quarot.errors import ModelError
-
-_TWO_GIB = 1 << 31
+from onnx_quarot.errors import ModelError, OnnxQuarotError
 
 
 def load(path: str | Path) -> ir.Model:
@@ -27,13 +27,42 @@ def load(path: str | Path) -> ir.Model:
         raise ModelError(f"model: {str(path)!r} {what}; give the path of an .onnx file")
     try:
         model = ir.load(path)
-    except (DecodeError, ValueError, TypeError, KeyError, AttributeError, OSError, RuntimeError) as error:
+    except Exception as error:  # whatever the parser stumbled over in this file
         raise ModelError(f"model: {str(path)!r} is not a readable ONNX model ({_first_line(_root(error))})") from error
     if not model.graph.outputs:
         raise ModelError(f"model: {str(path)!r} is not an ONNX model, or its graph has no outputs")
-    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    _resolve_external_data(model, path.parent)
+    with blamed_on(path):
+        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        _resolve_external_data(model, path.parent)
     return model
+
+
+@contextmanager
+def blamed_on(path: str | Path) -> Iterator[None]:
+    """Work on the model at ``path``: an exception that nobody expected becomes a ModelError of one line.
+
+    It says what ONNX's checker has against the model, which is what most such exceptions come from; where the checker
+    finds nothing, the fault may be this package's. The exception itself is the error's ``__cause__``.
+    """
+    try:
+        yield
+    except (OnnxQuarotError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        complaint = _complaint(path)
+        if complaint is not None:
+            raise ModelError(f"model: {str(path)!r} is not a valid ONNX model ({complaint})") from error
+        raise ModelError(
+            f"model: {str(path)!r} is not understood ({_first_line(error)}); if onnxruntime runs it, please report this"
+        ) from error
+
+
+def _complaint(path: str | Path) -> str | None:
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:
+        return _first_line(error)
+    return None
 
 
 def _resolve_external_data(model: ir.Model, folder: Path) -> None:
@@ -51,6 +80,8 @@ def _resolve_external_data(model: ir.Model, folder: Path) -> None:
         location = str(tensor.location)
         if location not in files:
             path = _allowed(folder, location, name)
+            if path.exists() and not path.is_file():
+                raise ModelError(f"model: external data {location!r} of {name!r} is not a file")
             try:
                 files[location] = path, path.stat().st_size
             except OSError as error:

@@ -15,7 +15,7 @@ from onnx_quarot.errors import ConfigError, DataError, ModelError
 from onnx_quarot.forms import layer_schemes, quantize_sites
 from onnx_quarot.genai_folder import complete_folder
 from onnx_quarot.kv_cache import CacheReport, check_cache, quantize_cache
-from onnx_quarot.load import external_files, load
+from onnx_quarot.load import blamed_on, external_files, load
 from onnx_quarot.plan import ROTATIONS, Plan
 from onnx_quarot.progress import NullProgress, Progress
 from onnx_quarot.provenance import record
@@ -52,7 +52,8 @@ def discover(
 
     Raises ModelError for a file that is no model or has no linear layer, ConfigError for options that contradict it.
     """
-    return _plan(load(model), rotations, block_size, seed, config, matrix_dim)
+    with blamed_on(model):
+        return _plan(load(model), rotations, block_size, seed, config, matrix_dim)
 
 
 def rotate(
@@ -77,7 +78,7 @@ def rotate(
     Raises ModelError, ConfigError, VerificationError (nothing is written) or SaveError.
     """
     path, clock = check_output(source, target), Stopwatch()
-    with clock.step("discover"):
+    with clock.step("discover"), blamed_on(source):
         model = load(source)
         if plan is None:
             plan = _plan(model, rotations, block_size, seed, config, None)
@@ -211,7 +212,7 @@ def _rotated(
     show: Progress,
 ) -> tuple[Staged, Verification | None]:
     """Stage the rotated model and prove that it is the same function."""
-    with clock.step("rotate"), show.task("rotating weights", len(model.graph.initializers)) as task:
+    with clock.step("rotate"), show.task("rotating weights", len(model.graph.initializers)) as task, blamed_on(source):
         rotate_model(model, plan)
         record(model, plan)
         staged = stage(model, target, folder, on_tensor=task.advance)

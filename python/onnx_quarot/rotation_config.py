@@ -45,7 +45,7 @@ def read_rotation_config(path: str | Path) -> tuple[Pair, ...]:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"rotation config: {str(path)!r} cannot be read ({error.strerror})") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"rotation config: {str(path)!r} is not JSON ({error})") from error
     pairs = data.get("R1_pairs") if isinstance(data, dict) else None
     if not isinstance(pairs, list) or set(data) != {"R1_pairs"}:

@@ -58,19 +58,24 @@ class GgufLlama:
         self.path = Path(path)
         try:
             self._reader = gguf.GGUFReader(self.path)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{self.path} cannot be read as a GGUF file: {error}") from error
-        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
-        architecture = self.metadata("general.architecture")
-        if architecture != "llama":
-            raise ModelError(f"{self.path} has the architecture {architecture!r}, only 'llama' can be converted")
-        self.config = self._read_config()
-        self._check_tensors()
+            self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+            architecture = self.metadata("general.architecture")
+            if architecture != "llama":
+                raise ModelError(f"{self.path} has the architecture {architecture!r}, only 'llama' can be converted")
+            self.config = self._read_config()
+            self._check_tensors()
+        except ModelError:
+            raise
+        except Exception as error:  # whatever the reader stumbled over in this file
+            raise ModelError(f"{self.path} cannot be read as a GGUF file: {_first_line(error)}") from error
 
     def metadata(self, key: str, default: Any = None) -> Any:
         """The value of a metadata key as Python values, or `default` when the file has no such key."""
         field = self._reader.get_field(key)
-        return default if field is None else field.contents()
+        try:
+            return default if field is None else field.contents()
+        except (UnicodeDecodeError, IndexError) as error:
+            raise ModelError(f"{self.path} cannot be read as a GGUF file: {key}: {_first_line(error)}") from error
 
     def weight(self, name: str) -> Array:
         """The tensor `name` (without ".weight") as float32 [out, in] or [n]; Q, K in half-split RoPE order.
@@ -84,7 +89,10 @@ class GgufLlama:
         if full_name not in self._tensors:
             raise ModelError(f"{self.path} has no tensor {full_name}")
         tensor = self._tensors[full_name]
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+        try:
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+        except (NotImplementedError, ValueError) as error:
+            raise ModelError(f"{self.path}: tensor {full_name} cannot be read ({_first_line(error)})") from error
         if name.endswith("attn_q"):
             return _deinterleave(values, self.config.heads)
         if name.endswith("attn_k"):
@@ -164,6 +172,10 @@ class GgufLlama:
         missing = sorted(wanted - self._tensors.keys())
         if missing:
             raise ModelError(f"{self.path} has no tensor {missing[0]} ({len(missing)} are missing)")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def _deinterleave(weight: Array, heads: int) -> Array:

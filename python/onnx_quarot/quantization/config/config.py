@@ -70,7 +70,15 @@ class QConfig:
     @staticmethod
     def from_dict(d: Mapping[str, Any]) -> QConfig:
         """The inverse of `to_dict`; errors: ConfigError for an unknown key or no 'global_config'."""
-        rest = dict(d)
+        try:
+            return QConfig._from_dict(dict(d))
+        except ConfigError:
+            raise
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+            raise ConfigError(f"config is not of the form that to_dict writes ({error})") from error
+
+    @staticmethod
+    def _from_dict(rest: dict[str, Any]) -> QConfig:
         if "global_config" not in rest:
             raise ConfigError("config has no 'global_config'; it must hold one")
 

@@ -1,0 +1,110 @@
+"""Damaged or malicious input: one line of error, or an answer. `fuzz/fuzz.py` goes on for longer."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+import onnx_quarot as oq
+import small_llama
+from onnx_quarot.load import blamed_on
+from onnx_quarot.rotation_config import read_rotation_config
+
+FUZZ = Path(__file__).parent.parent / "fuzz"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("target", ["config", "gguf", "operator", "model"])
+def test_a_few_random_cases(target: str) -> None:
+    seconds = os.environ.get("ONNX_QUAROT_FUZZ_SECONDS", "4")
+    done = subprocess.run([sys.executable, FUZZ / "fuzz.py", target, seconds], capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def two_matmuls(path: Path, **changes: object) -> Path:
+    weight = helper.make_tensor("w", TensorProto.FLOAT, [4, 4], np.eye(4, dtype=np.float32).tobytes(), raw=True)
+    for key, value in changes.items():
+        if key == "dims":
+            del weight.dims[:]
+            weight.dims.extend(value)  # type: ignore[arg-type]
+        else:
+            setattr(weight, key, value)
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("MatMul", ["h", "w"], ["y"])]
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["B", 4]) for n in "xy")
+    graph = helper.make_graph(nodes, "g", [x], [y], [weight])
+    path.write_bytes(helper.make_model(graph, ir_version=10).SerializeToString())
+    return path
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dims": [1 << 40, 1 << 40]},  # 2**82 bytes announced, 64 there
+        {"dims": [-4, 4]},
+        {"dims": [4, 4, 1 << 62]},
+        {"raw_data": b""},
+        {"raw_data": b"123"},
+        {"data_type": 99},
+        {"data_type": 0},
+        {"data_location": TensorProto.EXTERNAL},
+    ],
+    ids=str,
+)
+def test_an_initializer_that_lies_about_itself(tmp_path: Path, changes: dict[str, object]) -> None:
+    path = two_matmuls(tmp_path / "m.onnx", **changes)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(oq.OnnxQuarotError) as caught:
+        oq.rotate(path, tmp_path / "out" / "r.onnx")
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_nodes_in_a_circle(tmp_path: Path) -> None:
+    path = two_matmuls(tmp_path / "m.onnx")
+    model = onnx.load(path)
+    model.graph.node[0].input[0] = "y"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(oq.OnnxQuarotError) as caught:
+        oq.rotate(path, tmp_path / "r.onnx")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "r.onnx").exists()
+
+
+def test_a_shape_that_overflows(tmp_path: Path) -> None:
+    path = small_llama.save(tmp_path / "m.onnx")
+    model = onnx.load(path)
+    for value in model.graph.input:
+        for dim in value.type.tensor_type.shape.dim:
+            dim.dim_value = 2**62
+    path.write_bytes(model.SerializeToString())
+    with contextlib.suppress(oq.OnnxQuarotError):
+        oq.discover(path)
+
+
+@pytest.mark.parametrize("content", [b"[" * 200_000, b'{"R1_pairs":' * 50_000, b"9" * 10_000, b"\xff\xfe{}", b"NaN"])
+def test_json_that_means_harm(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "c.json").write_bytes(content)
+    with pytest.raises(oq.ConfigError):
+        read_rotation_config(tmp_path / "c.json")
+
+
+def test_an_unexpected_exception_is_told_in_one_line_with_what_the_checker_says(tmp_path: Path) -> None:
+    sound = two_matmuls(tmp_path / "sound.onnx")
+    with pytest.raises(oq.ModelError, match=r"is not understood \(IndexError: no such") as caught, blamed_on(sound):
+        raise IndexError("no such\nthing")
+    assert isinstance(caught.value.__cause__, IndexError)
+    broken = two_matmuls(tmp_path / "broken.onnx", dims=[4, 4, 7])
+    with pytest.raises(oq.ModelError, match="is not a valid ONNX model") as caught, blamed_on(broken):
+        raise IndexError
+    assert "\n" not in str(caught.value)
+    with pytest.raises(oq.ConfigError, match="as it is"), blamed_on(sound):
+        raise oq.ConfigError("as it is")
