@@ -32,6 +32,7 @@ def load(path: str | Path) -> ir.Model:
     if not model.graph.outputs:
         raise ModelError(f"model: {str(path)!r} is not an ONNX model, or its graph has no outputs")
     with blamed_on(path):
+        _check_order(model)
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         _resolve_external_data(model, path.parent)
     return model
@@ -63,6 +64,25 @@ def _complaint(path: str | Path) -> str | None:
     except Exception as error:
         return _first_line(error)
     return None
+
+
+def _check_order(model: ir.Model) -> None:
+    """Every tensor is made before it is read; nodes in another order are sorted."""
+    made: set[ir.Value] = set()
+    sorted_already = True
+    for node in model.graph:
+        for value in node.inputs:
+            if value is None:
+                continue
+            if value.producer() is None and not value.is_graph_input() and not value.is_initializer():
+                raise ModelError(f"model: {node.op_type} {node.name!r} reads {value.name!r}, which nothing produces")
+            sorted_already &= value.producer() is None or value in made
+        made.update(node.outputs)
+    if not sorted_already:
+        try:
+            model.graph.sort()
+        except ValueError as error:
+            raise ModelError(f"model: the graph has a cycle ({_first_line(error)})") from error
 
 
 def _resolve_external_data(model: ir.Model, folder: Path) -> None:

@@ -129,6 +129,7 @@ def _tensor(value: ir.Value, folder: str, wide: bool) -> onnx.TensorProto:
     assert tensor is not None
     if not wide or tensor.dtype != ir.DataType.BFLOAT16:
         proto = ir.serde.serialize_tensor(tensor)
+        proto.name = str(value.name)  # that of a lifted Constant is its attribute's, or empty
         for entry in proto.external_data:
             if entry.key == "location":
                 entry.value = os.path.relpath(entry.value, folder)

@@ -213,7 +213,8 @@ def _first_difference(original: Path, candidate: Path, feeds: dict[str, Array], 
     a, b = load(original), load(candidate)
     there = {str(v.name) for n in b.graph for v in n.outputs}
     graph_outputs = {str(v.name) for v in a.graph.outputs}
-    folded = {number for number, _ in plan.ones}  # their first output lost its scale on purpose
+    # Outputs that lost their scale or mean on purpose.
+    folded = {number for number, _ in (*plan.ones, *plan.bypassed)} | set(plan.norms)
     makers = {
         str(value.name): node
         for number, node in enumerate(a.graph)

@@ -63,9 +63,9 @@ class Folds:
     def _bias(self, bias: Use, slot: Slot) -> None:
         """bias @ W with the original W, behind the linear layer: in the bias it has, or in a new one."""
         node = slot.node
-        alpha = node.attributes.get_float("alpha", 1.0) if node.op_type in ("Gemm", "FusedMatMul") else 1.0
+        alpha = node.attributes.get_float("alpha", 1.0) if node.op_type != "Attention" else 1.0
         target, factor = self._existing_bias(slot), alpha
-        if target is not None and node.op_type == "Gemm":
+        if target is not None and node.op_type in ("Gemm", "FusedGemm"):
             factor = alpha / node.attributes.get_float("beta", 1.0)
         addition = Addition(self._key(bias), (self._index[node], slot.weight), slot.axis, factor)
         if target is None:
@@ -79,7 +79,7 @@ class Folds:
         weight = constant(node.inputs[slot.weight])
         assert weight is not None
         width = weight.shape[1 - slot.axis]
-        if node.op_type in ("Gemm", "Attention"):
+        if node.op_type in ("Gemm", "FusedGemm", "Attention"):
             use = Use(node, 2)
             if len(node.inputs) < 3 or node.attributes.get_float("beta", 1.0) == 0.0:
                 return None

@@ -45,7 +45,7 @@ class Shapes:
             walks = first, second
             if best is None or len(walks[1].inferred) > len(best[1].inferred):
                 best = walks
-            if len(walks[1].inferred) == sum(1 for n in model.graph for v in n.outputs if v.name):
+            if all(v in second.inferred for n in model.graph for v in n.outputs if v.name):
                 break
         assert best is not None
         first, second = best
@@ -197,7 +197,8 @@ class _Walk:
             for value, result in zip(node.outputs, rule(node, st.shape), strict=False):
                 if result is not None:
                     st.shape[value] = result
-                    source = node.inputs[0]
+                    # The features' type: the first input of an embedding is a number of a token.
+                    source = next((v for v in inputs if st.dtype.get(v) in FLOATS), node.inputs[0])
                     if source in st.dtype:
                         st.dtype[value] = st.dtype[source]
             return
@@ -222,7 +223,7 @@ class _Walk:
         unique = list(dict.fromkeys(inputs))
         ins = [make.make_tensor_value_info(str(v.name), int(st.dtype[v]), None) for v in unique]
         outs = [onnx.ValueInfoProto(name=str(v.name)) for v in node.outputs]
-        graph = make.make_graph([ir.to_proto(node)], "node", ins, outs)
+        graph = make.make_graph([ir.serde.serialize_node(node)], "node", ins, outs)
         opsets = [make.make_opsetid(d, v) for d, v in self.opsets.items()]
         try:
             results = ReferenceEvaluator(make.make_model(graph, opset_imports=opsets)).run(
@@ -239,14 +240,21 @@ class _Walk:
         make = onnx.helper
         if any(v not in st.shape for v in inputs):
             return
+        proto = ir.serde.serialize_node(node)
+        if (node.domain, node.op_type) == (_MICROSOFT, "FusedConv"):  # a Conv with an activation
+            proto.domain, proto.op_type = "", "Conv"
+            kept = [a for a in proto.attribute if not a.name.startswith("activation")]
+            del proto.attribute[:], proto.input[3:]
+            proto.attribute.extend(kept)
+            inputs = inputs[:3]
         try:
-            schema = onnx.defs.get_schema(node.op_type, self.opsets.get(node.domain, 1), node.domain)
+            schema = onnx.defs.get_schema(proto.op_type, self.opsets.get(proto.domain, 1), proto.domain)
         except onnx.defs.SchemaError:
             return
         try:
             results = onnx.shape_inference.infer_node_outputs(
                 schema,
-                ir.to_proto(node),
+                proto,
                 {str(v.name): make.make_tensor_type_proto(int(st.dtype[v]), st.shape[v]) for v in inputs},
                 {
                     str(v.name): onnx.numpy_helper.from_array(st.values[v], str(v.name))
@@ -256,7 +264,7 @@ class _Walk:
                 opset_imports=[make.make_opsetid(d, v) for d, v in self.opsets.items()],
                 ir_version=8,
             )
-        except onnx.shape_inference.InferenceError:
+        except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError, TypeError):
             self._merge_conflicting(node, inputs)
             return
         for value in node.outputs:
@@ -399,6 +407,7 @@ CONTRIB: dict[tuple[str, str], ContribRule] = {
     (_MICROSOFT, "SkipLayerNormalization"): _skip_norm,
     (_MICROSOFT, "GroupQueryAttention"): _group_query_attention,
     (_MICROSOFT, "FusedMatMul"): _fused_matmul,
+    (_MICROSOFT, "FusedGemm"): _fused_matmul,
     (_MICROSOFT, "MatMulNBits"): _matmul_n_bits,
     (_MICROSOFT, "MultiHeadAttention"): _multi_head_attention,
     (_MICROSOFT, "Attention"): _attention_with_weights,

@@ -58,6 +58,13 @@ def _gemm(t: Typing, n: ir.Node) -> None:
         t.read(slot, 1)
 
 
+@rule("FusedGemm", domain=MICROSOFT)
+def _fused_gemm(t: Typing, n: ir.Node) -> None:
+    """A Gemm with an activation behind it."""
+    _gemm(t, n)
+    t.block_port(Def(n.outputs[0]), describe(n, "its activation is not linear"))
+
+
 @rule("Conv")
 def _conv(t: Typing, n: ir.Node) -> None:
     """A convolution is linear along its channels, whatever its kernel, unless channels come in groups."""
@@ -74,6 +81,16 @@ def _conv(t: Typing, n: ir.Node) -> None:
     t.block_port(w, describe(n, "positions"), except_axes=[0, 1])
     if t.constant(w) is not None and t.constant(x) is None:
         t.read(Slot(n, 0, 1, 1), 1)
+
+
+@rule("FusedConv", domain=MICROSOFT)
+def _fused_conv(t: Typing, n: ir.Node) -> None:
+    """A convolution with a sum or an activation behind it."""
+    if len(n.inputs) > 3:
+        t.block_node(n, describe(n, "a sum and an activation inside"))
+        return
+    _conv(t, n)
+    t.block_port(Def(n.outputs[0]), describe(n, "its activation is not linear"))
 
 
 @rule("AveragePool", "GlobalAveragePool")

@@ -10,7 +10,7 @@ from onnx_quarot.discovery.constants import constant, uniform
 from onnx_quarot.discovery.rules.registry import MICROSOFT
 from onnx_quarot.discovery.typing import Slot, Typing, Use
 
-_LINEAR = {("", "MatMul"), ("", "Gemm"), (MICROSOFT, "FusedMatMul")}
+_LINEAR = {("", "MatMul"), ("", "Gemm"), (MICROSOFT, "FusedMatMul"), (MICROSOFT, "FusedGemm")}
 
 
 def linear_slot(node: ir.Node, index: int = 0) -> Slot | None:
@@ -124,9 +124,10 @@ def takes_bias(slot: Slot) -> bool:
     weight = constant(node.inputs[slot.weight])
     if weight is None or len(weight.shape) != 2:
         return False
-    if node.op_type == "Attention":  # what is added between its product and its heads is its own bias
+    if node.op_type in ("Attention", "FusedGemm"):  # what follows the product inside: only its own bias can take it
         bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
-        return bias is not None and bias.shape == (weight.shape[1],)
+        width = weight.shape[1 - slot.axis]
+        return bias is not None and bias.size == width and node.attributes.get_float("beta", 1.0) != 0.0
     return (node.domain, node.op_type) in _LINEAR
 
 

@@ -1,0 +1,330 @@
+"""One positive case and one near miss for every entry of the legality table, and inputs that no model should have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import onnx_quarot as oq
+from onnx_quarot.discovery import discover_model
+from onnx_quarot.errors import ModelError
+from onnx_quarot.load import load
+from onnx_quarot.plan import Plan
+
+ROTATIONS = ("R1", "R2", "R4")
+MS = "com.microsoft"
+RNG = np.random.default_rng(0)
+Nodes = list[onnx.NodeProto]
+
+
+def rand(*shape: int) -> np.ndarray:
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+def node(op: str, inputs: str, output: str, domain: str = "", name: str = "", **attributes: Any) -> onnx.NodeProto:
+    names = ["" if n == "_" else n for n in inputs.split()]
+    outputs = ["" if n == "_" else n for n in output.split()]
+    return helper.make_node(op, names, outputs, name=name or outputs[0], domain=domain, **attributes)
+
+
+def save(path: Path, nodes: Nodes, x: list[Any], outputs: str = "y", opset: int = 21, **weights: np.ndarray) -> Path:
+    """x -> nodes -> outputs; every other name without a producer is a weight."""
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, x)]
+    results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs.split()]
+    constants = [numpy_helper.from_array(w, n) for n, w in weights.items()]
+    graph = helper.make_graph(nodes, "g", inputs, results, constants)
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid(MS, 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
+    return path
+
+
+def decide(path: Path) -> Plan:
+    """The plan, after checking that it is exact."""
+    report = oq.rotate(path, path.with_suffix(".rotated.onnx"), rotations=ROTATIONS)
+    assert report.plan is not None
+    assert report.verification is not None
+    assert report.verification.worst < 1e-4
+    return report.plan
+
+
+def how(plan: Plan, name: str) -> str:
+    return next(s.how for s in plan.sites if s.name == name)
+
+
+# Between a first layer h = x a [.., 32] and a last one y = m b, "middle" makes m from h. Each case: nodes, weights, and
+# whether the last layer is rotated offline (the middle preserves the basis) or online (it does not).
+W32 = RNG.uniform(0.5, 2, 32).astype(np.float32)
+ONES = np.ones(32, np.float32)
+
+
+def i64(*values: int) -> np.ndarray:
+    return np.array(values, np.int64)
+
+
+CASES: dict[str, tuple[Nodes, dict[str, np.ndarray], bool]] = {
+    "add a vector": ([node("Add", "h c", "m")], {"c": W32}, True),
+    "add a scalar": ([node("Add", "h c", "m")], {"c": np.float32(0.7).reshape(1)}, True),
+    "subtract from a vector": ([node("Sub", "c h", "m")], {"c": W32}, True),
+    "add two streams": ([node("MatMul", "x d", "k"), node("Add", "h k", "m")], {"d": rand(16, 32)}, True),
+    "add a sum over features": (
+        [node("ReduceSum", "h ax", "k"), node("Add", "h k", "m")],
+        {"ax": i64(-1)},
+        False,
+    ),
+    "scalar factor": ([node("Mul", "h c", "m")], {"c": np.float32(3).reshape(1)}, True),
+    "divide by a scalar": ([node("Div", "h c", "m")], {"c": np.float32(3).reshape(1)}, True),
+    "divide a scalar by it": ([node("Exp", "h", "e"), node("Div", "c e", "m")], {"c": np.float32(3).reshape(1)}, False),
+    "factor a feature, absorbed": ([node("Mul", "h c", "m")], {"c": W32}, True),
+    "factor a feature, then a nonlinearity": ([node("Mul", "h c", "k"), node("Tanh", "k", "m")], {"c": W32}, False),
+    "factor and bias a feature": ([node("Mul", "h c", "k"), node("Add", "k d", "m")], {"c": W32, "d": W32 - 1}, True),
+    "product of two streams": ([node("MatMul", "x d", "k"), node("Mul", "h k", "m")], {"d": rand(16, 32)}, False),
+    "negate": ([node("Neg", "h", "m")], {}, True),
+    "clip": ([node("Clip", "h lo", "m")], {"lo": np.float32(-0.1)}, False),
+    "cast there and back": (
+        [node("Cast", "h", "k", to=TensorProto.DOUBLE), node("Cast", "k", "m", to=TensorProto.FLOAT)],
+        {},
+        True,
+    ),
+    "softmax": ([node("Softmax", "h", "m")], {}, False),
+    "reshape that keeps the features": ([node("Reshape", "h s", "m")], {"s": i64(-1, 1, 32)}, True),
+    "reshape that does not nest": (
+        [node("Reshape", "h s", "k"), node("Tanh", "k", "q"), node("Reshape", "q s2", "m")],
+        {"s": i64(-1, 24), "s2": i64(-1, 3, 32)},
+        False,
+    ),
+    "split into heads and merge": (
+        [node("Reshape", "h s", "k"), node("Transpose", "k", "q", perm=[0, 2, 1, 3]),
+         node("Transpose", "q", "r", perm=[0, 2, 1, 3]), node("Reshape", "r s2", "m")],
+        {"s": i64(0, 3, 4, 8), "s2": i64(0, 3, 32)},
+        True,
+    ),
+    "slice whole blocks and join": (
+        [node("Slice", "h z e ax", "k"), node("Slice", "h e f ax", "q"), node("Concat", "q k", "m", axis=-1)],
+        {"z": i64(0), "e": i64(16), "f": i64(32), "ax": i64(-1)},
+        True,
+    ),
+    "slice with a stride": (
+        [node("Slice", "h z f ax st", "k"), node("Concat", "k k", "m", axis=-1)],
+        {"z": i64(0), "f": i64(32), "ax": i64(-1), "st": i64(2)},
+        False,
+    ),
+    "split and join": (
+        [node("Split", "h", "k q", axis=-1, num_outputs=2), node("Concat", "q k", "m", axis=-1)],
+        {},
+        True,
+    ),
+    "gather positions": ([node("Gather", "h p", "m", axis=1)], {"p": i64(2, 0)}, True),
+    "gather features": ([node("Gather", "h p", "m", axis=2)], {"p": np.arange(31, -1, -1, dtype=np.int64)}, False),
+    "mean over positions": ([node("ReduceMean", "h ax", "m", keepdims=1)], {"ax": i64(1)}, True),
+    "pad with a constant position": (
+        [node("Expand", "c s", "k"), node("Concat", "k h", "m", axis=1)],
+        {"c": rand(1, 1, 32), "s": i64(2, 1, 1)},
+        True,
+    ),
+    "rms norm": ([node("SimplifiedLayerNormalization", "h g", "m", axis=-1, epsilon=1e-5)], {"g": W32}, True),
+    "rms norm over two axes": (
+        [node("RMSNormalization", "h g", "m", axis=-2)],
+        {"g": RNG.uniform(0.5, 2, (3, 32)).astype(np.float32)},
+        False,
+    ),
+    "rms norm also read elsewhere": (
+        [node("SimplifiedLayerNormalization", "h g", "n", axis=-1), node("Tanh", "n", "t"), node("Add", "n t", "m")],
+        {"g": W32},
+        False,
+    ),
+    "decomposed rms norm": (
+        [node("Pow", "h two", "p"), node("ReduceMean", "p ax", "v"), node("Add", "v eps", "ve"),
+         node("Sqrt", "ve", "sd"),
+         node("Div", "h sd", "n"), node("Mul", "n g", "m")],
+        {"two": np.float32(2), "ax": i64(-1), "eps": np.float32(1e-5), "g": W32},
+        True,
+    ),
+    "cubes are no lengths": (
+        [node("Pow", "h two", "p"), node("ReduceMean", "p ax", "v"), node("Sigmoid", "v", "sd"),
+         node("Div", "h sd", "m")],
+        {"two": np.float32(3), "ax": i64(-1)},
+        False,
+    ),
+    "layer norm on a free stream": ([node("LayerNormalization", "h g c", "m")], {"g": W32, "c": W32 - 1}, True),
+    "layer norm whose stream is read as it is": (
+        [node("LayerNormalization", "h g c", "n"), node("Add", "n h", "m")],
+        {"g": W32, "c": W32 - 1},
+        False,
+    ),
+    "decomposed layer norm": (
+        [node("ReduceMean", "h ax", "mu"), node("Sub", "h mu", "d"), node("Pow", "d two", "p"),
+         node("ReduceMean", "p ax", "v"), node("Add", "v eps", "ve"), node("Sqrt", "ve", "sd"),
+         node("Div", "d sd", "n"),
+         node("Mul", "n g", "q"), node("Add", "q c", "m")],
+        {"two": np.float32(2), "ax": i64(-1), "eps": np.float32(1e-5), "g": W32, "c": W32 - 1},
+        True,
+    ),
+    "a mean that is used": (
+        [node("ReduceMean", "h ax", "mu"), node("Sub", "h mu", "d"), node("Tanh", "mu", "t"), node("Add", "d t", "m")],
+        {"ax": i64(-1)},
+        False,
+    ),
+    "skip norm": (
+        [node("MatMul", "x d", "k"), node("SkipSimplifiedLayerNormalization", "h k g", "m", domain=MS, epsilon=1e-5)],
+        {"d": rand(16, 32), "g": W32},
+        True,
+    ),
+    "skip layer norm with bias": (
+        [node("MatMul", "x d", "k"), node("SkipLayerNormalization", "h k g c o", "m", domain=MS, epsilon=1e-5)],
+        {"d": rand(16, 32), "g": W32, "c": W32 - 1, "o": W32 + 1},
+        True,
+    ),
+    "fused product with the transposed weight": (
+        [node("FusedMatMul", "h d", "m", domain=MS, transB=1, alpha=0.5)],
+        {"d": rand(32, 32)},
+        True,
+    ),
+    "an operator nobody knows": ([node("Selu", "h", "m")], {}, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_between_two_layers(case: str, tmp_path: Path) -> None:
+    middle, weights, offline = CASES[case]
+    nodes = [node("MatMul", "x a", "h"), *middle, node("MatMul", "m b", "y")]
+    opset = 23 if any(n.op_type == "RMSNormalization" for n in middle) else 21
+    path = save(tmp_path / "m.onnx", nodes, [2, 3, 16], opset=opset, a=rand(16, 32), b=rand(32, 8), **weights)
+    plan = decide(path)
+    assert how(plan, "y") != "none"
+    # The input of the graph is rotated online in front of the first layer; whatever does not preserve costs one more.
+    assert len(plan.online) == (1 if offline else 2)
+
+
+@pytest.mark.parametrize("transpose", [0, 1])
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+@pytest.mark.parametrize("beta", [1.0, 2.0])
+def test_gemm_honours_its_attributes(transpose: int, alpha: float, beta: float, tmp_path: Path) -> None:
+    b = rand(8, 32) if transpose else rand(32, 8)
+    nodes = [node("Gemm", "x a c", "h"), node("LayerNormalization", "h g o", "n"),
+             node("Gemm", "n b d", "y", transB=transpose, alpha=alpha, beta=beta)]  # fmt: skip
+    path = save(tmp_path / "m.onnx", nodes, [5, 16], a=rand(16, 32), c=rand(32), g=W32, o=rand(32), b=b, d=rand(8))
+    assert how(decide(path), "y") == "offline"
+
+
+def test_gemm_with_a_transposed_activation_is_no_linear_layer(tmp_path: Path) -> None:
+    nodes = [node("MatMul", "x a", "h"), node("Gemm", "h b", "k", transA=1), node("MatMul", "k d", "y")]
+    path = save(tmp_path / "m.onnx", nodes, [16, 16], a=rand(16, 32), b=rand(16, 24), d=rand(24, 8))
+    assert {s.name for s in decide(path).sites} == {"h", "y"}
+
+
+def test_convolutions_read_and_write_channels(tmp_path: Path) -> None:
+    nodes = [node("Conv", "x a c", "h"), node("Conv", "h b", "k", pads=[1, 1, 1, 1]), node("Conv", "k d", "y", group=4)]
+    weights = {"a": rand(16, 8, 1, 1), "c": rand(16), "b": rand(16, 16, 3, 3), "d": rand(16, 4, 1, 1)}
+    plan = decide(save(tmp_path / "m.onnx", nodes, [2, 8, 6, 6], **weights))
+    assert how(plan, "k") == "offline"
+    assert {s.name for s in plan.sites} == {"h", "k"}  # grouped channels are refused
+    assert "input of the graph" in str(next(s.reason for s in plan.sites if s.name == "h"))
+
+
+def attention(keys: Nodes) -> Nodes:
+    heads = [n for v in "qkv" for n in (node("MatMul", f"x w{v}", f"{v}1"), node("Reshape", f"{v}1 s", f"{v}2"))]
+    return [
+        *heads,
+        node("Transpose", "q2", "q", perm=[0, 2, 1, 3]),
+        node("Transpose", "k2", "k", perm=[0, 2, 3, 1]),
+        node("Transpose", "v2", "v", perm=[0, 2, 1, 3]),
+        *keys,
+        node("Softmax", "z", "p"),
+        node("MatMul", "p v", "o1"),
+        node("Transpose", "o1", "o2", perm=[0, 2, 1, 3]),
+        node("Reshape", "o2 s2", "o3"),
+        node("MatMul", "o3 wo", "y"),
+    ]
+
+
+def test_values_are_rotated_a_head(tmp_path: Path) -> None:
+    weights = {f"w{v}": rand(16, 32) for v in "qkv"}
+    shapes = {"s": i64(0, 0, 4, 8), "s2": i64(0, 0, 32)}
+    path = save(
+        tmp_path / "m.onnx", attention([node("MatMul", "q k", "z")]), [2, 3, 16], wo=rand(32, 16), **weights, **shapes
+    )
+    plan = decide(path)
+    assert how(plan, "y") == "offline"
+    assert {r.size for n, r in plan.rotations.items() if plan.kinds[n] == "R2"} == {8}
+
+
+def test_experts_read_and_write(tmp_path: Path) -> None:
+    nodes = [
+        node("MatMul", "x a", "h"), node("SimplifiedLayerNormalization", "h g", "n", axis=-1),
+        node("MatMul", "n r", "p"), node("MoE", "n p u _ d e", "k", domain=MS, k=2, activation_type="silu"),
+        node("Add", "h k", "t"), node("MatMul", "t b", "y"),
+    ]  # fmt: skip
+    weights = {
+        "a": rand(16, 32),
+        "g": W32,
+        "r": rand(32, 4),
+        "u": rand(4, 24, 32),
+        "d": rand(4, 32, 24),
+        "e": rand(4, 32),
+    }
+    plan = decide(save(tmp_path / "m.onnx", nodes, [6, 16], b=rand(32, 8), **weights))
+    assert {n: how(plan, n) for n in ("p", "k", "y")} == dict.fromkeys(("p", "k", "y"), "offline")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What graphs may hold besides.
+
+
+def test_subgraphs_are_left_alone_and_said_so(tmp_path: Path) -> None:
+    def branch(op: str) -> onnx.GraphProto:
+        out = helper.make_tensor_value_info(f"{op}.o", TensorProto.FLOAT, None)
+        return helper.make_graph([node(op, "h", f"{op}.o")], op, [], [out])
+
+    nodes = [
+        node("MatMul", "x a", "h"),
+        node("If", "c", "i", then_branch=branch("Relu"), else_branch=branch("Tanh")),
+        node("MatMul", "h b", "k"),
+        node("MatMul", "i d", "l"),
+        node("Add", "k l", "y"),
+    ]
+    weights = {"a": rand(16, 32), "b": rand(32, 8), "d": rand(32, 8), "c": np.array(True)}
+    plan = decide(save(tmp_path / "m.onnx", nodes, [3, 16], **weights))
+    assert any("subgraphs" in note for note in plan.notes)
+    assert how(plan, "l") == "none"
+    assert how(plan, "k") == "online"  # h is captured, so it keeps its basis
+
+
+def test_quantized_models_are_recognized(tmp_path: Path) -> None:
+    quantized = {"w": RNG.integers(-9, 9, (16, 32)).astype(np.int8), "s": np.float32(0.1)}
+    nodes = [node("DequantizeLinear", "w s", "a"), node("MatMul", "x a", "y")]
+    with pytest.raises(ModelError, match="already quantized"):
+        discover_model(load(save(tmp_path / "m.onnx", nodes, [3, 16], **quantized)))
+    nodes = [node("DequantizeLinear", "w s", "a"), node("MatMul", "x a", "h"), node("MatMul", "h b", "y")]
+    plan = discover_model(load(save(tmp_path / "m.onnx", nodes, [3, 16], b=rand(32, 8), **quantized)))
+    assert any("already quantized" in note for note in plan.notes)
+
+
+def test_an_unknown_domain_blocks_but_does_not_fail(tmp_path: Path) -> None:
+    nodes = [node("MatMul", "x a", "h"), node("Mystery", "h", "m", domain="nobody"), node("MatMul", "m b", "y")]
+    path = save(tmp_path / "m.onnx", nodes, [3, 16], a=rand(16, 32), b=rand(32, 8))
+    plan = discover_model(load(path), rotations=ROTATIONS)
+    assert how(plan, "h") == "online"
+    assert how(plan, "y") == "none"
+    assert "unknown" in str(next(s.reason for s in plan.sites if s.name == "y"))
+
+
+def test_cycles_and_missing_tensors_are_named(tmp_path: Path) -> None:
+    cycle = [node("Add", "x q", "p"), node("MatMul", "p a", "q"), node("MatMul", "q a", "y")]
+    with pytest.raises(ModelError, match="cycle"):
+        load(save(tmp_path / "c.onnx", cycle, [3, 16], a=rand(16, 16)))
+    missing = [node("MatMul", "x nothing", "y")]
+    with pytest.raises(ModelError, match="'nothing'"):
+        load(save(tmp_path / "n.onnx", missing, [3, 16]))
+
+
+def test_nodes_out_of_order_are_sorted(tmp_path: Path) -> None:
+    nodes = [node("MatMul", "h b", "y"), node("MatMul", "x a", "h")]
+    model = load(save(tmp_path / "m.onnx", nodes, [3, 16], a=rand(16, 32), b=rand(32, 8)))
+    assert [n.name for n in model.graph] == ["h", "y"]
+    assert isinstance(model, ir.Model)
