@@ -147,7 +147,7 @@ CASES: dict[str, tuple[Nodes, dict[str, np.ndarray], bool]] = {
     ),
     "cubes are no lengths": (
         [node("Pow", "h two", "p"), node("ReduceMean", "p ax", "v"), node("Sigmoid", "v", "sd"),
-         node("Div", "h sd", "m")],
+         node("Mul", "h sd", "m")],
         {"two": np.float32(3), "ax": i64(-1)},
         False,
     ),
