@@ -16,15 +16,18 @@ struct Rounder {
 #if defined(__AVX2__) && ONNX_QUAROT_VECTOR_BYTES == 32
 template <bool Scaled>
 ONNX_QUAROT_INLINE void quantize_vectors(const Rounder& rounder, const float* in, std::uint8_t* out) {
-  const __m256 most = _mm256_set1_ps(0x1p30f);  // what is converted must fit in 32 bits; below, the result saturates
-  const __m256i zero_point = _mm256_set1_epi32(rounder.zero_point);
+  const __m256 most = _mm256_set1_ps(0x1p30f);  // beyond 32 bits a conversion gives the least integer
+  const __m256i zero_point = _mm256_set1_epi16(static_cast<std::int16_t>(rounder.zero_point));
   const auto rounded_vector = [&](std::size_t i) {
     Floats v = load(in + 8 * i);
     if constexpr (Scaled) v *= rounder.factor;
-    return _mm256_add_epi32(_mm256_cvtps_epi32(_mm256_min_ps(reinterpret_cast<__m256>(v), most)), zero_point);
+    return _mm256_cvtps_epi32(_mm256_min_ps(reinterpret_cast<__m256>(v), most));
   };
-  const __m256i a = _mm256_packs_epi32(rounded_vector(0), rounded_vector(1));
-  const __m256i b = _mm256_packs_epi32(rounded_vector(2), rounded_vector(3));
+  // The zero point joins where sums saturate: in 32 bits the least integer would wrap around.
+  const auto pair = [&](std::size_t i) {
+    return _mm256_adds_epi16(_mm256_packs_epi32(rounded_vector(i), rounded_vector(i + 1)), zero_point);
+  };
+  const __m256i a = pair(0), b = pair(2);
   const __m256i bytes = rounder.low < 0 ? _mm256_packs_epi16(a, b) : _mm256_packus_epi16(a, b);
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permutevar8x32_epi32(bytes, order));
