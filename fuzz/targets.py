@@ -185,6 +185,9 @@ def fuzz_operator(seed: int, folder: Path) -> str:
     operator = rng.choice(OPERATORS)
     n = rng.choice(SIZES) if rng.random() < 0.9 else rng.randrange(1, 5000)
     shape = [rng.choice([0, 1, 2, 3, 17]) for _ in range(rng.choice([0, 1, 1, 2, 2, 3, 5]))]
+    # A million elements at most: beyond, the time would go into making them.
+    while np.prod(shape) * n > 2**20:
+        shape.pop()
     shape = [*shape, n] if rng.random() < 0.95 else []
     kind = rng.choice(TYPES[:4]) if rng.random() < 0.8 else rng.choice(TYPES)
     attributes: dict[str, Any] = {}

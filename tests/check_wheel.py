@@ -26,7 +26,7 @@ ENTRIES = {"_core": "PyInit__core", "libonnx_quarot_ops": "RegisterCustomOps"}
 
 def check_library(path: Path) -> None:
     data = path.read_bytes()
-    found = re.search(rb"/(home|root|tmp|work|project|build|Users)/[\\w./-]{3,}", data)
+    found = re.search(rb"/(home|root|tmp|work|project|build|Users)/[\w./-]{3,}", data)
     assert found is None, f"{path.name} holds the path {found.group()!r}"
     if sys.platform != "linux" or shutil.which("readelf") is None:
         return

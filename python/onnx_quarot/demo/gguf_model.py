@@ -168,6 +168,9 @@ class GgufLlama:
             found = tuple(int(n) for n in reversed(tensor.shape))
             if found != expected:
                 raise ModelError(f"{self.path}: tensor {name} has shape {list(found)}, expected {list(expected)}")
+        # Before a set of that many names: a damaged file may claim billions of layers.
+        if c.layers > len(self._tensors):
+            raise ModelError(f"{self.path} says llama.block_count = {c.layers} but has {len(self._tensors)} tensors")
         wanted = {f"blk.{i}.{name}" for i in range(c.layers) for name in _LAYER_TENSORS} | {"output_norm.weight"}
         missing = sorted(wanted - self._tensors.keys())
         if missing:
