@@ -168,6 +168,17 @@ def test_what_cannot_be_converted_is_named(tmp_path: Path, options: dict[str, An
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.gguf"]
 
 
+def test_more_layers_than_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tiny_gguf.write(tmp_path / "tiny.gguf").path
+    # The count is a 32-bit number that follows its name and its type.
+    data = bytearray(file.read_bytes())
+    at = data.index(b"llama.block_count") + len(b"llama.block_count") + 4
+    data[at : at + 4] = (2**31 - 1).to_bytes(4, "little")
+    file.write_bytes(data)
+    with pytest.raises(ModelError, match=r"llama\.block_count = 2147483647 but has"):
+        GgufLlama(file)
+
+
 def test_files_that_are_no_gguf(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot be read as a GGUF"):
         GgufLlama(tmp_path / "missing.gguf")

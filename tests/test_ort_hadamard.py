@@ -125,13 +125,26 @@ def test_constant_signs_are_checked_with_the_session() -> None:
             raw_session(shape=("b", 96), signs=signs)
 
 
-def test_signs_as_an_input_and_left_out() -> None:
+def test_signs_as_an_input() -> None:
     x = np.random.default_rng(7).standard_normal((3, 96)).astype(np.float32)
     signs = np.random.default_rng(5).choice(np.array([-1, 1], np.int8), 96)
     (got,) = raw_session(signs_input=True).run(None, {"x": x, "s": signs})
     assert_close(got, x @ hadamard_matrix(96, signs=signs))
+
+
+OLD = tuple(int(part) for part in ort.__version__.split(".")[:2]) < (1, 24)
+
+
+@pytest.mark.skipif(
+    OLD, reason="ONNX Runtime before 1.24 crashes at an optional input that is left out by an empty name"
+)
+def test_signs_left_out_by_an_empty_name() -> None:
+    x = np.random.default_rng(7).standard_normal((3, 96)).astype(np.float32)
     (got,) = raw_session(input_names=["x", ""]).run(None, {"x": x})
     assert_close(got, x @ hadamard_matrix(96))
+
+
+def test_no_features() -> None:
     (got,) = raw_session().run(None, {"x": np.ones((3, 0), np.float32)})
     assert got.shape == (3, 0)
 

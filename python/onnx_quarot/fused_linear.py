@@ -7,7 +7,7 @@ becomes part of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -132,7 +132,12 @@ def _replace(
         signs = rotation.inputs[1] if len(rotation.inputs) > 1 else None
         spec = QLinearSpec(spec.depth, columns, block, rotation=_transform(rotation, spec.depth))
         x = rotation.inputs[0]
-    node = add_qlinear(model, spec, [x, *weights, None, signs], first.name or names.unique("QLinear"))
+    zeros: ir.Value | None = None
+    if signs is not None:
+        # ONNX Runtime before 1.24 crashes at an optional input that is left out before another one.
+        zeros = names.initializer(ir.Tensor(np.zeros(columns, np.float32)), f"{first.outputs[0].name}_no_bias")
+        spec = replace(spec, has_bias=True)
+    node = add_qlinear(model, spec, [x, *weights, zeros, signs], first.name or names.unique("QLinear"))
     joined = node.outputs[0]
     shape = x.shape
     if shape is not None and shape.rank():

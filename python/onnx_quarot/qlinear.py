@@ -93,7 +93,8 @@ class QLinearSpec:
 def add_qlinear(model: ir.Model, spec: QLinearSpec, inputs: Sequence[ir.Value | None], name: str) -> ir.Node:
     """Make a node, and the function it stands for, which is put into the model; the caller places the node.
 
-    inputs: X, packed weights, scales, bias or None, signs or None.
+    inputs: X, packed weights, scales, bias or None, signs or None. ONNX Runtime before 1.24
+    crashes at signs without a bias.
     """
     model.ir_version = max(model.ir_version, _MIN_IR_VERSION)
     model.opset_imports[DOMAIN] = OPSET_VERSION
