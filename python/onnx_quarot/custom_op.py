@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
@@ -114,6 +115,7 @@ def session(
     file = Path(path)
     if not file.is_file():
         raise ModelError(f"model is {str(file)!r}: there is no such file")
+    _check_overloads(file)
     options = ort.SessionOptions() if session_options is None else session_options
     if threads is not None:
         if threads < 1:
@@ -382,6 +384,25 @@ def _sylvester(power: int) -> npt.NDArray[np.int8]:
     while len(matrix) < power:
         matrix = np.kron(matrix, np.array([[1, 1], [1, -1]], np.int8))
     return matrix
+
+
+def _check_overloads(file: Path) -> None:
+    # Up to 1.26 ONNX Runtime knows functions by domain and name alone: of several overloads it runs one for all,
+    # and where their types and inputs agree the result is wrong without a word.
+    major, minor = (int(part) for part in ort.__version__.split(".")[:2])
+    if (major, minor) >= (1, 27):
+        return
+    try:
+        functions = onnx.load(file, load_external_data=False).functions
+    except Exception:
+        return  # ONNX Runtime says what is wrong with the file
+    names = [(function.domain, function.name) for function in functions]
+    for domain, name in names:
+        if names.count((domain, name)) > 1:
+            raise ModelError(
+                f"{file} holds several overloads of the function {domain}::{name}, which onnxruntime {ort.__version__} "
+                "does not tell apart: onnxruntime 1.27 or later is needed"
+            )
 
 
 def _one_line(error: Exception) -> str:
