@@ -46,7 +46,7 @@ def cli(context: click.Context) -> None:
 @common
 def discover(
     model: Path,
-    rotations: tuple[str, ...],
+    rotations: tuple[str, ...] | None,
     block_size: int | None,
     config: Path | None,
     seed: int | str | None,
@@ -62,9 +62,11 @@ def discover(
       onnx-quarot discover smollm2/float/model.onnx --html rotations.html
     """
     from . import pipeline
+    from .plan import DEFAULT_ROTATIONS
     from .report import plan_table
 
-    plan = pipeline.discover(model, rotations=rotations, block_size=block_size, seed=seed, config=config)
+    wanted = DEFAULT_ROTATIONS if rotations is None else rotations
+    plan = pipeline.discover(model, rotations=wanted, block_size=block_size, seed=seed, config=config)
     if write_config is not None:
         from .load import load
         from .rotation_config import write_rotation_config
@@ -87,7 +89,7 @@ def discover(
 def rotate(
     model: Path,
     output: Path,
-    rotations: tuple[str, ...],
+    rotations: tuple[str, ...] | None,
     block_size: int | None,
     config: Path | None,
     seed: int | str | None,
@@ -101,13 +103,14 @@ def rotate(
       onnx-quarot rotate smollm2/float/model.onnx rotated.onnx
     """
     from . import pipeline
+    from .plan import DEFAULT_ROTATIONS
 
-    if not rotations:
+    if rotations == ():
         raise ConfigError("--rotations is none; rotate needs at least one of R1, R2, R3, R4")
     report = pipeline.rotate(
         model,
         output,
-        rotations=rotations,
+        rotations=DEFAULT_ROTATIONS if rotations is None else rotations,
         block_size=block_size,
         seed=seed,
         config=config,
@@ -171,7 +174,7 @@ def quantize(
     kv_cache: str | None,
     untie: bool,
     exclude: Sequence[str],
-    rotations: tuple[str, ...],
+    rotations: tuple[str, ...] | None,
     block_size: int | None,
     config: Path | None,
     seed: int | str | None,

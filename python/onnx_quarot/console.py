@@ -100,8 +100,10 @@ def common(function: F) -> F:
     )(function)
 
 
-def parse_rotations(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:
-    """`R1,R2` -> ("R1", "R2"); `none` -> ()."""
+def parse_rotations(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    """`R1,R2` -> ("R1", "R2"); `none` -> (); None where the option is not given."""
+    if value is None:
+        return None
     if value.strip().lower() == "none":
         return ()
     kinds = tuple(part.strip().upper() for part in value.split(","))
@@ -139,10 +141,8 @@ def rotation_options(function: F) -> F:
     )
     return click.option(
         "--rotations",
-        default="R1,R2,R4",
-        show_default=True,
         callback=parse_rotations,
-        help="Which kinds may be used: some of R1,R2,R3,R4, or none.",
+        help="Which kinds may be used: some of R1,R2,R3,R4, or none. [default: R1,R2,R4, and R3 with a 4-bit cache]",
     )(function)
 
 

@@ -16,7 +16,7 @@ from onnx_quarot.forms import layer_schemes, quantize_sites
 from onnx_quarot.genai_folder import complete_folder
 from onnx_quarot.kv_cache import CacheReport, check_cache, quantize_cache
 from onnx_quarot.load import blamed_on, external_files, load
-from onnx_quarot.plan import ROTATIONS, Plan
+from onnx_quarot.plan import DEFAULT_ROTATIONS, Plan
 from onnx_quarot.progress import NullProgress, Progress
 from onnx_quarot.provenance import record
 from onnx_quarot.replay import Replay
@@ -32,13 +32,11 @@ from onnx_quarot.tied_tables import share_tables
 from onnx_quarot.verify import Verification
 from onnx_quarot.verify import verify as verify_model
 
-DEFAULT_ROTATIONS = ("R1", "R2", "R4")
-
 
 def discover(
     model: str | Path,
     *,
-    rotations: Iterable[str] = ROTATIONS,
+    rotations: Iterable[str] = DEFAULT_ROTATIONS,
     block_size: int | None = None,
     seed: int | str | None = None,
     config: str | Path | None = None,
@@ -98,7 +96,7 @@ def quantize(
     *,
     scheme: str | Scheme = "a8w8",
     mixed: bool | float = False,
-    rotations: Iterable[str] = DEFAULT_ROTATIONS,
+    rotations: Iterable[str] | None = None,
     block_size: int | None = None,
     seed: int | str | None = None,
     method: str | None = None,
@@ -132,16 +130,17 @@ def quantize(
     table that is also the head's weight stays one matrix, which is then not rotated; False (or ``config``) makes it
     two. op_types: what is quantized; Gather stands for tables of embeddings, of which only the weights become integers.
     exclude: names (or patterns) of nodes that stay in floating point. layers: other schemes, or None for floating
-    point, by node name, pattern or operator type, the first that fits. rotations=() means none; config and matrix_dim
-    as in :func:`discover`. seed: random signs in the rotations; ``"search:K"`` tries the seeds 0 to K - 1 and keeps the
-    one closest to the float model on the calibration data, at K + 1 times the cost.
+    point, by node name, pattern or operator type, the first that fits. rotations: R1, R2 and R4 unless given, and R3
+    with a cache in 4 bits; () means none, and R3 is left out where the cache stays in floating point. config and
+    matrix_dim as in :func:`discover`. seed: random signs in the rotations; ``"search:K"`` tries the seeds 0 to K - 1
+    and keeps the one closest to the float model on the calibration data, at K + 1 times the cost.
 
     Raises ModelError, DataError, ConfigError, VerificationError or SaveError; then nothing is written.
     """
     path, clock, show = check_output(source, target), Stopwatch(), progress or NullProgress()
     chosen = parse_scheme(scheme).with_method(method).with_options(block=block, weights=weights)
     check_cache(kv_cache)
-    wanted = tuple(rotations)
+    wanted, unused = _wanted(rotations, kv_cache)
     with clock.step("discover"):
         model = load(source)
         plan = _plan(model, wanted, block_size, seed, config, matrix_dim, tied) if wanted else None
@@ -170,8 +169,19 @@ def quantize(
             stage(model, path, folder).publish()
             companions = complete_folder(Path(source), path)
     name = chosen.name + (" mixed" if mixed else "") + ("" if kv_cache is None else f", {kv_cache} cache")
-    notes = (*done.notes, *_cache_notes(caches), *_folder_note(companions))
+    notes = (*unused, *done.notes, *_cache_notes(caches), *_folder_note(companions))
     return _report(source, path, name, plan, proof, clock, tuple(done.reports), tuple(tables), notes)
+
+
+def _wanted(rotations: Iterable[str] | None, kv_cache: str | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The kinds of rotation that pay with this cache, and a note on one that does not."""
+    if rotations is None:
+        keys = kv_cache is not None and kv_cache.startswith("int4")
+        return (*DEFAULT_ROTATIONS, *(("R3",) if keys else ())), ()
+    wanted = tuple(rotations)
+    if "R3" not in wanted or kv_cache is not None:
+        return wanted, ()
+    return tuple(r for r in wanted if r != "R3"), ("R3 was left out: it pays with a quantized key cache only",)
 
 
 def _folder_note(companions: tuple[str, ...]) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from onnx_quarot.errors import ConfigError
 from onnx_quarot.transform import Rotation
 
 ROTATIONS = ("R1", "R2", "R3", "R4")
+DEFAULT_ROTATIONS = ("R1", "R2", "R4")  # R3 costs two transforms a layer and pays with a cache of few bits only
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ class Plan:
     online: tuple[Online, ...] = ()
     states: tuple[State, ...] = ()
     bases: dict[str, tuple[Placement, ...]] = field(default_factory=dict)  # produced values in a new basis (last axis)
+    keys: bool = False  # position encodings were taken out of attention before anything was numbered
     notes: tuple[str, ...] = ()
 
     @property
@@ -186,6 +188,7 @@ class Plan:
                 ),
                 states=tuple(State(**s) for s in d["states"]),
                 bases={name: _placements(ps) for name, ps in d["bases"].items()},
+                keys=bool(d["keys"]),
                 notes=tuple(d["notes"]),
             )
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:

@@ -13,6 +13,7 @@ from html import escape
 
 import onnx_ir as ir
 
+from onnx_quarot.discovery.prepare import prepare
 from onnx_quarot.plan import Plan
 
 _COLOURS = {"R1": "#2563eb", "R2": "#059669", "R3": "#7c3aed", "R4": "#d97706"}
@@ -61,6 +62,7 @@ def plan_page(model: ir.Model, plan: Plan, *, title: str) -> str:
 
 
 def _rows(model: ir.Model, plan: Plan) -> list[_Row]:
+    prepare(model, keys=plan.keys)
     nodes = list(model.graph)
     sites = {s.node: s for s in plan.sites}
     found: dict[int, _Row] = {}

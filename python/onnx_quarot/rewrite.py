@@ -35,7 +35,7 @@ _THREADS = min(4, os.cpu_count() or 1)
 
 def rotate_model(model: ir.Model, plan: Plan) -> None:
     """Apply ``plan`` to ``model`` in place. Raises ConfigError if the plan was made for another graph."""
-    prepare(model)
+    prepare(model, keys=plan.keys)
     if plan.fingerprint != fingerprint(model):
         raise ConfigError("plan: it was made for another model (the graphs differ)")
     nodes = list(model.graph)

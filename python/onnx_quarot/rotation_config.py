@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from onnx_quarot.discovery import discover_model, fingerprint
 from onnx_quarot.discovery.constants import Constant, constant
+from onnx_quarot.discovery.prepare import prepare
 from onnx_quarot.discovery.rules import is_linear
 from onnx_quarot.errors import ConfigError
 from onnx_quarot.plan import AxisChange, Placement, Plan, Rebase
@@ -185,7 +186,11 @@ class _ConfigPlan:
 
 
 def write_rotation_config(model: ir.Model, plan: Plan) -> dict[str, Any]:
-    """The R1 part of a plan in Quark's form: one pair a norm (and one more for the last writers, if any)."""
+    """The R1 part of a plan in Quark's form: one pair a norm (and one more for the last writers, if any).
+
+    ``model``: the one the plan was made from; it is brought into the form the plan speaks of.
+    """
+    prepare(model, keys=plan.keys)
     nodes = list(model.graph)
     r1 = {name for name, kind in plan.kinds.items() if kind == "R1"}
     writers = []

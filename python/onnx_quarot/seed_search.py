@@ -80,7 +80,7 @@ def searches_seeds(quantize: Callable[P, Report]) -> Callable[P, Report]:
         if count is None:
             return quantize(*args, **kwargs)
         source, target, show = Path(options["source"]), options["target"], options["progress"] or NullProgress()
-        if not tuple(options["rotations"]):
+        if options["rotations"] is not None and not tuple(options["rotations"]):
             raise ConfigError(f"seed: {options['seed']!r} needs rotations, there are none")
         path = check_output(source, target)
         batches = list(

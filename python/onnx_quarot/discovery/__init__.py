@@ -19,7 +19,7 @@ from onnx_quarot.discovery.shapes import Shapes
 from onnx_quarot.discovery.tied import keep_tied
 from onnx_quarot.discovery.typing import Typing
 from onnx_quarot.errors import ConfigError, ModelError
-from onnx_quarot.plan import ROTATIONS, Plan
+from onnx_quarot.plan import DEFAULT_ROTATIONS, ROTATIONS, Plan
 from onnx_quarot.transform import has_order
 
 __all__ = ["discover_model", "fingerprint"]
@@ -36,7 +36,7 @@ _QUANTIZED = frozenset(
 def discover_model(
     model: ir.Model,
     *,
-    rotations: Iterable[str] = ROTATIONS,
+    rotations: Iterable[str] = DEFAULT_ROTATIONS,
     block_size: int | None = None,
     seed: int | None = None,
     tied: bool = False,
@@ -60,7 +60,7 @@ def discover_model(
             f"block_size: no Hadamard matrix of {block_size} is available; use a power of two, 12, 20, ..."
         )
     quantized = sorted({n.op_type for n in model.graph if n.op_type in _QUANTIZED})
-    prepare(model)
+    prepare(model, keys="R3" in wanted)
     typing = Typing(model.graph, Shapes(model))
     apply_rules(typing)
     kept = keep_tied(typing) if tied else []

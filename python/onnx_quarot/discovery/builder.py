@@ -35,8 +35,8 @@ class Builder:
         self._name_rotations()
         folds = Folds(self.t, self.labels, self.index)
         online = self._online()
-        if "R3" in wanted:
-            self.note("R3 was left out: it only pays with a quantized key cache")
+        if "R3" in wanted and "R3" not in self.kinds.values():
+            self.note("R3 was left out: no keys are cached that could be rotated, and none can be rotated for nothing")
         return Plan(
             fingerprint=fingerprint,
             rotations=self.rotations,
@@ -50,6 +50,7 @@ class Builder:
             online=online,
             states=self._states(),
             bases=self._bases(),
+            keys="R3" in wanted,
             notes=tuple(self.notes),
         )
 

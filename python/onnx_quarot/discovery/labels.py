@@ -21,7 +21,8 @@ from onnx_quarot.discovery.constants import constant
 from onnx_quarot.discovery.typing import Def, Out, Port, Typing, Use
 
 Variable = tuple[Port, int, Segment]
-_REWARD = 1 << 40  # of a rotated linear layer: any number of online transforms in front of it is worth it
+_REWARD = 1 << 40  # of a rotated linear layer or key cache: any number of online transforms in front of it is worth it
+_TOKEN = 1  # of keys that are not cached: less than any online transform, so only where it is free
 _MIN_LEAF = 4  # a rotation of fewer features spreads nothing
 
 
@@ -162,6 +163,21 @@ class Labels:
                 for variable in self._of(port, axis).values():
                     self._reasons.setdefault(self._sets.find(variable), reason)
 
+    def _keys(self) -> dict[object, int]:
+        """What rotating keys is worth (R3), where it was asked for: much for those that are cached."""
+        rewards: dict[object, int] = {}
+        if "R3" not in self._enabled:
+            return rewards
+        for _, axis, source, _ in self.boundaries():
+            for variable in self._of(source, axis).values():
+                if self.kind(variable[2]) == "R3":
+                    rewards.setdefault(self._sets.find(variable), _TOKEN)
+        for state in self.typing.states:
+            for variable in self._of(Def(state.past), state.axis).values():
+                if self.kind(variable[2]) == "R3":
+                    rewards[self._sets.find(variable)] = _REWARD
+        return rewards
+
     def _cut(self) -> set[object]:
         graph = nx.DiGraph()
         numbers: dict[object, int] = {}
@@ -184,6 +200,8 @@ class Labels:
         for read in self.typing.reads:
             for variable in self._of(read.port, read.axis).values():
                 add("source", node(self._sets.find(variable)), _REWARD)
+        for root, reward in self._keys().items():
+            add("source", node(root), reward)
         for value, axis, leaf, source, ends in self._soft:
             cost = int(self.typing.shapes.shape[value][axis] * log2(leaf.length))
             producer = node(self._sets.find((source, axis, leaf)))

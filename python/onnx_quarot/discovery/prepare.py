@@ -11,6 +11,7 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
 from onnx_quarot.discovery.constants import constant, uniform
+from onnx_quarot.discovery.rope import unfuse_rope
 from onnx_quarot.discovery.rules.readers import absorb, slots
 from onnx_quarot.discovery.rules.registry import MICROSOFT
 from onnx_quarot.discovery.shapes import FLOATS, Shapes
@@ -23,12 +24,14 @@ _MAX_ELEMENTS = 1 << 16
 _SKIP_NORMS = {"SkipSimplifiedLayerNormalization": (None, 3), "SkipLayerNormalization": (3, 4)}
 
 
-def prepare(model: ir.Model) -> None:
+def prepare(model: ir.Model, *, keys: bool = False) -> None:
     """Compute small constant expressions (scales of the form 1 + w), and take a skip norm apart where only its sum can
-    change basis.
+    change basis. ``keys``: take position encodings out of attention, so that queries and keys can be rotated (R3).
     """
     for node in list(model.graph):
         _fold(model, node)
+    if keys:
+        unfuse_rope(model)
     shapes: Shapes | None = None
     for node in list(model.graph):
         if node.domain != MICROSOFT or node.op_type not in _SKIP_NORMS or _plainly_absorbed(node):

@@ -1,0 +1,173 @@
+"""R3: position encodings taken out of attention, queries and keys rotated behind them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import onnx_quarot as oq
+import small_llama
+from onnx_quarot.discovery import discover_model
+from onnx_quarot.discovery.rope import unfuse_rope
+from onnx_quarot.load import load
+from onnx_quarot.plan import ROTATIONS
+
+DATA = Path(__file__).parent / "data"
+LLAMA = small_llama.Config(layers=2, vocab=160)
+CACHED = [*(f"genai_{n}" for n in ("llama", "llama_fp16", "qwen2", "qwen3", "mistral", "phi3")), "genai_gptoss"]
+WITHOUT_ROPE = ["gpt2", "opt", "bert", "vit", "whisper_encoder"]
+
+
+def kinds(plan: oq.Plan) -> dict[str, int]:
+    return {kind: list(plan.kinds.values()).count(kind) for kind in ROTATIONS}
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_keys_behind_rope_cost_two_transforms_a_layer(name: str, tmp_path: Path) -> None:
+    path = DATA / f"{name}.onnx"
+    usual, plan = discover_model(load(path)), discover_model(load(path), rotations=ROTATIONS)
+    assert kinds(plan) == {**kinds(usual), "R3": 2}
+    assert len(plan.online) == len(usual.online) + 4
+    assert len(plan.states) == 4  # two layers' keys and values
+    report = oq.rotate(path, tmp_path / "a.onnx", plan=oq.Plan.from_json(plan.to_json()))
+    assert report.verification is not None
+    assert report.verification.worst < (2e-2 if "fp16" in name else 1e-4)
+
+
+@pytest.mark.parametrize("export", ["script", "dynamo"])
+@pytest.mark.parametrize("name", WITHOUT_ROPE)
+def test_without_rope_it_folds_into_weights(name: str, export: str, tmp_path: Path) -> None:
+    path = DATA / f"{name}_{export}.onnx"
+    usual, plan = discover_model(load(path)), discover_model(load(path), rotations=ROTATIONS)
+    assert kinds(plan)["R3"] == 2
+    assert len(plan.online) == len(usual.online)
+    report = oq.rotate(path, tmp_path / "a.onnx", plan=plan)
+    assert report.verification is not None
+    assert report.verification.worst < 1e-4
+
+
+def test_left_out_where_rope_is_spelled_out_and_nothing_is_cached() -> None:
+    plan = discover_model(load(DATA / "llama_script.onnx"), rotations=ROTATIONS)
+    assert kinds(plan)["R3"] == 0
+    assert any(note.startswith("R3 was left out") for note in plan.notes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The operator's own counting of positions.
+
+
+def build(tmp_path: Path, **changes: object) -> Path:
+    """A small Llama, its attention changed: partial or interleaved RoPE, position ids, separate q, k, v."""
+    size = 32 if "rotary" in changes else 16
+    config = small_llama.Config(layers=2, vocab=160, head_size=size, separate_qkv=bool(changes.pop("separate", False)))
+    model = small_llama.build(config)
+    width = int(changes.pop("rotary", config.head_size))  # type: ignore[call-overload]
+    for tensor in model.graph.initializer:
+        if tensor.name in ("cos_cache", "sin_cache"):
+            kept = numpy_helper.to_array(tensor)[:, : width // 2]
+            tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(kept), tensor.name))
+    given = changes.pop("position_ids", False)
+    if given:
+        shape = ["batch_size", "sequence_length"]
+        model.graph.input.append(helper.make_tensor_value_info("position_ids", TensorProto.INT64, shape))
+    for node in model.graph.node:
+        if node.op_type == "GroupQueryAttention":
+            kept_attributes = [a for a in node.attribute if a.name not in changes]
+            del node.attribute[:]
+            node.attribute.extend([*kept_attributes, *(helper.make_attribute(k, v) for k, v in changes.items())])
+            if given:
+                node.input.append("position_ids")
+    path = tmp_path / "model.onnx"
+    onnx.save(model, path)
+    return path
+
+
+def unfused(path: Path) -> Path:
+    model = load(path)
+    unfuse_rope(model)
+    assert [n.op_type for n in model.graph].count("RotaryEmbedding") == 4
+    assert all(not n.attributes.get_int("do_rotary", 0) for n in model.graph)
+    out = path.with_name("unfused.onnx")
+    ir.save(model, out)
+    return out
+
+
+def steps(path: Path, lengths: list[int], batch: int = 1, padded: int = 0, positions: int | None = None) -> np.ndarray:
+    """Logits of prompts in pieces of the given lengths. ``padded``: the first prompt is that much shorter."""
+    session, rng = oq.session(path), np.random.default_rng(3)
+    cache = {
+        i.name: np.zeros((batch, LLAMA.kv_heads, 0, i.shape[3]), np.float32)
+        for i in session.get_inputs()
+        if i.name.startswith("past")
+    }
+    names, logits, done = [o.name for o in session.get_outputs()], [], 0
+    for length in lengths:
+        mask = np.ones((batch, done + length), np.int64)
+        if padded:
+            mask[0, -padded:] = 0
+        feeds = {"input_ids": rng.integers(0, LLAMA.vocab, (batch, length)), "attention_mask": mask, **cache}
+        if positions is not None:
+            feeds["position_ids"] = np.tile(np.arange(done, done + length) * positions, (batch, 1))
+        results = dict(zip(names, session.run(None, feeds), strict=True))
+        done += length
+        logits.append(results["logits"])
+        cache = {name: results[name.replace("past_key_values", "present")] for name in cache}
+    return np.concatenate(logits, axis=1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"separate": True}, {"rotary": 16}, {"rotary_interleaved": 1}, {"local_window_size": 4}, {"softcap": 5.0}],
+    ids=str,
+)
+def test_prompt_chunks_and_single_tokens(tmp_path: Path, changes: dict[str, object]) -> None:
+    path = build(tmp_path, **changes)
+    np.testing.assert_allclose(steps(unfused(path), [9, 1, 1, 6, 1]), steps(path, [9, 1, 1, 6, 1]), atol=2e-4)
+
+
+def test_a_padded_batch(tmp_path: Path) -> None:
+    path = build(tmp_path)
+    a, b = steps(unfused(path), [9], batch=2, padded=3), steps(path, [9], batch=2, padded=3)
+    np.testing.assert_allclose(a[0, :6], b[0, :6], atol=2e-4)
+    np.testing.assert_allclose(a[1], b[1], atol=2e-4)
+
+
+def test_positions_of_its_own(tmp_path: Path) -> None:
+    path = build(tmp_path, position_ids=True)
+    a, b = (steps(p, [9, 1, 1], positions=2) for p in (unfused(path), path))
+    np.testing.assert_allclose(a, b, atol=2e-4)
+    assert np.abs(steps(path, [9, 1, 1], positions=1) - b).max() > 1e-2
+
+
+def test_positions_are_counted_once(tmp_path: Path) -> None:
+    model = load(unfused(build(tmp_path)))
+    assert [n.op_type for n in model.graph].count("Range") == 1
+
+
+@pytest.mark.parametrize("why", ["quantized", "not cached", "no RoPE"])
+def test_what_stays_fused(tmp_path: Path, why: str) -> None:
+    model = load(build(tmp_path))
+    for node in model.graph:
+        if node.op_type == "GroupQueryAttention":
+            if why == "quantized":
+                node.attributes["k_quant_type"] = ir.AttrString("k_quant_type", "PER_CHANNEL")
+            elif why == "no RoPE":
+                node.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 0)
+    if why == "not cached":
+        del model.graph.outputs[1:]
+    before = [n.op_type for n in model.graph]
+    unfuse_rope(model)
+    assert [n.op_type for n in model.graph] == before
+
+
+def test_quantize_leaves_keys_alone_without_a_quantized_cache(tmp_path: Path) -> None:
+    source = small_llama.save(tmp_path / "model.onnx", LLAMA)
+    data = [small_llama.decoder_feeds(LLAMA, np.random.default_rng(0), 16)]
+    report = oq.quantize(source, tmp_path / "q.onnx", data, rotations=ROTATIONS)
+    assert report.rotations == ("R1", "R2", "R4")
+    assert any("R3 was left out" in note for note in report.notes)
