@@ -1,7 +1,8 @@
 """Quantized key/value caches: GroupQueryAttention's own, with static scales found on calibration data.
 
 Scales are symmetric, one a channel of each key/value head or one a tensor. They are measured on the rotated model: R2
-rotates what the cache holds of values, R3 what it holds of keys.
+rotates what the cache holds of values, R3 what it holds of keys. In four bits keys and values are centred as well, and
+scales weigh errors as attention does (see :mod:`kv_fit`), which needs queries and keys behind their RoPE.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import onnx_ir as ir
 
 from .calibrate import observe
 from .clipping import fit_rows
-from .editing import GraphNames
+from .editing import GraphNames, take_over
 from .errors import ConfigError, ModelError
+from .kv_fit import CacheFit, Scores, WeightedSample, row_weights
+from .observers import Sink
 from .progress import Progress
 from .replay import Replay
 from .scheme import TensorSpec
@@ -49,6 +52,22 @@ class _Cache:
     present: tuple[ir.Value, ir.Value]
     heads: int
 
+    @property
+    def opened(self) -> bool:
+        """Queries and keys come in as they are compared."""
+        return not self.node.attributes.get_int("do_rotary", 0) and self._input(1) is not None and not self._norms()
+
+    @property
+    def shifts_cancel(self) -> bool:
+        """Nothing but the scores of keys enters the softmax."""
+        return self._input(11) is None and not self.node.attributes.get_int("smooth_softmax", 0)
+
+    def _norms(self) -> bool:
+        return self._input(14) is not None or self._input(15) is not None
+
+    def _input(self, index: int) -> ir.Value | None:
+        return self.node.inputs[index] if index < len(self.node.inputs) else None
+
 
 def check_cache(kv_cache: str | None) -> None:
     """ConfigError for a name that is none of CACHES."""
@@ -69,10 +88,15 @@ def quantize_cache(
     check_cache(kv_cache)
     bits, per_channel = (8 if kv_cache.startswith("int8") else 4), not kv_cache.endswith("-tensor")
     caches = _caches(model)
-    sampled = {str(value.name): _Sample() for cache in caches for value in cache.present}
-    readers = {str(value.name): str(cache.node.name) for cache in caches for value in cache.present}
-    observe(model_path, sampled, data, progress=progress, task="calibrating the cache", readers=readers)
-    sizes = {cache.node: sampled[str(cache.present[0].name)].size for cache in caches}
+    measured = {cache.node: _measure(cache, bits, per_channel) for cache in caches}
+    sinks: dict[str, Sink] = {}
+    readers: dict[str, str] = {}
+    for cache in caches:
+        found = measured[cache.node].sinks()
+        sinks |= found
+        readers |= dict.fromkeys(found, str(cache.node.name))
+    observe(model_path, sinks, data, progress=progress, task="calibrating the cache", readers=readers)
+    sizes = {node: m.size for node, m in measured.items()}
     if bits == 4 and (odd := next((node for node, size in sizes.items() if size % 2), None)) is not None:
         raise ConfigError(f"kv_cache: {odd.name!r} has heads of {sizes[odd]} features; 4 bits need an even number")
     names = GraphNames(model.graph)
@@ -81,9 +105,10 @@ def quantize_cache(
     for cache in caches:
         node = cache.node
         node.resize_inputs(max(len(node.inputs), max(_SCALES) + 1))
-        for index, value in zip(_SCALES, cache.present, strict=True):
-            scale = sampled[str(value.name)].scale(TensorSpec(bits=bits, method="mse"), per_channel)
-            node.replace_input_with(index, names.initializer(ir.Tensor(scale), f"{value.name}.scale"))
+        fits = measured[node].fits()
+        for index, value, fit in zip(_SCALES, cache.present, fits, strict=True):
+            node.replace_input_with(index, names.initializer(ir.Tensor(fit.scale), f"{value.name}.scale"))
+        _centre(model.graph, names, cache, fits)
         width = sizes[node] * bits // 8
         for value in (*cache.past, *cache.present):
             value.type = ir.TensorType(dtype)
@@ -96,6 +121,105 @@ def quantize_cache(
         count = 2 * cache.heads * sizes[node]
         reports.append(CacheReport(str(node.name), kv_cache, 4 * count, count * bits // 8))
     return reports
+
+
+def _measure(cache: _Cache, bits: int, per_channel: bool) -> _Plain | _Attended:
+    if bits == 4 and cache.opened:
+        return _Attended(cache, bits, per_channel)
+    return _Plain(cache, bits, per_channel)
+
+
+class _Plain:
+    """Scales of least squared error, every token alike."""
+
+    def __init__(self, cache: _Cache, bits: int, per_channel: bool) -> None:
+        self._spec, self._per_channel = TensorSpec(bits=bits, method="mse"), per_channel
+        self._samples = {str(value.name): _Sample() for value in cache.present}
+
+    def sinks(self) -> dict[str, Sink]:
+        return dict(self._samples)
+
+    @property
+    def size(self) -> int:
+        return next(iter(self._samples.values())).size
+
+    def fits(self) -> list[CacheFit]:
+        scales = (sample.scale(self._spec, self._per_channel) for sample in self._samples.values())
+        return [CacheFit(np.zeros(1, np.float32), scale) for scale in scales]
+
+
+class _Attended:
+    """Offsets and scales, every token weighed by the attention it gets: queries, keys and values of a batch in turn."""
+
+    def __init__(self, cache: _Cache, bits: int, per_channel: bool) -> None:
+        self._cache, self._bits, self._per_channel = cache, bits, per_channel
+        attributes = cache.node.attributes
+        self._scores = Scores(
+            heads=attributes.get_int("num_heads", 0),
+            kv_heads=cache.heads,
+            factor=attributes.get_float("scale", 0.0) or None,
+            softcap=attributes.get_float("softcap", 0.0),
+            window=attributes.get_int("local_window_size", -1),
+        )
+        self._waiting: list[Array] = []
+        self._samples: list[WeightedSample] = []
+        self.size = 0
+
+    def sinks(self) -> dict[str, Sink]:
+        query = self._cache.node.inputs[0]
+        assert query is not None
+        return dict.fromkeys((str(query.name), *(str(v.name) for v in self._cache.present)), self)
+
+    def update(self, values: Array) -> None:
+        """[batch, tokens, width] of queries, then [batch, heads, tokens, size] of keys and of values."""
+        self._waiting.append(values)
+        if len(self._waiting) < 3:
+            return
+        queries, keys, values = self._waiting
+        self._waiting = []
+        heads, self.size = keys.shape[1], keys.shape[3]
+        self._samples = self._samples or [WeightedSample(heads, self.size) for _ in range(2)]
+        for q, k, v in zip(queries, keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3), strict=True):
+            weights = row_weights(q, k, v, self._scores)
+            for sample, rows, weight in zip(self._samples, (k, v), weights, strict=True):
+                sample.update(rows.reshape(len(rows), -1), weight)
+
+    def fits(self) -> list[CacheFit]:
+        exact = self._cache.shifts_cancel
+        keys, values = self._samples
+        return [
+            keys.fit(self._bits, per_channel=self._per_channel, centred=exact and not self._scores.softcap),
+            values.fit(self._bits, per_channel=self._per_channel, centred=exact),
+        ]
+
+
+def _centre(graph: ir.Graph, names: GraphNames, cache: _Cache, fits: list[CacheFit]) -> None:
+    """Take the offsets from keys and values in front of the attention, and give the values' back behind it."""
+    node = cache.node
+
+    def constant(array: Array, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        return names.initializer(ir.tensor(array.astype(dtype.numpy())), f"{value.name}.offset")
+
+    for index, value, fit in zip((1, 2), cache.present, fits, strict=True):
+        if not fit.offset.any():
+            continue
+        old, dtype = node.inputs[index], value.dtype
+        assert old is not None
+        assert dtype is not None
+        new = names.value(f"{old.name}.centred", dtype, old.shape)
+        shift = constant(fit.offset, value, dtype)
+        graph.insert_before(node, ir.node("Sub", [old, shift], outputs=[new], name=str(new.name)))
+        node.replace_input_with(index, new)
+        if index == 2:
+            heads = fit.offset.reshape(cache.heads, 1, -1)
+            group = node.attributes.get_int("num_heads", 0) // cache.heads
+            back = constant(np.repeat(heads, group, axis=1).ravel(), node.outputs[0], dtype)
+            out = names.value(f"{node.outputs[0].name}.whole", dtype, node.outputs[0].shape)
+            inner = node.outputs[0]
+            take_over(inner, out)
+            inner.name = names.unique(f"{out.name}.centred")
+            inner.type, inner.shape = out.type or ir.TensorType(dtype), out.shape
+            graph.insert_after(node, ir.node("Add", [inner, back], outputs=[out], name=f"{node.name}/offset"))
 
 
 class _Sample:

@@ -131,9 +131,10 @@ def quantize(
     two. op_types: what is quantized; Gather stands for tables of embeddings, of which only the weights become integers.
     exclude: names (or patterns) of nodes that stay in floating point. layers: other schemes, or None for floating
     point, by node name, pattern or operator type, the first that fits. rotations: R1, R2 and R4 unless given, and R3
-    with a cache in 4 bits; () means none, and R3 is left out where the cache stays in floating point. config and
-    matrix_dim as in :func:`discover`. seed: random signs in the rotations; ``"search:K"`` tries the seeds 0 to K - 1
-    and keeps the one closest to the float model on the calibration data, at K + 1 times the cost.
+    with the cache int4-tensor (scales a channel do not gain from it); () means none, and R3 is left out where the cache
+    stays in floating point. config and matrix_dim as in :func:`discover`. seed: random signs in the rotations;
+    ``"search:K"`` tries the seeds 0 to K - 1 and keeps the one closest to the float model on the calibration data, at
+    K + 1 times the cost.
 
     Raises ModelError, DataError, ConfigError, VerificationError or SaveError; then nothing is written.
     """
@@ -143,7 +144,9 @@ def quantize(
     wanted, unused = _wanted(rotations, kv_cache)
     with clock.step("discover"):
         model = load(source)
-        plan = _plan(model, wanted, block_size, seed, config, matrix_dim, tied) if wanted else None
+        centred = kv_cache is not None and kv_cache.startswith("int4")  # which works behind RoPE
+        known = (block_size, seed, config, matrix_dim, tied, centred)
+        plan = _plan(model, wanted, *known) if wanted or centred else None
         batches = as_batches(calibration, input_specs(model), tokenizer=tokenizer, window=window, limit=windows)
         batches = chain([_first(batches)], batches)  # data that does not fit is found before any work is done
     with workspace(path) as folder:
@@ -176,7 +179,7 @@ def quantize(
 def _wanted(rotations: Iterable[str] | None, kv_cache: str | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The kinds of rotation that pay with this cache, and a note on one that does not."""
     if rotations is None:
-        keys = kv_cache is not None and kv_cache.startswith("int4")
+        keys = kv_cache == "int4-tensor"
         return (*DEFAULT_ROTATIONS, *(("R3",) if keys else ())), ()
     wanted = tuple(rotations)
     if "R3" not in wanted or kv_cache is not None:
@@ -196,14 +199,14 @@ def _plan(
     config: str | Path | None,
     matrix_dim: int | None,
     tied: bool = False,
+    keys: bool = False,
 ) -> Plan:
+    signs = plain_seed(seed)
     if config is None:
-        signs = plain_seed(seed)
-        plan = discover_model(model, rotations=rotations, block_size=block_size, seed=signs, tied=tied)
+        plan = discover_model(model, rotations=rotations, block_size=block_size, seed=signs, tied=tied, keys=keys)
     else:
-        plan = plan_from_config(
-            model, read_rotation_config(config), rotations=rotations, block_size=block_size, seed=plain_seed(seed)
-        )
+        pairs = read_rotation_config(config)
+        plan = plan_from_config(model, pairs, rotations=rotations, block_size=block_size, seed=signs, keys=keys)
     sizes = {plan.rotations[name].size for name, kind in plan.kinds.items() if kind == "R1"}
     if matrix_dim is not None and sizes and sizes != {matrix_dim}:
         found = ", ".join(map(str, sorted(sizes)))

@@ -79,9 +79,10 @@ def plan_from_config(
     rotations: Iterable[str],
     block_size: int | None = None,
     seed: int | None = None,
+    keys: bool = False,
 ) -> Plan:
     """R1 exactly as ``pairs`` say; the other rotations as discovered. The result is proven like any other plan."""
-    others = discover_model(model, rotations=set(rotations) - {"R1"}, block_size=block_size, seed=seed)
+    others = discover_model(model, rotations=set(rotations) - {"R1"}, block_size=block_size, seed=seed, keys=keys)
     return _ConfigPlan(model, others, block_size, seed).build(tuple(pairs))
 
 

@@ -40,6 +40,7 @@ def discover_model(
     block_size: int | None = None,
     seed: int | None = None,
     tied: bool = False,
+    keys: bool = False,
 ) -> Plan:
     """Decide what is rotated in ``model`` and how. The model is brought into a form that can be rotated (see
     :mod:`prepare`), which does not change its function.
@@ -48,7 +49,8 @@ def discover_model(
     (everything else, usually online in front of the down projection) may be used. block_size: rotate in blocks of this
     many features instead of whole axes where it divides them. seed: random signs in front of every rotation, drawn in
     the order of the graph; None for plain Hadamard matrices. tied: leave an embedding table that is also a linear
-    layer's weight in its basis, so that it stays one matrix (see :mod:`tied`).
+    layer's weight in its basis, so that it stays one matrix (see :mod:`tied`). keys: take RoPE out of attention even
+    where R3 is not asked for, for a cache that needs keys as they are compared.
 
     Raises ModelError when the model holds no linear layer, ConfigError for an unknown rotation or an impossible size.
     """
@@ -60,7 +62,8 @@ def discover_model(
             f"block_size: no Hadamard matrix of {block_size} is available; use a power of two, 12, 20, ..."
         )
     quantized = sorted({n.op_type for n in model.graph if n.op_type in _QUANTIZED})
-    prepare(model, keys="R3" in wanted)
+    keys = keys or "R3" in wanted
+    prepare(model, keys=keys)
     typing = Typing(model.graph, Shapes(model))
     apply_rules(typing)
     kept = keep_tied(typing) if tied else []
@@ -82,7 +85,7 @@ def discover_model(
         builder.note("subgraphs (If, Loop, Scan) are left alone, with everything they read")
     for name in kept:
         builder.note(f"{name} stays tied: the table and the layer keep one matrix, in its own basis")
-    return builder.plan(wanted, fingerprint(model))
+    return builder.plan(wanted, fingerprint(model), keys=keys)
 
 
 def fingerprint(model: ir.Model) -> str:

@@ -31,7 +31,7 @@ class Builder:
         self.kinds: dict[str, str] = {}
         self.notes: list[str] = []
 
-    def plan(self, wanted: frozenset[str], fingerprint: str) -> Plan:
+    def plan(self, wanted: frozenset[str], fingerprint: str, *, keys: bool) -> Plan:
         self._name_rotations()
         folds = Folds(self.t, self.labels, self.index)
         online = self._online()
@@ -50,7 +50,7 @@ class Builder:
             online=online,
             states=self._states(),
             bases=self._bases(),
-            keys="R3" in wanted,
+            keys=keys,
             notes=tuple(self.notes),
         )
 

@@ -24,8 +24,8 @@ _SHAPE_SLICE_OPSET = 15  # Shape of some axes
 def unfuse_rope(model: ir.Model) -> None:
     """Un-fuse RoPE, in place, in every GroupQueryAttention that caches its keys and does nothing else to them inside.
 
-    Packed queries, keys and values are split. Positions are the operator's own input where it has one, else what the
-    operator counts: from 0 in a first prompt, behind the cache later.
+    Packed queries, keys and values are split. Positions are what the operator counts: from 0 in a first prompt, behind
+    the cache later.
     """
     nodes = [node for node in model.graph if _can_unfuse(model, node)]
     if not nodes:
@@ -45,7 +45,10 @@ def _can_unfuse(model: ir.Model, node: ir.Node) -> bool:
         return False
     if not node.attributes.get_int("do_rotary", 0) or model.graph.opset_imports.get("", 0) < _SHAPE_SLICE_OPSET:
         return False
-    if any(_input(node, i) is not None for i in (_Q_NORM, _K_NORM)) or constant(_input(node, _COS)) is None:
+    # Given positions mean different things in a first prompt and later, and not the same in every runtime.
+    if any(_input(node, i) is not None for i in (_POSITIONS, _Q_NORM, _K_NORM)):
+        return False
+    if constant(_input(node, _COS)) is None:
         return False
     if any(node.attributes.get_string(f"{kind}_quant_type", "NONE") != "NONE" for kind in "kv"):
         return False
@@ -84,7 +87,7 @@ class _Surgeon:
             parts[index] = self._turned(node, parts[index], positions, count, size, dtype, f"{what}/rotary")
         for index, value in enumerate(parts):
             node.replace_input_with(index, value)
-        for index in (_COS, _SIN, _POSITIONS):
+        for index in (_COS, _SIN):
             if index < len(node.inputs):
                 node.replace_input_with(index, None)
         while node.inputs and node.inputs[-1] is None:
@@ -112,9 +115,7 @@ class _Surgeon:
         return self._add(node, "RotaryEmbedding", inputs, attributes, suffix, dtype, domain=MICROSOFT)[0]
 
     def _positions_of(self, node: ir.Node, query: ir.Value) -> ir.Value:
-        """int64 [batch, length]: the operator's position_ids, or max(seqlens_k + 1 - length, 0) + 0, 1, ..."""
-        if (given := _input(node, _POSITIONS)) is not None:
-            return given
+        """int64 [batch, length]: max(seqlens_k + 1 - length, 0) + 0, 1, ..."""
         lengths = node.inputs[_LENGTHS]
         key = (lengths, self.shapes.shape[query][:2])
         if key not in self._positions:
