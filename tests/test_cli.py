@@ -28,6 +28,11 @@ CONFIG = small_llama.Config()
 COMMANDS = ("demo", "discover", "evaluate", "info", "quantize", "rotate")
 
 
+def hear_interrupts() -> None:
+    """Shells start what runs in the background deaf to SIGINT, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_llama.save(tmp_path_factory.mktemp("llama") / "model.onnx", CONFIG)
@@ -245,7 +250,9 @@ def test_interrupt_is_one_line_and_leaves_nothing(model: Path, tmp_path: Path) -
     fifo = tmp_path / "slow.txt"
     os.mkfifo(fifo)  # a text that never comes
     arguments = command("quantize", model, tmp_path / "out.onnx", "--calibration", fifo, "--tokenizer", fifo)
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts
+    )
     writer = None
     try:
         deadline = time.monotonic() + 60

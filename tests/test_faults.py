@@ -23,6 +23,11 @@ from onnx_quarot.save import workspace
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and limits of POSIX")
 
 
+def hear_interrupts() -> None:
+    """Shells start what runs in the background deaf to SIGINT, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_a_killed_save_leaves_the_old_model_or_the_new_one(tmp_path: Path) -> None:
     outcomes = faults.kill_trials(tmp_path, 8, random.Random(1))
     assert sum(outcomes.values()) == 8
@@ -190,7 +195,11 @@ def test_an_interrupt_ends_a_command_soon_and_cleans_up(tmp_path: Path, number: 
     )
     arguments = ["rotate", str(source), str(tmp_path / "out" / "b.onnx")]
     with subprocess.Popen(
-        [sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", script, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hear_interrupts,
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "busy\n"
