@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 
 MS = "com.microsoft"
@@ -68,7 +69,7 @@ class Builder:
         self.weights: list[onnx.TensorProto] = []
 
     def const(self, name: str, array: np.ndarray) -> str:
-        self.weights.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        self.weights.append(ir.to_proto(ir.tensor(np.ascontiguousarray(array), name=name)))
         return name
 
     def matrix(self, name: str, rows: int, columns: int, gain: float = 1.0) -> str:
@@ -89,7 +90,7 @@ class Builder:
 
     def model(self) -> onnx.ModelProto:
         c = self.c
-        f, i64 = helper.np_dtype_to_tensor_dtype(self.dtype), TensorProto.INT64
+        f, i64 = ir.DataType.from_numpy(self.dtype).value, TensorProto.INT64
         inputs = [
             helper.make_tensor_value_info("input_ids", i64, ["batch_size", "sequence_length"]),
             helper.make_tensor_value_info("attention_mask", i64, ["batch_size", "total_sequence_length"]),

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 import onnx_quarot as oq
+from exports import DATA, runnable
 from onnx_quarot.discovery import discover_model
 from onnx_quarot.errors import VerificationError
 from onnx_quarot.load import load
 from onnx_quarot.plan import Plan, Rebase
 
-DATA = Path(__file__).parent / "data"
 ROTATIONS = ("R1", "R2", "R4")
 LAYERS = 2
 
@@ -65,7 +65,7 @@ def test_exact_and_rotated_everywhere_at_the_least_cost(name: str, tmp_path: Pat
     assert len(plan.declined) == declined
     for site in plan.declined:
         assert site.reason
-    report = oq.rotate(DATA / f"{name}.onnx", tmp_path / "rotated.onnx", plan=plan)
+    report = oq.rotate(runnable(name), tmp_path / "rotated.onnx", plan=plan)
     assert report.verification is not None
     assert report.verification.worst < (2e-2 if "fp16" in name else 1e-4)
 

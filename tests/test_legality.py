@@ -194,6 +194,8 @@ def test_between_two_layers(case: str, tmp_path: Path) -> None:
     middle, weights, offline = CASES[case]
     nodes = [node("MatMul", "x a", "h"), *middle, node("MatMul", "m b", "y")]
     opset = 23 if any(n.op_type == "RMSNormalization" for n in middle) else 21
+    if onnx.defs.onnx_opset_version() < opset:
+        pytest.skip(f"onnx {onnx.__version__} does not know opset {opset}")
     path = save(tmp_path / "m.onnx", nodes, [2, 3, 16], opset=opset, a=rand(16, 32), b=rand(32, 8), **weights)
     plan = decide(path)
     assert how(plan, "y") != "none"

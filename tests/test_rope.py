@@ -12,12 +12,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 import onnx_quarot as oq
 import small_llama
+from exports import DATA, runnable
 from onnx_quarot.discovery import discover_model
 from onnx_quarot.discovery.rope import unfuse_rope
 from onnx_quarot.load import load
 from onnx_quarot.plan import ROTATIONS
 
-DATA = Path(__file__).parent / "data"
 LLAMA = small_llama.Config(layers=2, vocab=160)
 CACHED = [*(f"genai_{n}" for n in ("llama", "llama_fp16", "qwen2", "qwen3", "mistral", "phi3")), "genai_gptoss"]
 WITHOUT_ROPE = ["gpt2", "opt", "bert", "vit", "whisper_encoder"]
@@ -34,7 +34,7 @@ def test_keys_behind_rope_cost_two_transforms_a_layer(name: str, tmp_path: Path)
     assert kinds(plan) == {**kinds(usual), "R3": 2}
     assert len(plan.online) == len(usual.online) + 4
     assert len(plan.states) == 4  # two layers' keys and values
-    report = oq.rotate(path, tmp_path / "a.onnx", plan=oq.Plan.from_json(plan.to_json()))
+    report = oq.rotate(runnable(name), tmp_path / "a.onnx", plan=oq.Plan.from_json(plan.to_json()))
     assert report.verification is not None
     assert report.verification.worst < (2e-2 if "fp16" in name else 1e-4)
 

@@ -8,6 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -30,7 +31,7 @@ def test_weights_of_every_type_are_rotated_and_verified(tmp_path: Path, dtype: A
     assert report.verification.tolerance == tolerance
     assert report.verification.worst < tolerance / 5
     kinds = {t.data_type for t in onnx.load(tmp_path / "r.onnx").graph.initializer if len(t.dims) == 2}
-    assert kinds == {helper.np_dtype_to_tensor_dtype(np.dtype(dtype))}
+    assert kinds == {ir.DataType.from_numpy(np.dtype(dtype)).value}
 
 
 def two_layers(path: Path, weight: np.ndarray[Any, Any]) -> Path:

@@ -97,7 +97,8 @@ def _run(
             graph.initializer.append(_tensor(value, folder, wide))
     for name, array in inputs.items():
         kind = ir.DataType.from_numpy(array.dtype)
-        graph.input.append(onnx.helper.make_tensor_value_info(name, kind, array.shape))
+        # Lengths stay open: ONNX Runtime 1.28 to 1.31 carries known ones through Shape and Cast with the wrong type.
+        graph.input.append(onnx.helper.make_tensor_value_info(name, kind, [None] * array.ndim))
     graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
     if wide:
         _widen_casts(graph)
