@@ -60,7 +60,7 @@ def test_quantize_keeps_the_function_with_and_without_the_library(
     reference = logits(model, feeds)
     assert noise(reference, logits(tmp_path / "q.onnx", feeds, use_library=use_library)) < 1e-2
     operators = [n.op_type for n in load(tmp_path / "q.onnx").graph]
-    assert operators.count("Hadamard") == CONFIG.layers + 2  # the tied table keeps its basis
+    assert operators.count("Hadamard") == CONFIG.layers + 2  # two in front of the tied head
     assert operators.count("DequantizeLinear") >= 11
 
 

@@ -69,7 +69,7 @@ def test_runs_from_a_model_to_a_table(model: Path, text: Path, tmp_path: Path) -
         sum(node.op_type == "Hadamard" for node in onnx.load(output / place / "model.onnx").graph.node)
         for place in ("float", "a8w8", "a8w8-quarot")
     ]
-    # One a layer, and two around what the tied table leaves in its basis.
+    # One a layer, and two in front of the head, around the last norm's scale.
     assert online == [0, 0, tiny_gguf.LAYERS + 2]
     assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
 

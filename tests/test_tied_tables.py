@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
@@ -34,7 +35,9 @@ def error(reference: Path, candidate: Path) -> float:
 
 
 @pytest.mark.parametrize("rotations", [("R1", "R2", "R4"), ()], ids=["rotated", "plain"])
-@pytest.mark.parametrize("scheme", ["a8w8", "a8w8-dynamic-tensor", "a8w8-block", "a8w4-block", "a4w4"])
+@pytest.mark.parametrize(
+    "scheme", ["a8w8", "a8w8-dynamic", "a8w4-dynamic", "a8w8-dynamic-tensor", "a8w8-block", "a8w4-block", "a4w4"]
+)
 def test_one_matrix_serves_both(llama: Path, tmp_path: Path, scheme: str, rotations: tuple[str, ...]) -> None:
     oq.quantize(llama, tmp_path / "q.onnx", batches(), scheme=scheme, rotations=rotations)
     model = ir.load(tmp_path / "q.onnx")
@@ -47,7 +50,7 @@ def test_one_matrix_serves_both(llama: Path, tmp_path: Path, scheme: str, rotati
     large = [v for v in model.graph.initializers.values() if v.const_value.size == LLAMA.vocab * LLAMA.hidden]
     assert len(large) == 1
     readers = {use.node.op_type for use in large[0].uses()}
-    assert "Gather" in readers
+    assert len(readers & {"Gather", "GatherND"}) == 1
     assert len(readers) == 2
     assert error(llama, tmp_path / "q.onnx") < (0.08 if "w8" in scheme else 0.6)
     # The table itself: what the graph's first layer reads is the table's rows, to 8 bits.
@@ -63,13 +66,76 @@ def test_untied_on_request(llama: Path, tmp_path: Path) -> None:
     assert sizes[True] < sizes[False] - LLAMA.vocab * LLAMA.hidden * 0.9
 
 
-def test_the_plan_leaves_both_ends_alone_and_is_exact(llama: Path, tmp_path: Path) -> None:
+def test_the_plan_rotates_both_ends_alike_and_is_exact(llama: Path, tmp_path: Path) -> None:
     plan = discover_model(load(llama), rotations=("R1", "R2", "R4"), tied=True)
-    assert [(s.name, s.how) for s in plan.sites if s.how == "none"] == [("/lm_head/MatMul", "none")]
-    assert "tied" in str(plan.declined[0].reason)
+    assert [(s.name, s.how) for s in plan.sites if s.how != "offline" and "down" not in s.name] == [
+        ("/lm_head/MatMul", "online")
+    ]
+    assert "keep one matrix, rotated" in " ".join(plan.notes)
     report = oq.rotate(llama, tmp_path / "r.onnx", plan=plan)
     assert report.verification is not None
     assert report.verification.worst < 1e-4
+    before, after = (ir.load(path).graph.initializers for path in (llama, tmp_path / "r.onnx"))
+    size = LLAMA.vocab * LLAMA.hidden
+    (old,), (new,) = ([v for v in i.values() if v.const_value.size == size] for i in (before, after))
+    assert np.abs(old.const_value.numpy() - new.const_value.numpy()).max() > 0.01
+
+
+def test_a_table_whose_mean_is_taken_keeps_its_basis(tmp_path: Path) -> None:
+    """LayerNorm: the stream loses its mean, which the table would and the head must not."""
+    rng = np.random.default_rng(0)
+    model = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 21]>
+        g (int64[a, b] ids) => (float[a, b, 40] y) {
+            x = Gather(table, ids)
+            n = LayerNormalization(x, s0, b0)
+            h = MatMul(n, up)
+            r = Relu(h)
+            d = MatMul(r, down)
+            stream = Add(x, d)
+            m = LayerNormalization(stream, s1, b1)
+            turned = Transpose<perm=[1, 0]>(table)
+            y = MatMul(m, turned)
+        }"""
+    )
+    shapes = {"table": (40, 32), "up": (32, 64), "down": (64, 32), "s0": 32, "b0": 32, "s1": 32, "b1": 32}
+    for name, shape in shapes.items():
+        values = (rng.standard_normal(shape) + 0.5).astype(np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    onnx.save(model, tmp_path / "m.onnx")
+    plan = discover_model(load(tmp_path / "m.onnx"), tied=True)
+    assert "keep one matrix, in its own basis" in " ".join(plan.notes)
+    assert [s.how for s in plan.sites] == ["offline", "online", "none"]
+    report = oq.rotate(tmp_path / "m.onnx", tmp_path / "r.onnx", plan=plan)
+    assert report.verification is not None
+    assert report.verification.worst < 1e-4
+    assert "table" in ir.load(tmp_path / "r.onnx").graph.initializers
+
+
+@pytest.mark.parametrize("depth", [10, 12])
+def test_rows_are_found_in_packed_panels(tmp_path: Path, depth: int) -> None:
+    """Sizes that fill neither panels nor steps; ids in any shape, counted from the end too."""
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((21, depth)).astype(np.float32)
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["" : 21]>
+        g (int64[a, b] ids, float[n, {depth}] x) => (float[a, b, {depth}] found, float[n, 21] y)
+        {{ found = Gather(table, ids) turned = Transpose<perm=[1, 0]>(table) y = MatMul(x, turned) }}"""
+    )
+    model.graph.initializer.append(onnx.numpy_helper.from_array(rows, "table"))
+    onnx.save(model, tmp_path / "m.onnx")
+    ids = np.array([[0, 20, 16], [-1, -21, 7]])
+    feeds = {"ids": ids, "x": rng.standard_normal((5, depth)).astype(np.float32)}
+    oq.quantize(tmp_path / "m.onnx", tmp_path / "q.onnx", [feeds], scheme="a8w8-dynamic", rotations=())
+    assert [v.name for v in ir.load(tmp_path / "q.onnx").graph.initializers.values() if v.const_value.size >= rows.size]
+    for library in (True, False):
+        session = oq.session(tmp_path / "q.onnx", use_library=library)
+        found, product = session.run(None, feeds)
+        step = np.abs(rows).max(axis=1)[ids][:, :, None] / 127
+        assert (np.abs(found - rows[ids]) <= 0.51 * step).all()
+        np.testing.assert_allclose(product, feeds["x"] @ rows.T, atol=0.1)
+        with pytest.raises(Exception, match=r"(?i)out of|bounds|range"):
+            session.run(None, feeds | {"ids": ids + 21})
 
 
 def test_a_table_in_the_other_orientation_is_not_shared(tmp_path: Path) -> None:

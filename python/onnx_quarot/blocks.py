@@ -21,7 +21,7 @@ from .qdq import SiteReport, check_float, check_opset
 from .qparams import Array, SolvedWeight, lazy
 from .scheme import Scheme, TensorSpec
 from .sites import LinearSite, WeightSource, constant_array, drop_unused
-from .tied_tables import SharedWeight
+from .tied_tables import Layout, SharedWeight
 
 _MS = "com.microsoft"
 _CHUNK_ELEMENTS = 2**20
@@ -214,7 +214,7 @@ def quantize_blocks(
                 and site.depth % scheme.block == 0
             ):
                 place = stored[key]
-                shared.append(SharedWeight(site, place.codes, place.scales, zero=128, in_blocks=True))
+                shared.append(SharedWeight(site, place.codes, place.scales, zero=128, layout=Layout.BLOCKS))
         place = stored[key]
         _replace(model.graph, names, site, place)
         bits = scheme.weight.bits

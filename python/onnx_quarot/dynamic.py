@@ -17,7 +17,7 @@ from .qdq import SiteReport, check_float, check_opset
 from .qparams import QuantizedWeight, SolvedWeight
 from .scheme import Scheme
 from .sites import LinearSite, WeightSource, drop_unused
-from .tied_tables import SharedWeight
+from .tied_tables import Layout, SharedWeight
 
 _MS = "com.microsoft"
 
@@ -63,7 +63,7 @@ def quantize_dynamic(
             ]
             if site.root in tied and axis == 1:
                 codes, scales, _ = stored[key]
-                shared.append(SharedWeight(site, codes, scales, zero=0, in_blocks=False))
+                shared.append(SharedWeight(site, codes, scales, zero=0, layout=Layout.COLUMNS))
         node = site.node
         operands = [value for value in node.inputs[1:] if value is not None]
         product = ir.node("DynamicQuantizeMatMul", [node.inputs[0], *stored[key]], domain=_MS, name=node.name)

@@ -77,7 +77,7 @@ def quantize_sites(
         elif form == "dynamic":
             done, weights = quantize_dynamic(model, part, schemes, solved, tied)
         elif form == "fused":
-            done, weights = quantize_fused(model, part, schemes, solved), []
+            done, weights = quantize_fused(model, part, schemes, solved, tied)
         else:
             done, weights = quantize_tokens(model, part, schemes, solved), []
         reports += done

@@ -6,7 +6,7 @@ becomes part of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,6 +22,7 @@ from .qlinear import MAX_DEPTH, OP_TYPE, PANEL, QLinearSpec, add_qlinear, pack, 
 from .qparams import Array, QuantizedWeight, SolvedWeight, lazy
 from .scheme import Scheme
 from .sites import LinearSite, WeightSource, drop_unused, readers
+from .tied_tables import Layout, SharedWeight
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,9 @@ def quantize_fused(
     sites: Sequence[LinearSite],
     schemes: Mapping[str, Scheme],
     solved: Mapping[str, SolvedWeight],
-) -> list[SiteReport]:
-    """Replace `sites` in place by QLinear; a report for each.
+    tied: Collection[ir.Value] = (),
+) -> tuple[list[SiteReport], list[SharedWeight]]:
+    """Replace `sites` in place by QLinear; a report for each, and the 8-bit weights of roots in `tied`.
 
     schemes: by node name, of the form fused: 8-bit weights with a scale a channel, or 4-bit ones in blocks. solved:
     integers found in advance, by node name. Everything is checked first: ModelError for a weight that is not float32, a
@@ -60,13 +62,17 @@ def quantize_fused(
         groups.setdefault((site.input, _block(schemes[site.node_name])), []).append(site)
     names = GraphNames(model.graph)
     stored: dict[tuple[object, ...], tuple[ir.Value, ir.Value]] = {}
+    shared: list[SharedWeight] = []
     for (_, block), group in groups.items():
         assert block is None or isinstance(block, int)
         key = (block, *(site.weight_key() for site in group))
         if key not in stored:
             stored[key] = _store(names, group, block, schemes, solved)
         _replace(model, names, group, block, stored[key])
-    return [_report(site, schemes[site.node_name]) for site in sites]
+        site = group[0]
+        if site.root in tied and len(group) == 1 and block is None:
+            shared.append(SharedWeight(site, *stored[key], zero=128, layout=Layout.PANELS))
+    return [_report(site, schemes[site.node_name]) for site in sites], shared
 
 
 def _block(scheme: Scheme) -> int | None:

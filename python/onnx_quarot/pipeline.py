@@ -127,8 +127,9 @@ def quantize(
     scheme's own). weights: how integer weights are chosen, ``rtn`` or ``gptq``; block: input features that share a
     scale, for schemes that have blocks; None for the scheme's own. kv_cache: ``int8`` or ``int4`` (a scale a channel),
     or either with ``-tensor`` (a scale a tensor), for models whose attention is GroupQueryAttention. tied: an embedding
-    table that is also the head's weight stays one matrix, which is then not rotated; False (or ``config``) makes it
-    two. op_types: what is quantized; Gather stands for tables of embeddings, of which only the weights become integers.
+    table that is also the head's weight stays one matrix; False (or ``config``) makes it two, which saves one or two
+    online transforms of a row a token. op_types: what is quantized; Gather stands for tables of embeddings, of which
+    only the weights become integers.
     exclude: names (or patterns) of nodes that stay in floating point. layers: other schemes, or None for floating
     point, by node name, pattern or operator type, the first that fits. rotations: R1, R2 and R4 unless given, and R3
     with the cache int4-tensor (scales a channel do not gain from it); () means none, and R3 is left out where the cache
@@ -167,7 +168,7 @@ def quantize(
             done = quantize_sites(model, float_path, sites, chosen, data, folder, show, mixed=mixed, overrides=others)
             if "Gather" in op_types:
                 share_tables(model, done.shared)
-                tables = quantize_tables(model)
+                tables = quantize_tables(model, skip=[weight.scales for weight in done.shared])
         with clock.step("save"), show.task("writing", None):
             stage(model, path, folder).publish()
             companions = complete_folder(Path(source), path)

@@ -43,7 +43,7 @@ from .sites import (
     linear_sites,
     readers,
 )
-from .tied_tables import SharedWeight
+from .tied_tables import Layout, SharedWeight
 
 __all__ = ["LINEAR_OPS", "LinearSite", "SiteReport", "linear_sites", "quantize_linears"]
 
@@ -271,7 +271,7 @@ class _Editor:
         quantized = self._initializer(weight.tensor(""), f"{base}_quantized")
         scale = self._initializer(weight.scale_tensor(""), f"{base}_scale")
         if site.root in self.tied and axis == 1:
-            self.shared[site.root] = SharedWeight(site, quantized, scale, weight.zero_point, in_blocks=False)
+            self.shared[site.root] = SharedWeight(site, quantized, scale, weight.zero_point, layout=Layout.COLUMNS)
         # Not shared between weights, for the same reason.
         zero = self._constant_of(weight.zero_point, weight.dtype, weight.scale_shape, f"{base}_zero_point")
         operand = self._value(f"{base}_dequantized", ir.DataType.FLOAT, ir.Shape(shape))

@@ -8,6 +8,7 @@ Rows are looked up first and scaled after, so that no more than the rows in use 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,12 +34,19 @@ class TableReport:
     quantized_bytes: int
 
 
-def quantize_tables(model: ir.Model, spec: TensorSpec = TABLE_SPEC, *, min_elements: int = 2**16) -> list[TableReport]:
+def quantize_tables(
+    model: ir.Model,
+    spec: TensorSpec = TABLE_SPEC,
+    *,
+    min_elements: int = 2**16,
+    skip: Collection[ir.Value] = (),
+) -> list[TableReport]:
     """Quantize, in place, every table that a Gather of the main graph looks rows up in; one scale a row.
 
     A table is a float32 constant of rank 2 and at least `min_elements` values, read directly or through
     Transpose, Cast or Identity (a tied embedding), by a Gather over axis 0 with indices that are not
-    constant. Other readers of the constant keep it. Integers are evaluated when the model is saved.
+    constant. Other readers of the constant keep it. `skip`: constants that stay. Integers are evaluated when the model
+    is saved.
     ConfigError for a spec that is not signed, symmetric, 8 or 16 bits wide and per channel.
     """
     if not (spec.signed and spec.symmetric and spec.per_channel and spec.bits >= 8):
@@ -46,6 +54,7 @@ def quantize_tables(model: ir.Model, spec: TensorSpec = TABLE_SPEC, *, min_eleme
     return [
         report
         for node in tuple(model.graph)
+        if node.inputs and node.inputs[0] not in skip
         if (report := _quantize(model.graph, node, spec, min_elements)) is not None
     ]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 import numpy as np
 import onnx_ir as ir
@@ -16,19 +17,23 @@ from .editing import GraphNames, take_over
 from .sites import LinearSite, constant_root, drop_unused
 
 
+class Layout(Enum):
+    """How integers of a weight [depth, channels] are stored; a table's rows are its channels."""
+
+    COLUMNS = "[depth, channels], with scales [channels]"
+    BLOCKS = "[channels, blocks, block], with scales [channels, blocks]"
+    PANELS = "[channels / 16, depth / 4, 16, 4], filled up with zeros, with scales [channels]"
+
+
 @dataclass(frozen=True)
 class SharedWeight:
-    """The integers of a linear layer's weight where a table can read them.
-
-    codes: [depth, channels] with scales [channels], or, in blocks, [channels, blocks, block] of 8 bits with scales
-    [channels, blocks]. zero: the code of zero.
-    """
+    """The 8-bit integers of a linear layer's weight where a table can read them. zero: the code of zero."""
 
     site: LinearSite
     codes: ir.Value
     scales: ir.Value
     zero: int
-    in_blocks: bool
+    layout: Layout
 
 
 def tied_roots(model: ir.Model, sites: Sequence[LinearSite]) -> set[ir.Value]:
@@ -92,38 +97,84 @@ def _replace(graph: ir.Graph, names: GraphNames, node: ir.Node, weight: SharedWe
     table, ids = node.inputs[0], node.inputs[1]
     assert table is not None
     assert ids is not None
-    assert ids.shape is not None
-    rank = len(ids.shape)
-    base = node.name or "Gather"
-    nodes: list[ir.Node] = []
-
-    def add(op_type: str, inputs: Sequence[ir.Value], dtype: ir.DataType, **attributes: int | list[int]) -> ir.Value:
-        made = ir.node(op_type, inputs, attributes, name=names.unique(f"{base}_{op_type}"))
-        made.outputs[0].name = names.unique(f"{base}_{op_type}_output")
-        made.outputs[0].type = ir.TensorType(dtype)
-        nodes.append(made)
-        return made.outputs[0]
-
-    def constant(array: object, name: str) -> ir.Value:
-        return names.initializer(ir.Tensor(np.asarray(array)), f"{base}_{name}")
-
-    stored = weight.codes.dtype
-    assert stored is not None
-    if weight.in_blocks:
-        codes = add("Gather", [weight.codes, ids], stored, axis=0)
-    else:
-        columns = add("Gather", [weight.codes, ids], stored, axis=1)
-        codes = add("Transpose", [columns], stored, perm=[*range(1, rank + 1), 0])
-    values = add("Cast", [codes], ir.DataType.FLOAT, to=int(ir.DataType.FLOAT))
-    if weight.zero:
-        values = add("Sub", [values, constant(np.float32(weight.zero), "zero")], ir.DataType.FLOAT)
-    scales = add("Gather", [weight.scales, ids], ir.DataType.FLOAT, axis=0)
-    scales = add("Unsqueeze", [scales, constant(np.array([-1], np.int64), "axis")], ir.DataType.FLOAT)
-    rows = add("Mul", [values, scales], ir.DataType.FLOAT)
-    if weight.in_blocks:
-        shape = constant(np.array([0] * rank + [weight.site.depth], np.int64), "shape")
-        rows = add("Reshape", [rows, shape], ir.DataType.FLOAT)
-    graph.insert_before(node, nodes)
+    lookup = _Lookup(names, node.name or "Gather", ids, weight)
+    rows = lookup.rows()
+    graph.insert_before(node, lookup.nodes)
     take_over(node.outputs[0], rows)
     graph.remove(node, safe=True)
     drop_unused(graph, table)
+
+
+class _Lookup:
+    """The nodes that look rows of a table up in a layer's integers."""
+
+    def __init__(self, names: GraphNames, base: str, ids: ir.Value, weight: SharedWeight) -> None:
+        assert ids.shape is not None
+        self._names, self._base, self._ids, self._weight = names, base, ids, weight
+        self._rank = len(ids.shape)
+        self.nodes: list[ir.Node] = []
+
+    def rows(self) -> ir.Value:
+        """float32 [*ids, depth]."""
+        weight, real = self._weight, ir.DataType.FLOAT
+        find = {Layout.COLUMNS: self._from_columns, Layout.BLOCKS: self._from_blocks, Layout.PANELS: self._from_panels}
+        values = self._add("Cast", [find[weight.layout]()], real, to=int(real))
+        if weight.zero:
+            values = self._add("Sub", [values, self._constant(np.float32(weight.zero), "zero")], real)
+        scales = self._add("Gather", [weight.scales, self._ids], real, axis=0)
+        scales = self._add("Unsqueeze", [scales, self._integers([-1], "axis")], real)
+        rows = self._add("Mul", [values, scales], real)
+        if weight.layout is Layout.BLOCKS:
+            rows = self._add("Reshape", [rows, self._integers([0] * self._rank + [weight.site.depth], "shape")], real)
+        return rows
+
+    def _from_columns(self) -> ir.Value:
+        columns = self._add("Gather", [self._weight.codes, self._ids], self._stored, axis=1)
+        return self._add("Transpose", [columns], self._stored, perm=[*range(1, self._rank + 1), 0])
+
+    def _from_blocks(self) -> ir.Value:
+        return self._add("Gather", [self._weight.codes, self._ids], self._stored, axis=0)
+
+    def _from_panels(self) -> ir.Value:
+        """Channel c is every fourth of features at [c / 16, :, c mod 16]."""
+        site, whole = self._weight.site, ir.DataType.INT64
+        steps = -(-site.depth // 4)
+        ids = self._add("Cast", [self._ids], whole, to=int(whole))
+        # Counted from the end where negative, as Gather has it; the scales' own Gather refuses what is out of range.
+        ids = self._add("Mod", [ids, self._integers(site.channels, "channels")], whole)
+        sixteen = self._integers(16, "panel")
+        panel = self._add("Div", [ids, sixteen], whole)
+        lane = self._add("Mod", [ids, sixteen], whole)
+        last = self._integers([-2, -1], "axes")
+        places = self._integers(np.stack([np.zeros(steps), np.arange(steps), np.zeros(steps)], axis=1), "steps")
+        for value, unit, name in ((panel, [1, 0, 0], "first"), (lane, [0, 0, 1], "last")):
+            column = self._add("Unsqueeze", [value, last], whole)
+            places = self._add("Add", [self._add("Mul", [column, self._integers(unit, name)], whole), places], whole)
+        fours = self._add("GatherND", [self._weight.codes, places], self._stored)
+        shape = self._integers([0] * self._rank + [4 * steps], "shape")
+        rows = self._add("Reshape", [fours, shape], self._stored)
+        if site.depth == 4 * steps:
+            return rows
+        ends = [self._integers([number], name) for number, name in ((0, "start"), (site.depth, "end"), (-1, "axis"))]
+        return self._add("Slice", [rows, *ends], self._stored)
+
+    @property
+    def _stored(self) -> ir.DataType:
+        dtype = self._weight.codes.dtype
+        assert dtype is not None
+        return dtype
+
+    def _add(
+        self, op_type: str, inputs: Sequence[ir.Value], dtype: ir.DataType, **attributes: int | list[int]
+    ) -> ir.Value:
+        made = ir.node(op_type, inputs, attributes, name=self._names.unique(f"{self._base}_{op_type}"))
+        made.outputs[0].name = self._names.unique(f"{self._base}_{op_type}_output")
+        made.outputs[0].type = ir.TensorType(dtype)
+        self.nodes.append(made)
+        return made.outputs[0]
+
+    def _constant(self, array: object, name: str) -> ir.Value:
+        return self._names.initializer(ir.Tensor(np.asarray(array)), f"{self._base}_{name}")
+
+    def _integers(self, values: object, name: str) -> ir.Value:
+        return self._constant(np.asarray(values).astype(np.int64), name)

@@ -16,7 +16,7 @@ from onnx_quarot.discovery.labels import Labels
 from onnx_quarot.discovery.prepare import prepare
 from onnx_quarot.discovery.rules import apply_rules
 from onnx_quarot.discovery.shapes import Shapes
-from onnx_quarot.discovery.tied import keep_tied
+from onnx_quarot.discovery.tied import TiedHead, agree, keep_basis, share_basis, tied_heads
 from onnx_quarot.discovery.typing import Typing
 from onnx_quarot.errors import ConfigError, ModelError
 from onnx_quarot.plan import DEFAULT_ROTATIONS, ROTATIONS, Plan
@@ -48,9 +48,9 @@ def discover_model(
     rotations: which of R1 (the residual stream), R2 (attention values, a rotation a head), R3 (queries and keys) and R4
     (everything else, usually online in front of the down projection) may be used. block_size: rotate in blocks of this
     many features instead of whole axes where it divides them. seed: random signs in front of every rotation, drawn in
-    the order of the graph; None for plain Hadamard matrices. tied: leave an embedding table that is also a linear
-    layer's weight in its basis, so that it stays one matrix (see :mod:`tied`). keys: take RoPE out of attention even
-    where R3 is not asked for, for a cache that needs keys as they are compared.
+    the order of the graph; None for plain Hadamard matrices. tied: an embedding table that is also a linear layer's
+    weight stays one matrix, at the price of one or two online transforms (see :mod:`tied`). keys: take RoPE out of
+    attention even where R3 is not asked for, for a cache that needs keys as they are compared.
 
     Raises ModelError when the model holds no linear layer, ConfigError for an unknown rotation or an impossible size.
     """
@@ -64,9 +64,7 @@ def discover_model(
     quantized = sorted({n.op_type for n in model.graph if n.op_type in _QUANTIZED})
     keys = keys or "R3" in wanted
     prepare(model, keys=keys)
-    typing = Typing(model.graph, Shapes(model))
-    apply_rules(typing)
-    kept = keep_tied(typing) if tied else []
+    typing = _typed(model)
     if not typing.reads and not typing.unknown:
         if quantized:
             raise ModelError(
@@ -74,7 +72,11 @@ def discover_model(
                 "point: rotate the model it was made from"
             )
         raise ModelError("the model has no linear layer (MatMul or Gemm with a constant matrix): nothing to rotate")
-    builder = Builder(model, typing, Labels(typing, wanted), block_size, seed)
+    labels, heads = _labels(typing, wanted, tied)
+    if not agree(typing, labels, heads):
+        typing = _typed(model)
+        labels, heads = _labels(typing, wanted, tied, apart=True)
+    builder = Builder(model, typing, labels, block_size, seed)
     if quantized:
         builder.note(
             f"the model is already quantized in part ({', '.join(quantized)}): what is quantized keeps its basis; "
@@ -83,9 +85,22 @@ def discover_model(
     if any(isinstance(a, ir.Attr) and a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
            for n in model.graph for a in n.attributes.values()):  # fmt: skip
         builder.note("subgraphs (If, Loop, Scan) are left alone, with everything they read")
-    for name in kept:
-        builder.note(f"{name} stays tied: the table and the layer keep one matrix, in its own basis")
+    for head in heads:
+        basis = "rotated" if labels.any_rotated(head.weight, head.read.slot.axis) else "in its own basis"
+        builder.note(f"{head.name} stays tied: the table and the layer keep one matrix, {basis}")
     return builder.plan(wanted, fingerprint(model), keys=keys)
+
+
+def _typed(model: ir.Model) -> Typing:
+    typing = Typing(model.graph, Shapes(model))
+    apply_rules(typing)
+    return typing
+
+
+def _labels(typing: Typing, wanted: frozenset[str], tied: bool, apart: bool = False) -> tuple[Labels, list[TiedHead]]:
+    heads = tied_heads(typing) if tied else []
+    (keep_basis if apart else share_basis)(typing, heads)
+    return Labels(typing, wanted), heads
 
 
 def fingerprint(model: ir.Model) -> str:
