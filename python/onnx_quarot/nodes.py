@@ -12,7 +12,7 @@ _AXES_INPUT_OPSET = 18
 def add_behind(model: ir.Model, node: ir.Node, bias: ir.Value) -> None:
     """Add ``bias`` to output 0 of ``node``; all readers see the sum, which takes over the output's name."""
     old = node.outputs[0]
-    add = ir.node("Add", [old, bias], name=f"{node.name}/bias")
+    add = ir.node("Add", [old, bias], name=f"{old.name}/bias")  # nodes may be without names, values are not
     new = add.outputs[0]
     new.type, new.shape = old.type or ir.TensorType(bias.dtype), old.shape  # type: ignore[arg-type]
     name, old.name = old.name, f"{old.name}.product"

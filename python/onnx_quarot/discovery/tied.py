@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from onnx_quarot.discovery.constants import constant
 from onnx_quarot.discovery.labels import Labels
 from onnx_quarot.discovery.rules.readers import is_uniform, is_zero
-from onnx_quarot.discovery.typing import Read, Scale, Typing, Use
+from onnx_quarot.discovery.typing import Kind, Read, Scale, Typing, Use
 
 APART = "left in its basis to stay tied to the embedding table"
 AHEAD = "its scale would become part of a layer that is tied to the embedding table"
@@ -54,7 +54,7 @@ def share_basis(typing: Typing, heads: list[TiedHead]) -> None:
             keep_basis(typing, [head])
             continue
         for table in head.tables:
-            typing.tie(head.weight, head.read.slot.axis, table, 1)
+            typing.tie(head.weight, head.read.slot.axis, table, 1, Kind.SHARED)
         for scale in typing.scales:
             if head.read.slot in scale.readers and _folds(scale):
                 typing.block(scale.out, -1, AHEAD)

@@ -57,6 +57,7 @@ class Kind(Enum):
     CONTRACT = "contract"  # both are summed over, one against the other
     NORM = "norm"  # an RMS normalisation
     SCALE = "scale"  # a constant factor a feature, folded into the readers
+    SHARED = "shared"  # one constant is read by both: the same basis, though the streams are others
     CENTRE = "centre"  # the mean is subtracted on the way; the same as LINEAR where it is zero already
 
 
