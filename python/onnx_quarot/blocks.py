@@ -181,9 +181,8 @@ def quantize_blocks(
     """Replace `sites` in place by MatMulNBits; a report for each, and the weights of roots in `tied`.
 
     schemes: by node name, of the form block. solved: integers found in advance, by node name. tied:
-    root constants whose integers tables will read too, returned where they are symmetric, of 8 bits, and fill their
-    blocks. A bias is added after
-    the product. Everything is checked first: ModelError for a weight that is not float32, a Gemm that transposes its
+    root constants whose integers tables will read too, returned where they fill their blocks. A bias is added after the
+    product. Everything is checked first: ModelError for a weight that is not float32, a Gemm that transposes its
     activations, or too old an opset.
     """
     for site in sites:
@@ -207,14 +206,10 @@ def quantize_blocks(
                 names.initializer(weight.scales_tensor(), f"{site.weight}_scales"),
                 names.initializer(weight.zeros_tensor(), f"{site.weight}_zero_points") if weight.has_zeros else None,
             )
-            if (
-                site.root in tied
-                and scheme.weight.bits == 8
-                and scheme.weight.symmetric
-                and site.depth % scheme.block == 0
-            ):
+            if site.root in tied and site.depth % scheme.block == 0:
                 place = stored[key]
-                shared.append(SharedWeight(site, place.codes, place.scales, zero=128, layout=Layout.BLOCKS))
+                zero = place.weight.default_zero if place.zeros is None else place.zeros
+                shared.append(SharedWeight(site, place.codes, place.scales, zero, Layout.BLOCKS, scheme.weight.bits))
         place = stored[key]
         _replace(model.graph, names, site, place)
         bits = scheme.weight.bits

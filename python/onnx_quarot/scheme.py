@@ -34,7 +34,8 @@ class TensorSpec:
     """How one kind of tensor is quantized.
 
     bits: 4, 8 or 16. signed: integer type. symmetric: the range is made [-m, m]; a signed symmetric type then
-    leaves out its lowest value (int8: -127..127). per_channel: one scale an output channel instead of one a
+    leaves out its lowest value (int8: -127..127), unless lowest: then the larger end of a range gets it, by a scale
+    that may be negative. per_channel: one scale an output channel instead of one a
     tensor. method: how activations get their range, one of METHODS; of weights minmax (their extremes) or mse (the
     range of least squared error).
     """
@@ -44,6 +45,7 @@ class TensorSpec:
     symmetric: bool = True
     per_channel: bool = False
     method: str = "minmax"
+    lowest: bool = False
 
     def __post_init__(self) -> None:
         if (self.bits, self.signed) not in _STORAGE:
@@ -67,7 +69,7 @@ class TensorSpec:
         if not self.signed:
             return 0, 2**self.bits - 1
         high = 2 ** (self.bits - 1) - 1
-        return (-high if self.symmetric else -high - 1), high
+        return (-high if self.symmetric and not self.lowest else -high - 1), high
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ _UINT8 = TensorSpec(bits=8, signed=False, symmetric=False, method="mse")
 _UINT4 = TensorSpec(bits=4, signed=False, symmetric=False, method="mse")
 _INT8 = TensorSpec(method="mse")
 _INT8_CHANNEL = TensorSpec(bits=8, signed=True, symmetric=True, per_channel=True, method="mse")
+_INT4_BLOCK = TensorSpec(bits=4, method="mse", lowest=True)
 _INT4_CHANNEL = TensorSpec(bits=4, signed=True, symmetric=True, per_channel=True, method="mse")
 
 _SCHEMES = (
@@ -155,7 +158,7 @@ _SCHEMES = (
     Scheme("a8w4", _UINT8, _INT4_CHANNEL, weights="gptq", head_bits=8),
     Scheme("a4w4", _UINT4, _UINT4, form="token", block=32, weights="gptq", head_bits=8),
     Scheme("a8w8-dynamic", TensorSpec(), _INT8_CHANNEL, form="fused"),
-    Scheme("a8w4-dynamic", TensorSpec(), TensorSpec(bits=4), form="fused", block=64, weights="gptq", head_bits=8),
+    Scheme("a8w4-dynamic", TensorSpec(), _INT4_BLOCK, form="fused", block=64, weights="gptq", head_bits=8),
     # With one operator of ONNX Runtime's own, and one range a tensor.
     Scheme("a8w8-dynamic-tensor", _UINT8, _INT8_CHANNEL, form="dynamic"),
     Scheme("a8w8-block", _INT8, _INT8, form="block", block=128),

@@ -27,13 +27,24 @@ class Layout(Enum):
 
 @dataclass(frozen=True)
 class SharedWeight:
-    """The 8-bit integers of a linear layer's weight where a table can read them. zero: the code of zero."""
+    """The integers of a linear layer's weight where a table can read them.
+
+    zero: the code of zero, or such codes, [channels, blocks] stored like the weight's. bits: 8, or 4 in blocks: two
+    codes a byte, lower half first.
+    """
 
     site: LinearSite
     codes: ir.Value
     scales: ir.Value
-    zero: int
+    zero: int | ir.Value
     layout: Layout
+    bits: int = 8
+
+    @property
+    def scales_shape(self) -> tuple[int, ...]:
+        """The scales' dimensions."""
+        assert self.scales.shape is not None
+        return tuple(self.scales.shape.numpy())
 
 
 def tied_roots(model: ir.Model, sites: Sequence[LinearSite]) -> set[ir.Value]:
@@ -119,8 +130,8 @@ class _Lookup:
         weight, real = self._weight, ir.DataType.FLOAT
         find = {Layout.COLUMNS: self._from_columns, Layout.BLOCKS: self._from_blocks, Layout.PANELS: self._from_panels}
         values = self._add("Cast", [find[weight.layout]()], real, to=int(real))
-        if weight.zero:
-            values = self._add("Sub", [values, self._constant(np.float32(weight.zero), "zero")], real)
+        if weight.zero != 0:
+            values = self._add("Sub", [values, self._zero()], real)
         scales = self._add("Gather", [weight.scales, self._ids], real, axis=0)
         scales = self._add("Unsqueeze", [scales, self._integers([-1], "axis")], real)
         rows = self._add("Mul", [values, scales], real)
@@ -133,7 +144,36 @@ class _Lookup:
         return self._add("Transpose", [columns], self._stored, perm=[*range(1, self._rank + 1), 0])
 
     def _from_blocks(self) -> ir.Value:
-        return self._add("Gather", [self._weight.codes, self._ids], self._stored, axis=0)
+        weight = self._weight
+        codes = self._add("Gather", [weight.codes, self._ids], self._stored, axis=0)
+        return codes if weight.bits == 8 else self._halves(codes, [weight.scales_shape[1], -1])
+
+    def _zero(self) -> ir.Value:
+        weight, real = self._weight, ir.DataType.FLOAT
+        if isinstance(weight.zero, int):
+            return self._constant(np.float32(weight.zero), "zero")
+        blocks = weight.scales_shape[1]
+        found = self._add("Gather", [weight.zero, self._ids], self._stored, axis=0)
+        if weight.bits == 4:
+            found = self._halves(found, [-1])
+            if blocks % 2:
+                found = self._slice(found, blocks)
+        zeros = self._add("Cast", [found], real, to=int(real))
+        return self._add("Unsqueeze", [zeros, self._integers([-1], "axis")], real)
+
+    def _halves(self, codes: ir.Value, shape: list[int]) -> ir.Value:
+        """Both halves of every byte beside one another, in `shape` behind the ids' axes."""
+        sixteen = self._constant(np.uint8(16), "half")
+        high = self._add("Div", [codes, sixteen], self._stored)
+        low = self._add("Sub", [codes, self._add("Mul", [high, sixteen], self._stored)], self._stored)
+        last = self._integers([-1], "axis")
+        pair = [self._add("Unsqueeze", [half, last], self._stored) for half in (low, high)]
+        both = self._add("Concat", pair, self._stored, axis=-1)
+        return self._add("Reshape", [both, self._integers([0] * self._rank + shape, "shape")], self._stored)
+
+    def _slice(self, rows: ir.Value, length: int) -> ir.Value:
+        ends = [self._integers([number], name) for number, name in ((0, "start"), (length, "end"), (-1, "axis"))]
+        return self._add("Slice", [rows, *ends], self._stored)
 
     def _from_panels(self) -> ir.Value:
         """Channel c is every fourth of features at [c / 16, :, c mod 16]."""
@@ -155,8 +195,7 @@ class _Lookup:
         rows = self._add("Reshape", [fours, shape], self._stored)
         if site.depth == 4 * steps:
             return rows
-        ends = [self._integers([number], name) for number, name in ((0, "start"), (site.depth, "end"), (-1, "axis"))]
-        return self._add("Slice", [rows, *ends], self._stored)
+        return self._slice(rows, site.depth)
 
     @property
     def _stored(self) -> ir.DataType:
