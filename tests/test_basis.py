@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onnx_quarot.discovery.basis import DisjointSets, Segment
+from onnx_quarot.errors import ModelError
 
 
 def test_unified_segments_share_leaves() -> None:
@@ -33,7 +34,7 @@ def test_packed_axis_meets_its_pieces() -> None:
 
 
 def test_lengths_must_agree() -> None:
-    with pytest.raises(AssertionError, match="4 and 5"):
+    with pytest.raises(ModelError, match="4 features are used as 5"):
         Segment(4).unify(Segment(5))
     with pytest.raises(AssertionError, match="sum to 5"):
         Segment(4, [Segment(2), Segment(3)])

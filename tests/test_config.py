@@ -363,3 +363,22 @@ def test_default_configs() -> None:
     assert not translate(get_default_config("U8S8_AAWS"))["scheme"].activation.signed
     with pytest.raises(ConfigError, match="XINT8"):
         get_default_config("XINT8")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"global_config": True}, "layer config is True; it must be a dict"),
+        ({"global_config": {"weight": [1]}}, r"tensor config is \[1\]; it must be a dict"),
+        ({"algo_config": 5}, "algo_config is 5; it must be a list"),
+        ({"algo_config": [{"name": []}]}, r"algorithm name is \[\]"),
+        ({"exclude": 1.5}, "exclude is 1.5; it must be a list"),
+        ({"layer_type_config": [[{}]]}, "an entry of layer_type_config is not a pair"),
+        ({"layer_type_config": [[{}, "MatMul"]]}, "names in layer_type_config is 'MatMul'; it must be a list"),
+    ],
+)
+def test_dictionaries_of_another_form(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        QConfig.from_dict({**QConfig.get_default_config("A8W8").to_dict(), **change})
+    with pytest.raises(ConfigError, match="config is 'text'; it must be a dict"):
+        QConfig.from_dict("text")  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -108,3 +109,58 @@ def test_an_unexpected_exception_is_told_in_one_line_with_what_the_checker_says(
     assert "\n" not in str(caught.value)
     with pytest.raises(oq.ConfigError, match="as it is"), blamed_on(sound):
         raise oq.ConfigError("as it is")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.graph.node[1].input.pop(), "MatMul '' lacks its input 1"),
+        (lambda m: setattr(m, "ir_version", 2**40), f"the IR version is {2**40}"),
+        (lambda m: setattr(m.opset_import[0], "version", -1), "the opset '' version is -1"),
+        (lambda m: setattr(m.graph.initializer[0], "raw_data", bytes(60)), "holds 60 bytes; it needs 64 bytes"),
+        (lambda m: place(m, "w\0"), "no name of a file"),
+        (lambda m: m.graph.input[0].type.tensor_type.shape.dim[1].CopyFrom(dim(5)), "shapes disagree|cannot be"),
+    ],
+    ids=["inputs", "ir version", "opset", "bytes", "location", "shapes"],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, change: Callable[[onnx.ModelProto], object], message: str) -> None:
+    path = two_matmuls(tmp_path / "m.onnx")
+    model = onnx.load(path)
+    change(model)
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(oq.OnnxQuarotError, match=message) as caught:
+        oq.rotate(path, tmp_path / "r.onnx")
+    assert caught.value.__cause__ is None or "\n" not in str(caught.value)
+    assert not (tmp_path / "r.onnx").exists()
+
+
+def dim(length: int) -> onnx.TensorShapeProto.Dimension:
+    return onnx.TensorShapeProto.Dimension(dim_value=length)
+
+
+def place(model: onnx.ModelProto, location: str) -> None:
+    tensor = model.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=location)
+
+
+def test_a_model_that_does_not_run_is_not_rotated(tmp_path: Path) -> None:
+    """Shapes that agree as far as they are known, and not when it runs."""
+    path = two_matmuls(tmp_path / "m.onnx")
+    model = onnx.load(path)
+    model.graph.node.insert(0, helper.make_node("Reshape", ["x", "wrong"], ["z"]))
+    model.graph.node[1].input[0] = "z"
+    model.graph.initializer.append(helper.make_tensor("wrong", TensorProto.INT64, [2], [7, 4]))
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(oq.OnnxQuarotError, match="cannot be run on random inputs") as caught:
+        oq.rotate(path, tmp_path / "r.onnx")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "r.onnx").exists()
+
+
+def test_onnxruntimes_operators_in_onnxs_domain_are_no_fault_of_a_model(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(small_llama.build(small_llama.Config()).SerializeToString())
+    with pytest.raises(oq.ModelError, match="is not understood"), blamed_on(path):
+        raise IndexError

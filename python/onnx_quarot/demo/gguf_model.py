@@ -103,19 +103,31 @@ class GgufLlama:
         """Whether the file has a tensor of this name (without ".weight")."""
         return f"{name}.weight" in self._tensors
 
-    def _require(self, key: str) -> Any:
-        value = self.metadata(key)
+    def _require(self, key: str, default: Any = None) -> Any:
+        value = self.metadata(key, default)
         if value is None:
             raise ModelError(f"{self.path} has no metadata {key}, which a Llama GGUF must have")
         return value
 
+    def _count(self, key: str, default: int | None = None) -> int:
+        value = self._require(key, default)
+        if not isinstance(value, int) or value < 1:
+            raise ModelError(f"{self.path} has {key} = {value!r}; it must be a whole number from 1 on")
+        return value
+
+    def _real(self, key: str, default: float | None = None) -> float:
+        value = self._require(key, default)
+        if not isinstance(value, int | float):
+            raise ModelError(f"{self.path} has {key} = {value!r}; it must be a number")
+        return float(value)
+
     def _read_config(self) -> LlamaConfig:
         if "token_embd.weight" not in self._tensors:
             raise ModelError(f"{self.path} has no tensor token_embd.weight")
-        hidden = int(self._require("llama.embedding_length"))
-        heads = int(self._require("llama.attention.head_count"))
-        head_size = int(self.metadata("llama.attention.key_length", hidden // heads))
-        kv_heads = int(self.metadata("llama.attention.head_count_kv", heads))
+        hidden = self._count("llama.embedding_length")
+        heads = self._count("llama.attention.head_count")
+        head_size = self._count("llama.attention.key_length", hidden // heads)
+        kv_heads = self._count("llama.attention.head_count_kv", heads)
         for key, expected in (
             ("llama.attention.value_length", head_size),
             ("llama.rope.dimension_count", head_size),
@@ -127,16 +139,16 @@ class GgufLlama:
         if heads % kv_heads:
             raise ModelError(f"{self.path} has {heads} heads, which is no multiple of its {kv_heads} key/value heads")
         return LlamaConfig(
-            layers=int(self._require("llama.block_count")),
+            layers=self._count("llama.block_count"),
             hidden=hidden,
-            intermediate=int(self._require("llama.feed_forward_length")),
+            intermediate=self._count("llama.feed_forward_length"),
             heads=heads,
             kv_heads=kv_heads,
             head_size=head_size,
             vocabulary=int(self._tensors["token_embd.weight"].shape[1]),
-            context=int(self._require("llama.context_length")),
-            norm_epsilon=float(self._require("llama.attention.layer_norm_rms_epsilon")),
-            rope_theta=float(self.metadata("llama.rope.freq_base", 10000.0)),
+            context=self._count("llama.context_length"),
+            norm_epsilon=self._real("llama.attention.layer_norm_rms_epsilon"),
+            rope_theta=self._real("llama.rope.freq_base", 10000.0),
             tied="output.weight" not in self._tensors,
         )
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 from onnx_quarot.demo.gguf_model import GgufLlama
 from onnx_quarot.errors import ModelError
+
+T = TypeVar("T")
 
 # Token types of the GGUF specification that are matched in text before anything else.
 _CONTROL, _USER_DEFINED = 3, 4
@@ -34,12 +36,16 @@ def tokenizer_json(model: GgufLlama) -> dict[str, Any]:
     if kind != "gpt2":
         raise ModelError(f"{model.path} has the tokenizer {kind!r}, only byte-level BPE ('gpt2') can be written")
     splitter = model.metadata("tokenizer.ggml.pre", "gpt-2")
-    if splitter not in _PRE_TOKENIZERS:
+    if not isinstance(splitter, str) or splitter not in _PRE_TOKENIZERS:
         known = ", ".join(sorted(_PRE_TOKENIZERS))
         raise ModelError(f"{model.path} splits text by the rules {splitter!r}; known are {known}")
-    tokens: list[str] = model.metadata("tokenizer.ggml.tokens")
-    types: list[int] = model.metadata("tokenizer.ggml.token_type", [1] * len(tokens))
-    merges: list[str] = model.metadata("tokenizer.ggml.merges", [])
+    tokens = _tokens(model)
+    types = _list(model, "token_type", int, [1] * len(tokens))
+    if len(types) != len(tokens):
+        raise ModelError(f"{model.path} has {len(types)} types of tokens for {len(tokens)} tokens")
+    merges = _list(model, "merges", str, [])
+    if not all(" " in merge for merge in merges):
+        raise ModelError(f"{model.path} has a merge that is not two pieces with a space between them")
     return {
         "version": "1.0",
         "truncation": None,
@@ -79,7 +85,7 @@ def tokenizer_json(model: GgufLlama) -> dict[str, Any]:
 
 def tokenizer_config_json(model: GgufLlama) -> dict[str, Any]:
     """The content of `tokenizer_config.json`: special tokens by role and the chat template."""
-    tokens: list[str] = model.metadata("tokenizer.ggml.tokens")
+    tokens = _tokens(model)
     config: dict[str, Any] = {
         "tokenizer_class": "GPT2Tokenizer",
         "add_prefix_space": False,
@@ -95,9 +101,27 @@ def tokenizer_config_json(model: GgufLlama) -> dict[str, Any]:
     return {key: value for key, value in config.items() if value is not None}
 
 
+def _tokens(model: GgufLlama) -> list[str]:
+    tokens = _list(model, "tokens", str)
+    if not tokens:
+        raise ModelError(f"{model.path} has no tokenizer.ggml.tokens")
+    return tokens
+
+
+def _list(model: GgufLlama, key: str, kind: type[T], default: list[T] | None = None) -> list[T]:
+    values = model.metadata(f"tokenizer.ggml.{key}", default or [])
+    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+        raise ModelError(f"{model.path} has tokenizer.ggml.{key} that is no list of {kind.__name__}")
+    return values
+
+
 def _special(model: GgufLlama, role: str, tokens: list[str]) -> str | None:
     index = model.metadata(f"tokenizer.ggml.{role}_token_id")
-    return None if index is None else tokens[int(index)]
+    if index is None:
+        return None
+    if not isinstance(index, int) or not 0 <= index < len(tokens):
+        raise ModelError(f"{model.path} has {role}_token_id = {index!r}; it must be below {len(tokens)}")
+    return tokens[index]
 
 
 def _post_processor(model: GgufLlama, tokens: list[str]) -> dict[str, Any]:

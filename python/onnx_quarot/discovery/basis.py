@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
+from onnx_quarot.errors import ModelError
+
 
 class Segment:
     """A run of ``length`` features; a node of the union-find forest, with parts once it was cut."""
@@ -84,7 +86,7 @@ class Segment:
         if a is b:
             return
         if a.length != b.length:
-            raise AssertionError(f"cannot unify segments of {a.length} and {b.length} features")
+            raise ModelError(f"model: shapes disagree: {a.length} features are used as {b.length}")
         if a._parts is None:
             a._parent = b
             return

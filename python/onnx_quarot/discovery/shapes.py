@@ -264,7 +264,7 @@ class _Walk:
                 opset_imports=[make.make_opsetid(d, v) for d, v in self.opsets.items()],
                 ir_version=8,
             )
-        except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError, TypeError):
+        except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError, TypeError, ValueError):
             self._merge_conflicting(node, inputs)
             return
         for value in node.outputs:
@@ -281,6 +281,8 @@ class _Walk:
         """
         by_prime = {p: key for key, p in self._symbols.items()}
         shapes = [self.state.shape[v] for v in inputs]
+        if not shapes:
+            return
         joins = node.op_type == "Concat"
         axis = node.attributes.get_int("axis", 0) - (len(shapes[0]) if node.attributes.get_int("axis", 0) >= 0 else 0)
         for i, a in enumerate(shapes):

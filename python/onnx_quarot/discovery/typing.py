@@ -16,6 +16,7 @@ import onnx_ir as ir
 from onnx_quarot.discovery.basis import Segment
 from onnx_quarot.discovery.constants import Constant, constant
 from onnx_quarot.discovery.shapes import Shapes
+from onnx_quarot.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,9 @@ class Use:
 
     @property
     def value(self) -> ir.Value:
-        value = self.node.inputs[self.index]
+        value = self.node.inputs[self.index] if self.index < len(self.node.inputs) else None
         if value is None:
-            raise AssertionError(f"input {self.index} of {self.node.name!r} is absent")
+            raise ModelError(f"model: {self.node.op_type} {self.node.name!r} lacks its input {self.index}")
         return value
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from ...errors import ConfigError
+from .plain import a_dict
 
 
 class AlgoConfig:
@@ -158,9 +159,9 @@ _BY_NAME: dict[str, type[AlgoConfig]] = {
 
 def from_dict(d: dict[str, Any]) -> AlgoConfig:
     """The algorithm a dict names; errors: ConfigError for a name or option that is unknown."""
-    options = dict(d)
+    options = a_dict(d, "an entry of algo_config")
     name = options.pop("name", None)
-    if name not in _BY_NAME:
+    if not isinstance(name, str) or name not in _BY_NAME:
         raise ConfigError(f"algorithm name is {name!r}; it must be one of {', '.join(_BY_NAME)}")
     try:
         return _BY_NAME[name](**options)

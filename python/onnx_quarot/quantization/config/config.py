@@ -8,6 +8,7 @@ from typing import Any
 from ...errors import ConfigError
 from .algorithm import AlgoConfig
 from .algorithm import from_dict as algorithm_from_dict
+from .plain import a_dict, a_list
 from .spec import Int8Spec, QLayerConfig, UInt8Spec
 
 
@@ -69,28 +70,24 @@ class QConfig:
 
     @staticmethod
     def from_dict(d: Mapping[str, Any]) -> QConfig:
-        """The inverse of `to_dict`; errors: ConfigError for an unknown key or no 'global_config'."""
-        try:
-            return QConfig._from_dict(dict(d))
-        except ConfigError:
-            raise
-        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
-            raise ConfigError(f"config is not of the form that to_dict writes ({error})") from error
-
-    @staticmethod
-    def _from_dict(rest: dict[str, Any]) -> QConfig:
+        """The inverse of `to_dict`; errors: ConfigError for an unknown key, a value of the wrong form, or no
+        'global_config'."""
+        rest = a_dict(d, "config")
         if "global_config" not in rest:
             raise ConfigError("config has no 'global_config'; it must hold one")
 
-        def table(pairs: Sequence[Sequence[Any]]) -> dict[Any, Sequence[str]]:
-            return {QLayerConfig.from_dict(k) if isinstance(k, dict) else k: names for k, names in pairs}
+        def table(key: str) -> dict[Any, Sequence[str]]:
+            entries = [a_list(pair, f"an entry of {key}") for pair in a_list(rest.pop(key, None), key)]
+            if any(len(pair) != 2 for pair in entries):
+                raise ConfigError(f"an entry of {key} is not a pair; it must be [layer config, names]")
+            return {QLayerConfig.from_dict(config): a_list(names, f"names in {key}") for config, names in entries}
 
         config = QConfig(
             QLayerConfig.from_dict(rest.pop("global_config")),
-            table(rest.pop("specific_layer_config", None) or ()),
-            table(rest.pop("layer_type_config", None) or ()),
-            rest.pop("exclude", None),
-            [algorithm_from_dict(x) for x in rest.pop("algo_config", None) or ()],
+            table("specific_layer_config"),
+            table("layer_type_config"),
+            a_list(rest.pop("exclude", None), "exclude"),
+            [algorithm_from_dict(x) for x in a_list(rest.pop("algo_config", None), "algo_config")],
             rest.pop("use_external_data_format", False),
             extra_options=rest.pop("extra_options", None),
         )

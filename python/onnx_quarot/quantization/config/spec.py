@@ -7,6 +7,7 @@ from typing import Any, ClassVar, TypeVar
 
 from ...errors import ConfigError
 from .data_type import DataType
+from .plain import a_dict
 
 
 class CalibMethod(Enum):
@@ -123,6 +124,7 @@ class QTensorConfig:
     @staticmethod
     def from_dict(d: dict[str, Any]) -> QTensorConfig:
         """The inverse of `to_dict`; errors: ConfigError for an unknown or missing key."""
+        d = a_dict(d, "tensor config")
         known = {"symmetric", "scale_type", "calibration_method", "quant_granularity", "data_type"}
         if unknown := sorted(set(d) - known):
             raise ConfigError(f"tensor config has the key {unknown[0]!r}; known are {', '.join(sorted(known))}")
@@ -349,6 +351,7 @@ class QLayerConfig:
     @staticmethod
     def from_dict(d: dict[str, Any]) -> QLayerConfig:
         """The inverse of `to_dict`; errors: ConfigError for an unknown key."""
+        d = a_dict(d, "layer config")
         known = ("input_tensors", "activation", "weight", "bias", "output_tensors")
         if unknown := sorted(set(d) - set(known)):
             raise ConfigError(f"layer config has the key {unknown[0]!r}; known are {', '.join(known)}")
