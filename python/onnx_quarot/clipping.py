@@ -21,9 +21,9 @@ _STEPS = {4: 16, 8: 7, 16: 1}
 def fit_rows(rows: Array, spec: TensorSpec, importance: Array | None = None) -> tuple[Array, Array]:
     """Scale and zero point of each row: float32 [n] and int32 [n], of least squared error over candidates.
 
-    rows: float32 [n, k], finite. A spec with the method mse searches; any other takes the full range. Symmetric
-    types try the peak times a falling series of factors, of both signs if they use their lowest value; others try both ends together, then each alone, and always
-    keep zero inside. importance: weights of the k squared errors, [n, k] or [k]
+    rows: float32 [n, k], finite. A spec with the method mse searches; any other takes the full range. Symmetric types
+    try the peak times a falling series of factors, of both signs if they use their lowest value; others try both ends
+    together, then each alone, and always keep zero inside. importance: weights of the k squared errors, [n, k] or [k]
     (a Hessian's diagonal). A row of zeros gets scale 1.
     """
     scales, zeros = np.empty(len(rows), np.float32), np.zeros(len(rows), np.int32)

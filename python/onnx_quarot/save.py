@@ -17,6 +17,9 @@ from onnx_quarot.partial import announce, claim, release, remove_abandoned, retr
 
 _INLINE_BYTES = 1024  # constants up to this size stay in the .onnx file
 _SINGLE_FILE_BYTES = 64 << 20  # models below this size are one file
+# Large tensors begin on a page of memory: they are mapped, and kernels read them where they are.
+_PAGE_BYTES = 4096
+_ALIGNED_BYTES = 1 << 17
 
 
 def check_output(source: str | Path, target: str | Path) -> Path:
@@ -85,6 +88,8 @@ def _write(model: ir.Model, path: Path, data_name: str, on_tensor: Callable[[], 
         path,
         external_data=data_name,
         size_threshold_bytes=_INLINE_BYTES,
+        alignment=_PAGE_BYTES,
+        align_threshold=_ALIGNED_BYTES,
         callback=None if on_tensor is None else lambda tensor, info: on_tensor(),
     )
 
