@@ -41,8 +41,10 @@ struct Isa {
     return _mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(from + 4 * half)));
   }
   static Int dot8(Int sum, Weights weights, Values values) {
-    return reinterpret_cast<Int>(
-        _mm256_add_epi32(reinterpret_cast<__m256i>(sum), _mm256_madd_epi16(weights, values)));
+    __m256i total = _mm256_add_epi32(reinterpret_cast<__m256i>(sum), _mm256_madd_epi16(weights, values));
+    // One product at a time: the compiler would compute them all before it adds, and run out of registers.
+    asm volatile("" : "+x"(total));
+    return reinterpret_cast<Int>(total);
   }
 
   // 16-bit integers, in each step features 0, 2, 1, 3: as the weights' even and odd bytes come.
@@ -87,7 +89,9 @@ struct Isa {
   }
   static Values4 values4(const std::uint8_t* from) { return values(from, 0); }
   static Part dot4(Part part, Weights4 weights, Values4 values) {
-    return _mm256_add_epi16(part, _mm256_maddubs_epi16(weights, values));
+    Part total = _mm256_add_epi16(part, _mm256_maddubs_epi16(weights, values));
+    asm volatile("" : "+x"(total));
+    return total;
   }
   static Int flush(Int sum, Part part) { return dot8(sum, part, _mm256_set1_epi16(1)); }
 };
