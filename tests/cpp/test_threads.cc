@@ -1,0 +1,106 @@
+// Eight threads at once: orders that all of them use first together, transforms and packed weights that they share, rows
+// that they quantize into one buffer and panels that they multiply. What the thread sanitizer looks at.
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <thread>
+#include <vector>
+
+#include "fwht.h"
+#include "qlinear.h"
+
+using namespace onnx_quarot;
+
+namespace {
+
+constexpr std::size_t kThreads = 8;
+constexpr std::size_t kRows = 3;
+
+// All threads start together: what is made on first use is made by all of them.
+void together(const std::function<void(std::size_t)>& task) {
+  std::atomic<std::size_t> waiting{kThreads};
+  std::vector<std::thread> threads;
+  for (std::size_t i = 0; i < kThreads; ++i) {
+    threads.emplace_back([&, i] {
+      waiting.fetch_sub(1);
+      while (waiting.load() != 0) std::this_thread::yield();
+      task(i);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+std::vector<float> values(std::size_t count) {
+  std::vector<float> made(count);
+  for (std::size_t i = 0; i < count; ++i) made[i] = static_cast<float>(i * 37 % 101) / 50.0f - 1.0f;
+  return made;
+}
+
+int differing(const std::vector<std::vector<float>>& results, const char* what) {
+  int failures = 0;
+  for (const std::vector<float>& result : results) {
+    failures += std::memcmp(result.data(), results[0].data(), result.size() * sizeof(float)) != 0;
+  }
+  if (failures != 0) std::fprintf(stderr, "%s: %d threads have another result\n", what, failures);
+  return failures;
+}
+
+// Every thread makes the transform anew, or uses the one they share; some sizes have orders nobody has used before.
+int transforms(std::size_t size, bool shared) {
+  TransformSpec spec;
+  spec.size = size;
+  spec.signs_length = size;
+  const std::vector<float> x = values(kRows * size), signs(size, -1.0f);
+  std::vector<std::vector<float>> results(kThreads, std::vector<float>(x.size()));
+  const std::vector<Transform> one(shared ? 1 : 0, Transform(spec));
+  together([&](std::size_t i) {
+    const auto run = [&](const Transform& transform) { transform.range(x.data(), results[i].data(), 0, kRows, signs.data()); };
+    shared ? run(one[0]) : run(Transform(spec));
+  });
+  return differing(results, "transform");
+}
+
+int linear_layer(std::size_t bits) {
+  QLinearShape shape;
+  shape.depth = 96;
+  shape.columns = 16 * kThreads;
+  shape.bits = bits;
+  shape.block = bits == 4 ? 32 : 0;
+  check_shape(shape);
+  const std::vector<std::uint8_t> weights(shape.panels() * shape.panel_bytes(), bits == 4 ? 0x5a : 200);
+  const std::vector<float> scales(shape.panels() * shape.blocks() * kPanelColumns, 0.25f), bias = values(shape.columns);
+  const std::vector<float> x = values(kThreads * shape.depth);
+  std::vector<std::vector<float>> results(2, std::vector<float>(kThreads * shape.columns));
+  for (std::vector<float>& y : results) {
+    const bool alone = &y == results.data();
+    QuantizedRows rows(qlinear_kernels(), shape, kThreads);
+    const auto set = [&](std::size_t i) { rows.set(i, x.data() + i * shape.depth); };
+    const auto run = [&](std::size_t i) {
+      multiply(rows, 0, kThreads, weights.data(), scales.data(), bias.data(), y.data(), i, i + 1);
+    };
+    for (std::size_t i = 0; alone && i < kThreads; ++i) set(i);
+    for (std::size_t i = 0; alone && i < kThreads; ++i) run(i);
+    if (alone) continue;
+    together(set);
+    together(run);
+  }
+  return differing(results, "linear layer");
+}
+
+}  // namespace
+
+int main() {
+  int failures = 0;
+  // Orders 12, 20, 36, 92 and 172: each for the first time by all threads together.
+  for (const std::size_t size : {std::size_t{96}, std::size_t{320}, std::size_t{576}, std::size_t{736}, std::size_t{1376}}) {
+    failures += transforms(size, false);
+  }
+  for (const std::size_t size : {std::size_t{64}, std::size_t{4096}, std::size_t{1376}}) failures += transforms(size, true);
+  for (int repeat = 0; repeat < 20; ++repeat) failures += linear_layer(8) + linear_layer(4);
+  together([&](std::size_t) {
+    if (active_isa().empty() || qlinear_isa().empty() || !has_order(1536)) std::abort();
+  });
+  return failures == 0 ? 0 : 1;
+}
