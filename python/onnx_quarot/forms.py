@@ -118,6 +118,9 @@ def head_schemes(sites: Sequence[LinearSite], scheme: Scheme) -> dict[str, Schem
     if scheme.form == "token":
         # ONNX Runtime's integer kernels mistake blocked 8-bit activations for ones with a single scale.
         head = parse_scheme("a8w8")
+    elif scheme.form == "block" and bits > scheme.weight.bits:
+        # A scale a channel instead of one a block: the head is a large part of a small model.
+        head = parse_scheme("a8w8-dynamic-tensor")
     else:
         # Symmetric, so that a table can share the integers whatever the form.
         weight = TensorSpec(bits=max(bits, scheme.weight.bits), per_channel=scheme.weight.per_channel, method="mse")

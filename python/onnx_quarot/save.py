@@ -19,7 +19,7 @@ _INLINE_BYTES = 1024  # constants up to this size stay in the .onnx file
 _SINGLE_FILE_BYTES = 64 << 20  # models below this size are one file
 # Large tensors begin on a page of memory: they are mapped, and kernels read them where they are.
 _PAGE_BYTES = 4096
-_ALIGNED_BYTES = 1 << 17
+_ALIGNED_BYTES = 1 << 19
 
 
 def check_output(source: str | Path, target: str | Path) -> Path:
