@@ -86,7 +86,8 @@ class Scheme:
     None: all of them. weights: how the integers are chosen; rtn rounds to the nearest in a range of least squared
     error, gptq makes up for each column's error in the next ones (Frantar et al., arXiv:2210.17323). head_bits: bits
     of the weights of the layer that makes an output of the graph (a language model's head), None for those of all
-    others; more of them make that layer a8w8 in the form token, a8w8-dynamic-tensor in the form block. damping: of gptq's Hessians, as a share of their mean diagonal.
+    others; more of them make that layer a8w8 in the form token, a8w8-dynamic-tensor in the form block. damping: of
+    gptq's Hessians, as a share of their mean diagonal.
     """
 
     name: str
