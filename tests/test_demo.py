@@ -21,6 +21,7 @@ import tiny_gguf
 from onnx_quarot import demo
 from onnx_quarot.demo import fetch
 from onnx_quarot.demo.gguf_model import GgufLlama
+from onnx_quarot.demo.tokenizer import tokenizer_json
 from onnx_quarot.errors import ConfigError, DataError, ModelError, SaveError
 from onnx_quarot.generate import Decoder, chat_prompt, generate, load_tokenizer, session_specs
 
@@ -177,6 +178,43 @@ def test_more_layers_than_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     file.write_bytes(data)
     with pytest.raises(ModelError, match=r"llama\.block_count = 2147483647 but has"):
         GgufLlama(file)
+
+
+def test_an_array_longer_than_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    tiny_gguf.write(path, tied=True)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"tokenizer.ggml.tokens") + len(b"tokenizer.ggml.tokens") + 8
+    data[at : at + 8] = (2**60).to_bytes(8, "little")
+    path.write_bytes(data)
+    with pytest.raises(ModelError, match="within what its header announces"):
+        GgufLlama(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("tokenizer.ggml.tokens", None, "has no tokenizer.ggml.tokens"),
+        ("tokenizer.ggml.tokens", 3, "tokens that is no list of str"),
+        ("tokenizer.ggml.token_type", [1, 1], "has 2 types of tokens for"),
+        ("tokenizer.ggml.merges", ["ab"], "a merge that is not two pieces"),
+        ("tokenizer.ggml.pre", [], r"splits text by the rules \[\]"),
+        ("tokenizer.ggml.bos_token_id", 10**6, "bos_token_id = 1000000; it must be below"),
+    ],
+)
+def test_damaged_tokenizers(
+    tmp_path: Path, key: str, value: object, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_gguf.write(tmp_path / "m.gguf", tied=True)
+    model = GgufLlama(tmp_path / "m.gguf")
+    intact = model.metadata
+    changed = {key: value, "tokenizer.ggml.add_bos_token": True}
+    monkeypatch.setattr(
+        model, "metadata", lambda k, default=None: changed[k] if changed.get(k) is not None else
+        (default if k in changed else intact(k, default))
+    )  # fmt: skip
+    with pytest.raises(ModelError, match=message):
+        tokenizer_json(model)
 
 
 def test_files_that_are_no_gguf(tmp_path: Path) -> None:

@@ -57,15 +57,17 @@ class GgufLlama:
             raise ModelError("the package gguf is not installed: pip install 'onnx-quarot[demo]'") from error
         self.path = Path(path)
         try:
-            self._reader = gguf.GGUFReader(self.path)
+            self._reader = _bounded(gguf.GGUFReader)(self.path)
             self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
             architecture = self.metadata("general.architecture")
             if architecture != "llama":
                 raise ModelError(f"{self.path} has the architecture {architecture!r}, only 'llama' can be converted")
             self.config = self._read_config()
             self._check_tensors()
-        except ModelError:
-            raise
+        except ModelError as error:
+            if str(self.path) in str(error):
+                raise
+            raise ModelError(f"{self.path} cannot be read as a GGUF file: {error}") from error
         except Exception as error:  # whatever the reader stumbled over in this file
             raise ModelError(f"{self.path} cannot be read as a GGUF file: {_first_line(error)}") from error
 
@@ -187,6 +189,20 @@ class GgufLlama:
         missing = sorted(wanted - self._tensors.keys())
         if missing:
             raise ModelError(f"{self.path} has no tensor {missing[0]} ({len(missing)} are missing)")
+
+
+def _bounded(reader: type[Any]) -> type[Any]:
+    """The reader, refusing to read behind the end of the file: there it finds empty arrays, and would go on for as many
+    of them as a damaged header claims.
+    """
+
+    class Bounded(reader):  # type: ignore[misc]
+        def _get(self, offset: int, dtype: Any, count: int = 1, *order: Any, **orders: Any) -> Any:
+            if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
+                raise ModelError(f"the file ends at byte {len(self.data)}, within what its header announces")
+            return super()._get(offset, dtype, count, *order, **orders)
+
+    return Bounded
 
 
 def _first_line(error: Exception) -> str:
