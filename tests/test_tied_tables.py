@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import onnx_quarot as oq
 import small_llama
 from onnx_quarot.discovery import discover_model
 from onnx_quarot.load import load
+from onnx_quarot.scheme import parse_scheme
 from onnx_quarot.sites import linear_sites
 from onnx_quarot.tied_tables import tied_roots
 
@@ -55,6 +57,35 @@ def test_one_matrix_serves_both(llama: Path, tmp_path: Path, scheme: str, rotati
     assert error(llama, tmp_path / "q.onnx") < (0.08 if "w8" in scheme else 0.6)
     # The table itself: what the graph's first layer reads is the table's rows, to 8 bits.
     assert len(large[0].uses()) == 2
+
+
+@pytest.mark.parametrize("block", [32, 128])  # zero points of an even and of an odd number of blocks
+def test_tables_of_four_bits(llama: Path, tmp_path: Path, block: int) -> None:
+    """With zero points, two codes a byte: the first rows the graph looks up are what MatMulNBits multiplies by."""
+    scheme = replace(parse_scheme("a8w4-block"), head_bits=None, block=block, weights="rtn")
+    oq.quantize(llama, tmp_path / "q.onnx", batches(1), scheme=scheme, rotations=())
+    model = ir.load(tmp_path / "q.onnx")
+    head = next(node for node in model.graph if node.outputs[0].name == "logits")
+    assert head.op_type == "MatMulNBits"
+    codes, scales, zeros = (value.const_value.numpy() for value in head.inputs[1:4])
+    assert {use.node.op_type for use in head.inputs[1].uses()} == {"MatMulNBits", "Gather"}
+
+    def halves(packed: np.ndarray) -> np.ndarray:
+        return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1).astype(np.float32)
+
+    blocks = LLAMA.hidden // block
+    table = (halves(codes) - halves(zeros)[:, :blocks, None]) * scales.reshape(LLAMA.vocab, blocks, 1)
+    embedded = next(
+        node.outputs[0]
+        for node in model.graph
+        if node.op_type == "Reshape" and node.inputs[0].producer().op_type == "Mul"
+    )
+    model.graph.outputs.append(embedded)
+    ir.save(model, tmp_path / "probe.onnx")
+    feeds = batches(1)[0]
+    found = oq.session(tmp_path / "probe.onnx").run([embedded.name], feeds)[0]
+    rows = table.reshape(LLAMA.vocab, LLAMA.hidden)[feeds["input_ids"]]
+    np.testing.assert_allclose(found.reshape(rows.shape), rows, atol=1e-6)
 
 
 def test_untied_on_request(llama: Path, tmp_path: Path) -> None:
