@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import onnx_ir as ir
-
-Dims = Sequence[int | str | ir.SymbolicDim | None]
 
 
 class GraphNames:

@@ -32,7 +32,6 @@ class Labels:
     def __init__(self, typing: Typing, rotations: frozenset[str]) -> None:
         self.typing = typing
         self._sets = DisjointSets()
-        self._variables: dict[object, list[Variable]] = {}
         self._leaves: dict[tuple[ir.Value, int], list[Segment]] = {}
         self._reasons: dict[object, str] = {}
         self.kind_of: dict[Segment, str] = {}

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from onnx_quarot.discovery.constants import Constant
-from onnx_quarot.discovery.typing import Port, Typing
+from onnx_quarot.discovery.typing import Typing
 
 Rule = Callable[[Typing, ir.Node], None]
 RULES: dict[tuple[str, str], Rule] = {}
@@ -27,12 +27,6 @@ def rule(*names: str, domain: str = "") -> Callable[[Rule], Rule]:
 def describe(node: ir.Node, why: str) -> str:
     """A reason, with the node it comes from."""
     return f"{node.op_type} {node.name!r}: {why}"
-
-
-def block_others(t: Typing, node: ir.Node, ports: list[Port], axis: int) -> None:
-    """Every axis of these ports but ``axis`` keeps its basis."""
-    for port in ports:
-        t.block_port(port, describe(node, f"works along axis {axis} only"), except_axes=[axis])
 
 
 def along(view: Constant, rank: int, axis: int) -> bool:
