@@ -53,8 +53,8 @@ void narrow(double x, BFloat& to) {
 }
 void narrow(double x, Half& to) {
   const std::uint32_t bits = to_odd(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
-  // Normal numbers: rebias and round the 13 bits that go. Subnormal ones: the addition of 1/2 leaves their 10 bits at the
-  // end of the sum, rounded.
+  // Normal numbers: rebias and round the 13 bits that go. Subnormal ones: the addition of 1/2 leaves their 10 bits at
+  // the end of the sum, rounded.
   const std::uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   const std::uint32_t subnormal = bit_cast<std::uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
   std::uint32_t result = magnitude < (113u << 23) ? subnormal : normal;
@@ -100,7 +100,8 @@ void copy(const MatrixView& from, const MatrixView& to, std::size_t rows, std::s
         }
         for (std::size_t b = 0; b < width; ++b) {
           To* a = target + at(to, i, j + b);
-          for (std::size_t k = 0; k < height; ++k) narrow(block[b][k], a[static_cast<std::ptrdiff_t>(k) * to.row_stride]);
+          for (std::size_t k = 0; k < height; ++k)
+            narrow(block[b][k], a[static_cast<std::ptrdiff_t>(k) * to.row_stride]);
         }
       }
     }

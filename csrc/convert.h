@@ -17,8 +17,8 @@ struct MatrixView {
 };
 
 // to[i][j] = from[i][j] for rows x columns elements, rounded once, to nearest even. One of the two is float64. No
-// allocation; both aligned to their element; they must not overlap. Works through blocks, so that a transposed source or
-// target costs little more than a straight one.
+// allocation; both aligned to their element; they must not overlap. Works through blocks, so that a transposed source
+// or target costs little more than a straight one.
 void convert(const MatrixView& from, const MatrixView& to, std::size_t rows, std::size_t columns);
 
 }  // namespace onnx_quarot

@@ -5,9 +5,9 @@
 namespace onnx_quarot {
 
 struct CpuFeatures {
-  bool avx2 = false;   // AVX2, FMA, F16C, and 256-bit registers saved by the system
-  bool avx512 = false; // AVX-512 F, BW, DQ, VL, and 512-bit registers saved by the system
-  bool neon = false;   // 64-bit Arm: always there
+  bool avx2 = false;    // AVX2, FMA, F16C, and 256-bit registers saved by the system
+  bool avx512 = false;  // AVX-512 F, BW, DQ, VL, and 512-bit registers saved by the system
+  bool neon = false;    // 64-bit Arm: always there
 };
 
 CpuFeatures detect_cpu();

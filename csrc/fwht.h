@@ -1,8 +1,8 @@
 // Walsh-Hadamard transforms of the last axis: the whole C++ interface of the kernel.
 //
 // A block of n = K 2^m values is multiplied, as a row vector, by H_n = H_K (x) H_{2^m}, where H_{2^m} is Sylvester's
-// matrix and H_K the matrix of orders.h: K = 1, or an order with the odd part of n, itself a product of small ones where
-// n has the twos for it. The matrix depends on n alone: not on the type, the CPU or the build.
+// matrix and H_K the matrix of orders.h: K = 1, or an order with the odd part of n, itself a product of small ones
+// where n has the twos for it. The matrix depends on n alone: not on the type, the CPU or the build.
 #ifndef ONNX_QUAROT_FWHT_H
 #define ONNX_QUAROT_FWHT_H
 
@@ -34,8 +34,9 @@ struct TransformSpec {
   std::size_t block_size = 0;   // the axis is cut in pieces of this length; 0: one piece
   bool transpose = false;       // multiply by the transposed matrix, and apply the signs last: the inverse
   std::optional<double> scale;  // 1/sqrt(block size) when absent, which makes the transform orthonormal
-  std::size_t signs_length = 0; // 0: no signs; block_size: the same signs for each block; size: signs for the whole axis
-  std::string isa;              // kernel by name, for tests; empty: the one in use (see active_isa)
+  std::size_t signs_length =
+      0;            // 0: no signs; block_size: the same signs for each block; size: signs for the whole axis
+  std::string isa;  // kernel by name, for tests; empty: the one in use (see active_isa)
 };
 
 struct Kernels;
@@ -62,7 +63,8 @@ class Transform {
 
   // Rows of float32 transformed and quantized to 8 bits, both on adjacent rows [first, first + count) of whole arrays;
   // `out` shares no memory with `in`. dtype() must be float32. Allocates at most two scratch buffers a call.
-  //   quantize          y = saturate(round(t) + zero_point), where t is the transform: make it with the scale divided by
+  //   quantize          y = saturate(round(t) + zero_point), where t is the transform: make it with the scale divided
+  //   by
   //                     the quantization scale. Rounds to nearest even; a NaN becomes the largest value.
   //   quantize_dynamic  each row by its own scale: scales[row] = max |t| / 127, y = round(t / scales[row]). A row with
   //                     no magnitude of 2^-100 or more has scale 1 and zeros; an infinity or a NaN shows in the scale.
@@ -85,15 +87,15 @@ class Transform {
   std::size_t size_;
   std::size_t block_;
   std::size_t signs_length_;
-  std::size_t power_;  // 2^m
-  const Order* order_; // null for K = 1
+  std::size_t power_;   // 2^m
+  const Order* order_;  // null for K = 1
   double scale_;
   const Kernels* kernels_;
 };
 
 struct Factors {
-  std::size_t order;       // K
-  unsigned log2_power;     // m
+  std::size_t order;    // K
+  unsigned log2_power;  // m
 };
 
 // n = K 2^m as used for H_n. Throws UnsupportedOrder.

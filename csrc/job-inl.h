@@ -58,13 +58,15 @@ void wide_blocks(const Job& job) {
 }
 
 template <std::size_t P, class T>
-ONNX_QUAROT_INLINE void copy_pieces(const T* from, std::size_t from_step, T* to, std::size_t to_step, std::size_t count) {
+ONNX_QUAROT_INLINE void copy_pieces(const T* from, std::size_t from_step, T* to, std::size_t to_step,
+                                    std::size_t count) {
   for (std::size_t i = 0; i < count; ++i) std::memcpy(to + i * to_step, from + i * from_step, P * sizeof(T));
 }
 
 // Copies `count` pieces of `power` elements, power less than a vector of any CPU.
 template <class T>
-void copy_pieces(const T* from, std::size_t from_step, T* to, std::size_t to_step, std::size_t count, std::size_t power) {
+void copy_pieces(const T* from, std::size_t from_step, T* to, std::size_t to_step, std::size_t count,
+                 std::size_t power) {
   switch (power) {
     case 1:
       return copy_pieces<1>(from, from_step, to, to_step, count);
@@ -141,8 +143,7 @@ void run(const Job& job) {
 }  // namespace onnx_quarot
 
 // Defines the table `variable` of this file's kernels.
-#define ONNX_QUAROT_KERNELS(variable, name)                                                                     \
-  namespace onnx_quarot {                                                                                       \
-  const Kernels variable = {name,       kVectorBytes, run<float>, run<Half>, run<BFloat>, run<double>, quantize, \
-                            largest};                                                                           \
+#define ONNX_QUAROT_KERNELS(variable, name)                                                                          \
+  namespace onnx_quarot {                                                                                            \
+  const Kernels variable = {name, kVectorBytes, run<float>, run<Half>, run<BFloat>, run<double>, quantize, largest}; \
   }

@@ -15,8 +15,8 @@ namespace {
 constexpr std::size_t kBlockVectors = ONNX_QUAROT_BLOCK_VECTORS;
 constexpr std::size_t kMaxRadix = ONNX_QUAROT_MAX_RADIX;
 constexpr bool kFusedDifference = ONNX_QUAROT_FUSED_DIFFERENCE != 0;
-constexpr std::size_t kL1Bytes = 32768;    // rows up to here are transformed in first-level cache
-constexpr std::size_t kChunkBytes = 16384; // pieces of longer ones
+constexpr std::size_t kL1Bytes = 32768;     // rows up to here are transformed in first-level cache
+constexpr std::size_t kChunkBytes = 16384;  // pieces of longer ones
 
 // Where values come from: an array, multiplied by signs if there are any.
 template <class T, bool Signed>
@@ -217,10 +217,12 @@ void two_pass_rows(In in, Rows<C> rows, Out out, std::size_t count, std::size_t 
 #pragma GCC unroll 1
       for (std::size_t k = 0; k < R / pieces; ++k, b += block) block_pass<kBlockVectors>(from.at(b), to.at(b), one);
 #pragma GCC unroll 1
-      for (std::size_t k = 0; k < columns / pieces; ++k, c += width) column_pass<R>(before.at(c), done.at(c), block, one);
+      for (std::size_t k = 0; k < columns / pieces; ++k, c += width)
+        column_pass<R>(before.at(c), done.at(c), block, one);
     }
   }
-  last_pass<R>(Source<C, false>{rows.at(count - 1), nullptr}, out.at((count - 1) * n, (count - 1) * sign_step), block, one);
+  last_pass<R>(Source<C, false>{rows.at(count - 1), nullptr}, out.at((count - 1) * n, (count - 1) * sign_step), block,
+               one);
 }
 
 // H_n of `count` adjacent rows of n elements, n a power of two and at least a vector. The signs of a row begin
@@ -281,6 +283,6 @@ void power_rows(In in, Rows<C> rows, Out out, std::size_t count, std::size_t sig
 }  // namespace
 }  // namespace onnx_quarot
 
-#include "order-inl.h"
 #include "job-inl.h"
+#include "order-inl.h"
 #include "quantize-inl.h"

@@ -22,15 +22,15 @@ struct Job {
   std::size_t blocks;
   std::ptrdiff_t in_stride;
   std::ptrdiff_t out_stride;
-  std::size_t order;            // K
-  std::size_t power;            // M = 2^m
-  const OrderStep* steps;       // their orders have the product K; null for K = 1
+  std::size_t order;       // K
+  std::size_t power;       // M = 2^m
+  const OrderStep* steps;  // their orders have the product K; null for K = 1
   std::size_t step_count;
-  const float* signs;           // null: none
-  std::size_t sign_step;        // from the signs of one block to those of the next: 0 or the block size
+  const float* signs;     // null: none
+  std::size_t sign_step;  // from the signs of one block to those of the next: 0 or the block size
   bool transpose;
   double scale;
-  void* scratch;                // as scratch_layout says
+  void* scratch;  // as scratch_layout says
 };
 
 // Float values to 8 bits: byte = saturate(round(x * factor) + zero_point), to nearest even, between `low` and `high`.

@@ -1,5 +1,5 @@
-// The step of order K: columns of K elements, `step` apart, multiplied by +-H_K in place. Both forms build, for each four
-// inputs, their sums with all signs once, and let every output pick one sum a group (the method of four Russians).
+// The step of order K: columns of K elements, `step` apart, multiplied by +-H_K in place. Both forms build, for each
+// four inputs, their sums with all signs once, and let every output pick one sum a group (the method of four Russians).
 // Included by kernel-inl.h.
 
 namespace onnx_quarot {
@@ -76,7 +76,8 @@ template <std::size_t T, bool Transpose, class C, class V>
 __attribute__((noinline)) void small_order(C* values, std::size_t step, V scale, V one) {
   const V minus_scale = -scale;
   for (std::size_t j = 0; j < step; j += sizeof(V) / sizeof(C)) {
-    small_order_column<T, Transpose>(values + j, step, scale, minus_scale, one, typename MakeIndices<static_cast<int>(4 * T)>::Type{});
+    small_order_column<T, Transpose>(values + j, step, scale, minus_scale, one,
+                                     typename MakeIndices<static_cast<int>(4 * T)>::Type{});
   }
 }
 
@@ -196,8 +197,8 @@ ONNX_QUAROT_INLINE void small_order(float* values, std::size_t step, bool transp
   return transpose ? small_order<T, true>(values, step, scale, one) : small_order<T, false>(values, step, scale, one);
 }
 
-// values[b] <- scale * sum over a of values[a] H[a][b], for `step` adjacent columns; the codes are those of H or of H^T,
-// as `transpose` says.
+// values[b] <- scale * sum over a of values[a] H[a][b], for `step` adjacent columns; the codes are those of H or of
+// H^T, as `transpose` says.
 ONNX_QUAROT_INLINE void order_step(float* values, std::size_t step, const OrderStep& order, bool transpose, char* table,
                                    char* sums, Floats scale, Floats one) {
   switch (order.order) {
@@ -215,14 +216,15 @@ ONNX_QUAROT_INLINE void order_step(float* values, std::size_t step, const OrderS
       return table_order(values, step, order, table, sums, scale, one);
   }
 }
-ONNX_QUAROT_INLINE void order_step(double* values, std::size_t step, const OrderStep& order, bool, char* table, char* sums,
-                                   Doubles scale, Doubles one) {
+ONNX_QUAROT_INLINE void order_step(double* values, std::size_t step, const OrderStep& order, bool, char* table,
+                                   char* sums, Doubles scale, Doubles one) {
   return table_order(values, step, order, table, sums, scale, one);
 }
 
 // All steps of a block of K columns, `step` adjacent ones at a time: innermost factor first, the scale with the last.
 template <class C, class V>
-void order_steps(C* values, std::size_t step, const Job& job, char* scratch, const ScratchLayout& layout, V scale, V one) {
+void order_steps(C* values, std::size_t step, const Job& job, char* scratch, const ScratchLayout& layout, V scale,
+                 V one) {
   const std::size_t total = job.order * step;
   for (std::size_t i = job.step_count; i-- > 0;) {
     const OrderStep& order = job.steps[i];

@@ -204,8 +204,8 @@ Matrix orbit_matrix(const OrbitSeed& seed) {
   return goethals_seidel(rows);
 }
 
-// Order 188 = 4 (3 * 16 - 1): a Turyn-type quadruple of lengths 16, 16, 16, 15 gives T-sequences of length 47. Bit i of a
-// word: -1 at i.
+// Order 188 = 4 (3 * 16 - 1): a Turyn-type quadruple of lengths 16, 16, 16, 15 gives T-sequences of length 47. Bit i of
+// a word: -1 at i.
 constexpr std::size_t kTurynLength = 16;
 constexpr std::size_t kTurynOrder = 4 * (3 * kTurynLength - 1);
 
@@ -275,10 +275,12 @@ std::size_t smallest_order(std::size_t odd) {
   return 0;
 }
 
-std::size_t sum(const std::vector<std::size_t>& values) { return std::accumulate(values.begin(), values.end(), std::size_t{0}); }
+std::size_t sum(const std::vector<std::size_t>& values) {
+  return std::accumulate(values.begin(), values.end(), std::size_t{0});
+}
 
-// k as a product of smallest orders, from `least` on, with the smallest sum; empty if there is none. k is not a power of
-// two.
+// k as a product of smallest orders, from `least` on, with the smallest sum; empty if there is none. k is not a power
+// of two.
 std::vector<std::size_t> product(std::size_t k, std::size_t least) {
   std::size_t odd = k;
   while (odd % 2 == 0) odd /= 2;
@@ -372,7 +374,8 @@ std::vector<std::int8_t> order_matrix(std::size_t k) {
     Matrix next(m * m);
     for (std::size_t i = 0; i < m; ++i) {
       for (std::size_t j = 0; j < m; ++j) {
-        next[i * m + j] = static_cast<std::int8_t>(whole[i / factor * n + j / factor] * h[i % factor * factor + j % factor]);
+        next[i * m + j] =
+            static_cast<std::int8_t>(whole[i / factor * n + j / factor] * h[i % factor * factor + j % factor]);
       }
     }
     whole = std::move(next);

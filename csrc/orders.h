@@ -14,8 +14,8 @@
 
 namespace onnx_quarot {
 
-// What the kernels need to multiply by H_k, a Kronecker product of matrices that are no further products. A step of such
-// an order k has
+// What the kernels need to multiply by H_k, a Kronecker product of matrices that are no further products. A step of
+// such an order k has
 //   codes   for output b and group g of four inputs, [g][b]: 8 * bits, bit i set where input 4 g + i enters with +1
 //   halved  set for Paley's second construction, of 2 x 2 cells: with P the symmetric matrix of the cells' first
 //           entries, y[2 j] = (P s)[j] - 2 x[2 j + 1] and y[2 j + 1] = (P d)[j] - 2 x[2 j], where s and d are the sums
@@ -27,7 +27,8 @@ struct Order {
   std::vector<OrderStep> steps_transposed;
 };
 
-// k as the product of orders whose matrices make up H_k: {k} for an order constructed as a whole, empty if there is none.
+// k as the product of orders whose matrices make up H_k: {k} for an order constructed as a whole, empty if there is
+// none.
 std::vector<std::size_t> order_factors(std::size_t k);
 // Whether H_k is available, k = 1, 2 or a multiple of 4.
 inline bool order_exists(std::size_t k) { return !order_factors(k).empty(); }

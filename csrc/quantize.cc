@@ -24,7 +24,8 @@ constexpr float kSmallest = 0x1p-100f;
 
 // Calls batch(row, rows, values) for batches of transformed rows.
 template <class Batch>
-void Transform::in_batches(const float* in, std::size_t first, std::size_t count, const float* signs, Batch batch) const {
+void Transform::in_batches(const float* in, std::size_t first, std::size_t count, const float* signs,
+                           Batch batch) const {
   if (dtype_ != DType::float32) throw std::invalid_argument("only float32 can be quantized");
   const std::size_t together = std::max<std::size_t>(1, kBatchBytes / sizeof(float) / size_);
   alignas(kScratchAlignment) float local[kBatchBytes / sizeof(float)];
@@ -46,7 +47,8 @@ void Transform::quantize(const float* in, void* out, std::size_t first, std::siz
                          QuantizedType type, std::int32_t zero_point) const {
   const std::int32_t low = type == QuantizedType::int8 ? -128 : 0;
   in_batches(in, first, count, signs, [&](std::size_t row, std::size_t some, const float* values) {
-    kernels_->quantize({values, static_cast<unsigned char*>(out) + row * size_, some * size_, 1.0f, zero_point, low, low + 255});
+    kernels_->quantize(
+        {values, static_cast<unsigned char*>(out) + row * size_, some * size_, 1.0f, zero_point, low, low + 255});
   });
 }
 

@@ -1,5 +1,5 @@
-// Where a kernel keeps what does not fit in registers. Shared by fwht.cc, which allocates, and the kernels, which use it;
-// internal linkage, because the kernels are compiled for different CPUs.
+// Where a kernel keeps what does not fit in registers. Shared by fwht.cc, which allocates, and the kernels, which use
+// it; internal linkage, because the kernels are compiled for different CPUs.
 #ifndef ONNX_QUAROT_SCRATCH_H
 #define ONNX_QUAROT_SCRATCH_H
 
@@ -16,10 +16,10 @@ constexpr std::size_t kTwoRowsBytes = 32768;
 
 // Offsets in bytes. `lanes` is the number of elements computed in one vector.
 struct ScratchLayout {
-  std::size_t values;     // intermediate values of a block in the type of computation
-  std::size_t table;      // sums of four inputs with all signs, for the step of order K
-  std::size_t sums;       // its outputs, while the table is filled again
-  std::size_t gathered;   // the last three: blocks whose power of two is shorter than a vector, packed side by side
+  std::size_t values;    // intermediate values of a block in the type of computation
+  std::size_t table;     // sums of four inputs with all signs, for the step of order K
+  std::size_t sums;      // its outputs, while the table is filled again
+  std::size_t gathered;  // the last three: blocks whose power of two is shorter than a vector, packed side by side
   std::size_t scattered;
   std::size_t signs;
   std::size_t total;

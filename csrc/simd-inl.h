@@ -137,12 +137,13 @@ ONNX_QUAROT_INLINE void load_pair(const float* p, Floats& even, Floats& odd) {
 #if defined(__AVX512F__)
 // The masked forms, all lanes on: gcc 12 warns about the plain ones, whose unused operand it leaves undefined.
 ONNX_QUAROT_INLINE Floats load(const Half* p) {
-  return reinterpret_cast<Floats>(_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+  return reinterpret_cast<Floats>(
+      _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 }
 ONNX_QUAROT_INLINE void store(Half* p, Floats v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(v),
-                                            _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm256_storeu_si256(
+      reinterpret_cast<__m256i*>(p),
+      _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #elif defined(__F16C__)
 ONNX_QUAROT_INLINE Floats load(const Half* p) {

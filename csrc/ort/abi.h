@@ -1,8 +1,8 @@
 // The slice of ONNX Runtime's C ABI that the custom operators use, and nothing else of it.
 //
 // The Python wheels of ONNX Runtime ship no headers, so building against them would mean downloading a release archive
-// that matches. There is no need to: the ABI is a table of function pointers (`OrtApi`) that only ever grows at its end,
-// so the position of an entry, its slot, is fixed for good from the version that added it. The slots below are
+// that matches. There is no need to: the ABI is a table of function pointers (`OrtApi`) that only ever grows at its
+// end, so the position of an entry, its slot, is fixed for good from the version that added it. The slots below are
 // zero-based positions in that table; abi_check.cc compares them with the official header wherever one is found.
 #ifndef ONNX_QUAROT_ORT_ABI_H
 #define ONNX_QUAROT_ORT_ABI_H
@@ -12,7 +12,8 @@
 #include <cstring>
 
 #if defined(_WIN32) && !defined(_WIN64)
-#error "ONNX Runtime's functions are __stdcall on 32-bit Windows; these declarations are for one calling convention only."
+#error \
+    "ONNX Runtime's functions are __stdcall on 32-bit Windows; these declarations are for one calling convention only."
 #endif
 
 namespace onnx_quarot::ort {
@@ -103,8 +104,8 @@ inline constexpr Entry<91, Status*(KernelContext*, std::size_t index, const std:
     KernelContext_GetOutput{};
 // Calls function(data, i) for i in [0, total) on the session's intra-op threads and returns when all are done.
 // batches 0: each i is a task of its own.
-inline constexpr Entry<274, Status*(const KernelContext*, void (*function)(void* data, std::size_t i), std::size_t total,
-                                    std::size_t batches, void* data)>
+inline constexpr Entry<274, Status*(const KernelContext*, void (*function)(void* data, std::size_t i),
+                                    std::size_t total, std::size_t batches, void* data)>
     KernelContext_ParallelFor{};
 
 // Tensors. GetTensorTypeAndShape makes a TensorInfo that the caller releases.

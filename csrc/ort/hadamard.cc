@@ -27,9 +27,8 @@ class HadamardKernel {
     if (x.rows == 0) return;
     void* out = const_cast<void*>(data_of(api(), y));
     const float* sign_values = signs.empty() ? nullptr : signs.data();
-    run_rows(api(), context, transform, x.rows, [&](std::size_t first, std::size_t count) {
-      transform.range(x.data, out, first, count, sign_values);
-    });
+    run_rows(api(), context, transform, x.rows,
+             [&](std::size_t first, std::size_t count) { transform.range(x.data, out, first, count, sign_values); });
   }
 
  private:

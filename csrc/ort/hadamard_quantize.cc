@@ -23,7 +23,8 @@ const void* element(const Api* api, const KernelContext* context, std::size_t in
   check(api, KernelContext_GetInput(api, context, index, &value));
   std::int64_t count = 1;
   for (const std::int64_t dim : dims_of(api, value)) count *= dim;
-  if (count != 1) throw std::invalid_argument(std::string(name) + " has " + std::to_string(count) + " elements: it must have 1");
+  if (count != 1)
+    throw std::invalid_argument(std::string(name) + " has " + std::to_string(count) + " elements: it must have 1");
   return data_of(api, value);
 }
 
@@ -49,8 +50,9 @@ class QuantizeKernel {
     const auto block = static_cast<double>(spec.block_size == 0 ? spec.size : spec.block_size);
     spec.scale = spec.scale.value_or(1.0 / std::sqrt(block)) / static_cast<double>(y_scale);
     const Transform transform(spec);
-    const std::int32_t zero_point = type_ == QuantizedType::int8 ? std::int32_t{*static_cast<const std::int8_t*>(zero)}
-                                                                 : std::int32_t{*static_cast<const std::uint8_t*>(zero)};
+    const std::int32_t zero_point = type_ == QuantizedType::int8
+                                        ? std::int32_t{*static_cast<const std::int8_t*>(zero)}
+                                        : std::int32_t{*static_cast<const std::uint8_t*>(zero)};
     const float* sign_values = signs.empty() ? nullptr : signs.data();
     run_rows(api(), context, transform, x.rows, [&](std::size_t first, std::size_t count) {
       transform.quantize(static_cast<const float*>(x.data), y, first, count, sign_values, type_, zero_point);
@@ -144,7 +146,9 @@ void define_common(CustomOp& op) {
 }
 
 const HadamardQuantizeOp* static_op(const CustomOp* op) { return static_cast<const HadamardQuantizeOp*>(op); }
-const HadamardDynamicQuantizeOp* dynamic_op(const CustomOp* op) { return static_cast<const HadamardDynamicQuantizeOp*>(op); }
+const HadamardDynamicQuantizeOp* dynamic_op(const CustomOp* op) {
+  return static_cast<const HadamardDynamicQuantizeOp*>(op);
+}
 
 }  // namespace
 

@@ -1,5 +1,5 @@
-// What the kernels of this domain share: reading a node's attributes, shapes and signs, and running rows on the session's
-// threads.
+// What the kernels of this domain share: reading a node's attributes, shapes and signs, and running rows on the
+// session's threads.
 #ifndef ONNX_QUAROT_ORT_NODE_H
 #define ONNX_QUAROT_ORT_NODE_H
 
@@ -21,7 +21,8 @@ namespace onnx_quarot::ort {
 // two such pieces never touch the pool.
 inline constexpr std::size_t kChunkCost = std::size_t{1} << 18;
 
-// Additions a row, about: the stages of the power of two, and a quarter of each order (the kernels look up sums of four).
+// Additions a row, about: the stages of the power of two, and a quarter of each order (the kernels look up sums of
+// four).
 inline std::size_t row_cost(const Transform& transform) {
   const Factors factors = factorize(transform.block_size());
   std::size_t cost = 1 + factors.log2_power;
@@ -149,7 +150,7 @@ inline std::vector<float> read_signs(const Api* api, const Value* value) {
   const std::vector<std::int64_t> dims = dims_of(api, value);
   if (dims.size() != 1 || dims[0] < 1) {
     throw std::invalid_argument(dims.size() == 1 ? "signs has length 0: it must be the block size or the last axis"
-                                                  : "signs has rank " + std::to_string(dims.size()) + ": it must be 1");
+                                                 : "signs has rank " + std::to_string(dims.size()) + ": it must be 1");
   }
   const auto* data = static_cast<const std::int8_t*>(data_of(api, value));
   std::vector<float> signs(static_cast<std::size_t>(dims[0]));
@@ -211,8 +212,8 @@ class HadamardNode {
     int constant = 0;
     const Value* value = nullptr;
     // Fails for an optional input that is left out: then there is nothing to keep.
-    if (succeeded(api_, KernelInfoGetConstantInput_tensor(api_, info, signs_input_, &constant, &value)) && constant != 0 &&
-        value != nullptr) {
+    if (succeeded(api_, KernelInfoGetConstantInput_tensor(api_, info, signs_input_, &constant, &value)) &&
+        constant != 0 && value != nullptr) {
       constant_signs_ = read_signs(api_, value);
     }
   }
@@ -248,7 +249,8 @@ inline Input read_input(const Api* api, const KernelContext* context) {
 // are shared out evenly, and a row is computed the same way wherever it falls: the result does not depend on the number
 // of threads.
 template <class Range>
-void run_rows(const Api* api, const KernelContext* context, const Transform& transform, std::size_t rows, const Range& range) {
+void run_rows(const Api* api, const KernelContext* context, const Transform& transform, std::size_t rows,
+              const Range& range) {
   const std::size_t chunk = std::max<std::size_t>(1, kChunkCost / row_cost(transform));
   const std::size_t chunks = rows / chunk;
   if (chunks < 2) return range(std::size_t{0}, rows);

@@ -7,8 +7,8 @@
 
 #include "abi.h"
 #include "hadamard.h"
-#include "qlinear.h"
 #include "hadamard_quantize.h"
+#include "qlinear.h"
 #include "status.h"
 
 #if defined(_WIN32)

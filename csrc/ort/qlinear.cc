@@ -29,7 +29,8 @@ std::string text(const std::vector<std::int64_t>& dims) {
 
 void check_dims(const char* name, const std::vector<std::int64_t>& found, const std::vector<std::size_t>& wanted) {
   const std::vector<std::int64_t> rule(wanted.begin(), wanted.end());
-  if (found != rule) throw std::invalid_argument(std::string(name) + " has shape " + text(found) + ": it must be " + text(rule));
+  if (found != rule)
+    throw std::invalid_argument(std::string(name) + " has shape " + text(found) + ": it must be " + text(rule));
 }
 
 // float16 by its bits: exact, subnormal numbers, infinities and NaNs included.
@@ -269,8 +270,8 @@ class QLinearKernel {
     const std::size_t width = panels == 0 ? all_panels : panels, column_parts = (all_panels + width - 1) / width;
     parallel(api_, context, row_parts * column_parts, [&](std::size_t i) {
       const std::size_t part = i % row_parts, panel = i / row_parts * width;
-      multiply(rows, count * part / row_parts, count * (part + 1) / row_parts, inputs.weights, inputs.scales, inputs.bias,
-               result, panel, std::min(all_panels, panel + width));
+      multiply(rows, count * part / row_parts, count * (part + 1) / row_parts, inputs.weights, inputs.scales,
+               inputs.bias, result, panel, std::min(all_panels, panel + width));
     });
 
     auto* narrow = reinterpret_cast<std::uint16_t*>(y);

@@ -1,4 +1,5 @@
-// The operator onnx_quarot::QLinear, version 1: Y = dequantize(quantize_rows(X R) . W) + bias, as qlinear/qlinear.h says.
+// The operator onnx_quarot::QLinear, version 1: Y = dequantize(quantize_rows(X R) . W) + bias, as qlinear/qlinear.h
+// says.
 //
 //   inputs      X        float32, float16 or bfloat16, shape [..., K], rank at least 1
 //               W        uint8, packed weights: [panels, K' / 4, 16, 4], or for 4 bits [panels, K' / 8, 16, 4]

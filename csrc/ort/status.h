@@ -1,5 +1,5 @@
-// Errors across the C boundary: statuses are checked as exceptions inside, and exceptions leave as statuses. No exception
-// crosses into ONNX Runtime, and no status is dropped without being released.
+// Errors across the C boundary: statuses are checked as exceptions inside, and exceptions leave as statuses. No
+// exception crosses into ONNX Runtime, and no status is dropped without being released.
 #ifndef ONNX_QUAROT_ORT_STATUS_H
 #define ONNX_QUAROT_ORT_STATUS_H
 

@@ -46,7 +46,8 @@ DType dtype_from_numpy(const py::array& array, const char* argument) {
       case kNumpyFloat16:
         return DType::float16;
       default:
-        // Numbers of types that others register are for good: one look at the name is enough. The interpreter lock is held.
+        // Numbers of types that others register are for good: one look at the name is enough. The interpreter lock is
+        // held.
         static int bfloat16_number = -1;
         if (dtype.num() == bfloat16_number) return DType::bfloat16;
         if (dtype.itemsize() == 2 && text(dtype) == "bfloat16") {
@@ -75,8 +76,8 @@ Rows rows_of(const py::array& array) {
   Rows rows;
   rows.data = proxy->data;
   rows.size = static_cast<std::size_t>(proxy->dimensions[last]);
-  rows.uniform = (proxy->flags & py::detail::npy_api::NPY_ARRAY_ALIGNED_) != 0 &&
-                 (rows.size <= 1 || proxy->strides[last] == item);
+  rows.uniform =
+      (proxy->flags & py::detail::npy_api::NPY_ARRAY_ALIGNED_) != 0 && (rows.size <= 1 || proxy->strides[last] == item);
   py::ssize_t stride = static_cast<py::ssize_t>(rows.size) * item, expected = 0;
   for (int axis = last - 1; axis >= 0; --axis) {
     const py::ssize_t length = proxy->dimensions[axis];
@@ -123,7 +124,8 @@ std::vector<float> read_signs(PyObject* object) {
 std::size_t positive(PyObject* object, const char* argument) {
   const Py_ssize_t value = PyNumber_AsSsize_t(object, PyExc_OverflowError);
   if (value == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
-  if (value < 1) throw py::value_error(std::string(argument) + " is " + std::to_string(value) + ": it must be at least 1");
+  if (value < 1)
+    throw py::value_error(std::string(argument) + " is " + std::to_string(value) + ": it must be at least 1");
   return static_cast<std::size_t>(value);
 }
 
@@ -135,8 +137,8 @@ void run_rows(const Transform& transform, const Rows& in, const Rows& out, const
     const auto bytes = [&](std::ptrdiff_t stride) {
       return static_cast<std::ptrdiff_t>(first) * stride * static_cast<std::ptrdiff_t>(item);
     };
-    transform.rows(static_cast<const char*>(in.data) + bytes(in.stride), static_cast<char*>(out.data) + bytes(out.stride),
-                   end - first, in.stride, out.stride, signs);
+    transform.rows(static_cast<const char*>(in.data) + bytes(in.stride),
+                   static_cast<char*>(out.data) + bytes(out.stride), end - first, in.stride, out.stride, signs);
   };
   if (parts == 1) return part(0);
   std::vector<std::thread> workers;
@@ -298,7 +300,8 @@ PyObject* hadamard_entry(PyObject*, PyObject* const* values, Py_ssize_t position
 }
 
 PyMethodDef hadamard_method = {
-    "hadamard", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(hadamard_entry)), METH_FASTCALL | METH_KEYWORDS,
+    "hadamard", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(hadamard_entry)),
+    METH_FASTCALL | METH_KEYWORDS,
     "hadamard(x, out=None, block_size=None, signs=None, transpose=False, scale=None, threads=1, isa=None)\n\n"
     "Walsh-Hadamard transform of the last axis; see onnx_quarot.hadamard. isa names a kernel, for tests."};
 
@@ -353,7 +356,8 @@ PYBIND11_MODULE(_core, module) {
     }
   });
   const py::object name = py::str("onnx_quarot._core");
-  module.add_object("hadamard", py::reinterpret_steal<py::object>(PyCFunction_NewEx(&hadamard_method, nullptr, name.ptr())));
+  module.add_object("hadamard",
+                    py::reinterpret_steal<py::object>(PyCFunction_NewEx(&hadamard_method, nullptr, name.ptr())));
   module.def("convert", &convert_arrays, py::arg("source"), py::arg("target"),
              "target[:] = source, for matrices of any strides of which one is float64; rounds once. No common memory.");
   module.def("order_matrix", &order_matrix_array, py::arg("order"), "Hadamard matrix of a supported order, int8.");

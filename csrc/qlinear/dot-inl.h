@@ -1,6 +1,6 @@
-// An `Isa` for CPUs with a dot product of four bytes: each lane of a sum gains four products. The including file defines
-// ONNX_QUAROT_DOT_LANES, ONNX_QUAROT_DOT_ROWS, ONNX_QUAROT_DOT_PANELS, ONNX_QUAROT_DOT_SIGNED (1: weights are signed as
-// well, 0: unsigned) and Vector dot_bytes(Vector sum, Vector weights, Vector values).
+// An `Isa` for CPUs with a dot product of four bytes: each lane of a sum gains four products. The including file
+// defines ONNX_QUAROT_DOT_LANES, ONNX_QUAROT_DOT_ROWS, ONNX_QUAROT_DOT_PANELS, ONNX_QUAROT_DOT_SIGNED (1: weights are
+// signed as well, 0: unsigned) and Vector dot_bytes(Vector sum, Vector weights, Vector values).
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -13,7 +13,8 @@ namespace {
 void quantize_all_bytes(const QuantizeJob& job);
 
 struct Isa {
-  static constexpr std::size_t lanes = ONNX_QUAROT_DOT_LANES, rows = ONNX_QUAROT_DOT_ROWS, panels = ONNX_QUAROT_DOT_PANELS;
+  static constexpr std::size_t lanes = ONNX_QUAROT_DOT_LANES, rows = ONNX_QUAROT_DOT_ROWS,
+                               panels = ONNX_QUAROT_DOT_PANELS;
   static constexpr std::size_t few_panels = ONNX_QUAROT_DOT_LANES == 16 ? 4 : 1, halves = 1, rows4 = 4;
   static constexpr std::int32_t offset8 = ONNX_QUAROT_DOT_SIGNED ? 0 : 128, offset4 = 8;
   static constexpr std::size_t step_bytes8 = 4;
@@ -29,7 +30,9 @@ struct Isa {
   static constexpr bool widens = false;
   static constexpr std::size_t widened_bytes = 1;
   static void widen(const std::uint8_t*, std::uint8_t*) {}
-  static Weights widened(const std::uint8_t* from, std::size_t vector, std::size_t half) { return weights(from, vector, half); }
+  static Weights widened(const std::uint8_t* from, std::size_t vector, std::size_t half) {
+    return weights(from, vector, half);
+  }
 
   static Bytes bytes(const std::uint8_t* from, std::size_t vector) {
     Bytes loaded;

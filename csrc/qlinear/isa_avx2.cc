@@ -1,6 +1,6 @@
-// AVX2, exact. Bytes times bytes would saturate in 16 bits, so 8-bit weights are multiplied as pairs of 16-bit integers:
-// the even and the odd bytes of a step, each widened by one instruction. 4-bit weights stay bytes: eight sums of two
-// products of at most 15 * 127 fit into 16 bits.
+// AVX2, exact. Bytes times bytes would saturate in 16 bits, so 8-bit weights are multiplied as pairs of 16-bit
+// integers: the even and the odd bytes of a step, each widened by one instruction. 4-bit weights stay bytes: eight sums
+// of two products of at most 15 * 127 fit into 16 bits.
 #if defined(__AVX2__)
 #include <immintrin.h>
 

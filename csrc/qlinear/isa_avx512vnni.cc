@@ -13,8 +13,8 @@ inline Vector dot_bytes(Vector sum, Vector weights, Vector values) {
 #if defined(ONNX_QUAROT_EMULATE_DOT)
   return portable_dot<std::uint8_t>(sum, weights, values);
 #else
-  return reinterpret_cast<Vector>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(weights),
-                                                      reinterpret_cast<__m512i>(values)));
+  return reinterpret_cast<Vector>(_mm512_dpbusd_epi32(
+      reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(weights), reinterpret_cast<__m512i>(values)));
 #endif
 }
 }  // namespace

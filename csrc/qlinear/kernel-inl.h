@@ -94,7 +94,7 @@ struct Tile {
   std::int32_t* sums;  // [rows][16 * panels]: where the depth comes in blocks
   bool first, last;    // of these
   const MultiplyJob* job;
-  std::size_t row;     // the job's
+  std::size_t row;  // the job's
   std::size_t column;
 };
 
@@ -120,10 +120,10 @@ __attribute__((noinline)) void tile8(const Tile& tile) {
         operands[v] = Widened ? Isa::widened(from, v % kVectors, half) : Isa::weights(from, v % kVectors, half);
       }
       ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
-        const std::uint8_t* row = r < 3 ? values + r * tile.row_bytes
-                                        : third + (r - 3) * tile.row_bytes;
+        const std::uint8_t* row = r < 3 ? values + r * tile.row_bytes : third + (r - 3) * tile.row_bytes;
         const Isa::Values operand = Isa::values(row, half);
-        ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) sums[r][v] = Isa::dot8(sums[r][v], operands[v], operand);
+        ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) sums[r][v] =
+            Isa::dot8(sums[r][v], operands[v], operand);
       }
     }
     values += value_bytes;
@@ -132,7 +132,8 @@ __attribute__((noinline)) void tile8(const Tile& tile) {
   }
   if (!tile.last) {
     ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
-      ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) store(tile.sums + (r * vectors + v) * Isa::lanes, sums[r][v]);
+      ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v)
+          store(tile.sums + (r * vectors + v) * Isa::lanes, sums[r][v]);
     }
     return;
   }
@@ -218,7 +219,9 @@ void multiply8(const MultiplyJob& whole) {
     job.y += row * whole.y_stride;
     const bool widens = Isa::widens && job.rows >= kWidenRows && job.rows > 4 * Isa::rows;
     std::size_t column = 0;
-    const auto left = [&] { return column < job.columns ? (job.columns - column + kPanelColumns - 1) / kPanelColumns : 0; };
+    const auto left = [&] {
+      return column < job.columns ? (job.columns - column + kPanelColumns - 1) / kPanelColumns : 0;
+    };
     if (job.rows == 1) {
       for (; left() >= Isa::few_panels; column += Isa::few_panels * kPanelColumns) {
         panels8<Isa::few_panels, 1>(job, column, sums, nullptr);
@@ -232,8 +235,8 @@ void multiply8(const MultiplyJob& whole) {
   }
 }
 
-// 4 bits: sums of a block become floats at its end. One panel; register files that are too small spill the floats, which
-// are touched once a block.
+// 4 bits: sums of a block become floats at its end. One panel; register files that are too small spill the floats,
+// which are touched once a block.
 template <std::size_t Rows>
 __attribute__((noinline)) void tile4(const MultiplyJob& job, std::size_t first_row, std::size_t column) {
   const std::size_t blocks = job.steps / job.block_steps;
@@ -274,7 +277,8 @@ __attribute__((noinline)) void tile4(const MultiplyJob& job, std::size_t first_r
     }
     ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < kVectors; ++v) {
       const auto scale = load<Isa::Float>(scales + v * Isa::lanes);
-      ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) totals[r][v] = totals[r][v] + to_float(sums[r][v]) * scale;
+      ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) totals[r][v] =
+          totals[r][v] + to_float(sums[r][v]) * scale;
     }
     scales += kPanelColumns;
   }
@@ -310,8 +314,8 @@ void multiply4(const MultiplyJob& job) {
 }  // namespace
 }  // namespace onnx_quarot
 
-#define ONNX_QUAROT_QLINEAR_KERNELS(symbol, name)                                                      \
-  namespace onnx_quarot {                                                                              \
-  const QLinearKernels symbol = {name,      Isa::step_bytes8,          4,                              \
-                                 Isa::quantize8, quantize_bytes<Isa::offset4>, multiply8, multiply4};  \
+#define ONNX_QUAROT_QLINEAR_KERNELS(symbol, name)                                                              \
+  namespace onnx_quarot {                                                                                      \
+  const QLinearKernels symbol = {name,      Isa::step_bytes8, 4, Isa::quantize8, quantize_bytes<Isa::offset4>, \
+                                 multiply8, multiply4};                                                        \
   }

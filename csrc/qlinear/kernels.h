@@ -33,7 +33,7 @@ struct MultiplyJob {
   const float* bias;        // null: none
   float* y;                 // first row, first panel's first column
   std::size_t y_stride;
-  std::size_t columns;      // in all panels together; the last panel may be narrower than 16
+  std::size_t columns;  // in all panels together; the last panel may be narrower than 16
 };
 
 struct QLinearKernels {

@@ -1,5 +1,5 @@
-// The dot product of four bytes in plain C++, for vectors of any width: what CPUs without an instruction for it run, and
-// what stands in for the instruction where kernels made for it are tested.
+// The dot product of four bytes in plain C++, for vectors of any width: what CPUs without an instruction for it run,
+// and what stands in for the instruction where kernels made for it are tested.
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -17,7 +17,8 @@ inline Vector portable_dot(Vector sum, Vector weights, Vector values) {
   std::memcpy(a, &values, sizeof(a));
   std::int32_t lanes[count / 4];
   for (std::size_t i = 0; i < count / 4; ++i) {
-    lanes[i] = w[4 * i] * a[4 * i] + w[4 * i + 1] * a[4 * i + 1] + w[4 * i + 2] * a[4 * i + 2] + w[4 * i + 3] * a[4 * i + 3];
+    lanes[i] =
+        w[4 * i] * a[4 * i] + w[4 * i + 1] * a[4 * i + 1] + w[4 * i + 2] * a[4 * i + 2] + w[4 * i + 3] * a[4 * i + 3];
   }
   Vector products;
   std::memcpy(&products, lanes, sizeof(products));

@@ -83,7 +83,8 @@ const QLinearKernels& choose() {
 
 void check_shape(const QLinearShape& shape) {
   if (shape.depth < 1 || shape.depth > kMaxDepth) {
-    throw std::invalid_argument("K is " + std::to_string(shape.depth) + ": it must be 1 to " + std::to_string(kMaxDepth));
+    throw std::invalid_argument("K is " + std::to_string(shape.depth) + ": it must be 1 to " +
+                                std::to_string(kMaxDepth));
   }
   if (shape.columns < 1) throw std::invalid_argument("N is 0: it must be at least 1");
   if (shape.bits != 8 && shape.bits != 4) {
@@ -125,8 +126,8 @@ void QuantizedRows::set(std::size_t index, const float* values) {
     return;
   }
   scales_[index] = peak / 127.0f;
-  const QuantizeJob job{values, shape_.depth, shape_.steps(), shape_.steps() / shape_.blocks(), 127.0f / peak, out,
-                        corrections};
+  const QuantizeJob job{values,        shape_.depth, shape_.steps(), shape_.steps() / shape_.blocks(),
+                        127.0f / peak, out,          corrections};
   (shape_.bits == 4 ? kernels_->quantize4 : kernels_->quantize8)(job);
 }
 

@@ -20,8 +20,8 @@ namespace onnx_quarot {
 //   8 bits  [16 outputs][4 features]   value + 128; a step is 4 features
 //   4 bits  [16 outputs][4 bytes]      value + 8 in 0..15; a step is 8 features: byte j holds feature j in its lower
 //                                      half and feature 4 + j in its upper one
-// 8-bit values lie in -127..127, with one scale an output. 4-bit ones lie in -8..7, with one scale an output and block of
-// `block` features, stored as [panels][blocks][16], float32; blocks are whole, filled with zeros.
+// 8-bit values lie in -127..127, with one scale an output. 4-bit ones lie in -8..7, with one scale an output and block
+// of `block` features, stored as [panels][blocks][16], float32; blocks are whole, filled with zeros.
 constexpr std::int64_t kPackedLayout = 1;
 constexpr std::size_t kPanelColumns = 16;
 constexpr std::size_t kStepBytes = 64;

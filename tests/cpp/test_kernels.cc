@@ -141,7 +141,7 @@ void check(const Case& c, std::mt19937& random) {
         half = static_cast<std::uint16_t>((bits >> 16) & 0x8000u);
         if (n != 0) half = static_cast<std::uint16_t>(half | (((bits & 0x7fffffffu) - 0x38000000u) >> 13));
       }
-      const void* from = dtype == DType::float64 ? static_cast<const void*>(&value)
+      const void* from = dtype == DType::float64   ? static_cast<const void*>(&value)
                          : dtype == DType::float32 ? static_cast<const void*>(&narrow)
                                                    : static_cast<const void*>(&half);
       std::memcpy(in.data() + i * item, from, item);

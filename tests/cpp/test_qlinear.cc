@@ -55,8 +55,10 @@ Layer make_layer(const QLinearShape& shape, Fill fill, std::mt19937& random) {
     }
   }
   const std::size_t scale_count = shape.bits == 8 ? shape.columns : shape.panels() * shape.blocks() * 16;
-  for (std::size_t i = 0; i < scale_count; ++i) layer.scales.push_back(0.01f + static_cast<float>(random() % 100) / 1e4f);
-  for (std::size_t i = 0; i < shape.columns; ++i) layer.bias.push_back(static_cast<float>(random() % 100) / 10.0f - 5.0f);
+  for (std::size_t i = 0; i < scale_count; ++i)
+    layer.scales.push_back(0.01f + static_cast<float>(random() % 100) / 1e4f);
+  for (std::size_t i = 0; i < shape.columns; ++i)
+    layer.bias.push_back(static_cast<float>(random() % 100) / 10.0f - 5.0f);
   return layer;
 }
 

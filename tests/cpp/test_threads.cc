@@ -1,5 +1,5 @@
-// Eight threads at once: orders that all of them use first together, transforms and packed weights that they share, rows
-// that they quantize into one buffer and panels that they multiply. What the thread sanitizer looks at.
+// Eight threads at once: orders that all of them use first together, transforms and packed weights that they share,
+// rows that they quantize into one buffer and panels that they multiply. What the thread sanitizer looks at.
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -56,7 +56,9 @@ int transforms(std::size_t size, bool shared) {
   std::vector<std::vector<float>> results(kThreads, std::vector<float>(x.size()));
   const std::vector<Transform> one(shared ? 1 : 0, Transform(spec));
   together([&](std::size_t i) {
-    const auto run = [&](const Transform& transform) { transform.range(x.data(), results[i].data(), 0, kRows, signs.data()); };
+    const auto run = [&](const Transform& transform) {
+      transform.range(x.data(), results[i].data(), 0, kRows, signs.data());
+    };
     shared ? run(one[0]) : run(Transform(spec));
   });
   return differing(results, "transform");
@@ -94,10 +96,12 @@ int linear_layer(std::size_t bits) {
 int main() {
   int failures = 0;
   // Orders 12, 20, 36, 92 and 172: each for the first time by all threads together.
-  for (const std::size_t size : {std::size_t{96}, std::size_t{320}, std::size_t{576}, std::size_t{736}, std::size_t{1376}}) {
+  for (const std::size_t size :
+       {std::size_t{96}, std::size_t{320}, std::size_t{576}, std::size_t{736}, std::size_t{1376}}) {
     failures += transforms(size, false);
   }
-  for (const std::size_t size : {std::size_t{64}, std::size_t{4096}, std::size_t{1376}}) failures += transforms(size, true);
+  for (const std::size_t size : {std::size_t{64}, std::size_t{4096}, std::size_t{1376}})
+    failures += transforms(size, true);
   for (int repeat = 0; repeat < 20; ++repeat) failures += linear_layer(8) + linear_layer(4);
   together([&](std::size_t) {
     if (active_isa().empty() || qlinear_isa().empty() || !has_order(1536)) std::abort();

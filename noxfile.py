@@ -1,0 +1,81 @@
+"""The few commands a developer needs: ``nox -l`` lists them, ``nox -s lint`` runs one, ``nox`` the first four."""
+
+from __future__ import annotations
+
+import nox
+
+nox.options.sessions = ["lint", "types", "tests", "docs"]
+nox.options.reuse_existing_virtualenvs = True
+
+CPP = ("cmake>=3.23", "ninja")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style and spelling."""
+    session.install("ruff>=0.6", "codespell>=2.2", "clang-format==23.1.5")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    tracked = str(session.run("git", "ls-files", external=True, silent=True)).split()
+    session.run("codespell", *(f for f in tracked if f.endswith((".py", ".md", ".cc", ".h", ".toml", ".yml"))))
+    session.run("clang-format", "--dry-run", "-Werror", *(f for f in tracked if f.endswith((".cc", ".h"))))
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """mypy, strict."""
+    session.install(".[test,demo,dev,picture]")
+    session.run("mypy")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The tests; arguments go to pytest: ``nox -s tests -- -k rope``."""
+    session.install(".[test,demo,picture]")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """The tests, and which lines they reach."""
+    session.install(".[test,demo,dev,picture]")
+    session.run("pytest", "--cov", "--cov-report=term-missing", *session.posargs)
+
+
+@nox.session
+@nox.parametrize("preset", ["release", "asan-ubsan", "tsan"])
+def cpp(session: nox.Session, preset: str) -> None:
+    """The compiled code and its tests: as released, and under the sanitizers."""
+    session.install(*CPP)
+    session.run("cmake", "--preset", preset, "-G", "Ninja")
+    session.run("cmake", "--build", "--preset", preset)
+    session.run("ctest", "--test-dir", f"build/{preset}", "--output-on-failure")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The site, in build/site."""
+    session.install("mkdocs-material>=9")
+    session.run("mkdocs", "build", "--strict", "--site-dir", "build/site")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """The kernel on this machine."""
+    session.install(".[bench]", "fht-cpu")
+    session.run("onnx-quarot", "bench", *session.posargs)
+
+
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """A minute of hostile input a target, or of one: ``nox -s fuzz -- model``."""
+    session.install(".[test,demo]")
+    for target in session.posargs or ("model", "operator", "gguf", "config"):
+        session.run("python", "fuzz/fuzz.py", target, "60")
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """The wheel, from the source archive, in build/dist."""
+    session.install("build")
+    session.run("python", "-m", "build", "--outdir", "build/dist")
