@@ -10,7 +10,6 @@ doing alone. Figures are in `extra_info`; asserted is that rotation helps.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from onnx_quarot import evaluate, pipeline
 from onnx_quarot.demo import cached_smollm2, calibration_text, evaluation_text
 
-WINDOWS = int(os.environ.get("ONNX_QUAROT_WINDOWS", "8"))  # of 512 tokens
+WINDOWS = 8
 
 
 def at_level(source: Path, target: Path, level: int) -> Path:
