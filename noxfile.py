@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import nox
 
 nox.options.sessions = ["lint", "types", "tests", "docs"]
@@ -49,7 +52,37 @@ def cpp(session: nox.Session, preset: str) -> None:
     session.install(*CPP)
     session.run("cmake", "--preset", preset, "-G", "Ninja")
     session.run("cmake", "--build", "--preset", preset)
-    session.run("ctest", "--test-dir", f"build/{preset}", "--output-on-failure")
+    session.run("ctest", "--preset", preset)
+
+
+@nox.session
+def tidy(session: nox.Session) -> None:
+    """clang-tidy over what this compiler's flags fit."""
+    session.install(*CPP, "clang-tidy==23.1.4")
+    session.run("cmake", "--preset", "dev", "-G", "Ninja")
+    tracked = str(session.run("git", "ls-files", "csrc/*.cc", external=True, silent=True)).split()
+    apart = ("csrc/python", "csrc/isa/avx512", "csrc/isa/neon", "csrc/qlinear/isa_", "csrc/ort/abi_check")
+    session.run("clang-tidy", "-quiet", "-p", "build/dev", *(f for f in tracked if not f.startswith(apart)))
+
+
+@nox.session
+def coverage_cpp(session: nox.Session) -> None:
+    """The lines of csrc that the C++ tests reach, and the Python tests of what is compiled."""
+    session.install(".[test,demo]", *CPP, "pybind11>=2.12", "gcovr>=8")
+    places = str(session.run("python", "-m", "pybind11", "--cmakedir", silent=True)).strip()
+    options = ("-DONNX_QUAROT_PYTHON=ON", f"-Dpybind11_DIR={places}")
+    session.run("cmake", "--preset", "coverage", "-G", "Ninja", *options)
+    session.run("cmake", "--build", "--preset", "coverage")
+    session.run("ctest", "--preset", "coverage")
+    made = Path("build/coverage/csrc")
+    package = Path("build/coverage/package/onnx_quarot")
+    shutil.copytree("python/onnx_quarot", package, dirs_exist_ok=True)
+    for library in (*made.glob("_core*"), *made.glob("ort/libonnx_quarot_ops.*")):
+        shutil.copy(library, package)
+    files = ("ort_hadamard", "qlinear", "fused_op", "fused_linear", "transform", "convert", "custom_op")
+    tests = [f"tests/test_{name}.py" for name in files]
+    session.run("pytest", "-q", *tests, env={"PYTHONPATH": str(package.parent.resolve())})
+    session.run("gcovr", "--filter", "csrc/", "--merge-lines", "--fail-under-line", "90", "build/coverage")
 
 
 @nox.session

@@ -118,7 +118,7 @@ Matrix paley2(std::size_t k) {
   Matrix h(k * k);
   for (std::size_t i = 0; i < n; ++i) {
     for (std::size_t j = 0; j < n; ++j) {
-      const int v = s[i * n + j];
+      const int v = int{s[i * n + j]};
       const int cell[4] = {v != 0 ? v : 1, v != 0 ? v : -1, v != 0 ? v : -1, v != 0 ? -v : -1};
       for (std::size_t c = 0; c < 4; ++c) h[(2 * i + c / 2) * k + 2 * j + c % 2] = static_cast<std::int8_t>(cell[c]);
     }
@@ -131,7 +131,7 @@ Matrix doubled(const Matrix& h, std::size_t n) {
   Matrix out(k * k);
   for (std::size_t i = 0; i < k; ++i) {
     for (std::size_t j = 0; j < k; ++j) {
-      const int v = h[i % n * n + j % n];
+      const int v = int{h[i % n * n + j % n]};
       out[i * k + j] = static_cast<std::int8_t>(i >= n && j >= n ? -v : v);
     }
   }
@@ -340,7 +340,7 @@ OrderStep make_step(Store& store, std::size_t k, bool transpose) {
 std::vector<std::size_t> order_factors(std::size_t k) {
   if (k == 0) return {};
   if ((k & (k - 1)) == 0) return k <= kLargestOrder ? std::vector<std::size_t>{k} : std::vector<std::size_t>{};
-  const std::vector<std::size_t> factors = product(k, 0);
+  std::vector<std::size_t> factors = product(k, 0);
   if (!factors.empty()) return factors;
   return construction(k) != Construction::none ? std::vector<std::size_t>{k} : std::vector<std::size_t>{};
 }

@@ -60,7 +60,8 @@ struct Entry<Slot, Result(Arguments...)> {
 
   Result operator()(const Api* api, Arguments... arguments) const {
     Result (*function)(Arguments...);
-    std::memcpy(&function, reinterpret_cast<const char*>(api) + Slot * sizeof(function), sizeof(function));
+    std::memcpy(static_cast<void*>(&function), reinterpret_cast<const char*>(api) + Slot * sizeof(function),
+                sizeof(function));
     return function(arguments...);
   }
 };
