@@ -11,6 +11,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace onnx_quarot {
@@ -81,8 +83,19 @@ CpuFeatures detect_cpu() {
   features.avx2 = (saved & ymm) == ymm && fma && f16c && (b & bit_AVX2) != 0;
   const unsigned wanted = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
   features.avx512 = features.avx2 && (saved & zmm) == zmm && (b & wanted) == wanted;
+  // Not all compilers' headers have names for these.
+  constexpr unsigned avx512_vnni = 1u << 11, avx_vnni = 1u << 4;
+  features.avx512vnni = features.avx512 && (c & avx512_vnni) != 0;
+  const bool subleaf = a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0;
+  features.avxvnni = features.avx2 && subleaf && (a & avx_vnni) != 0;
 #elif defined(__aarch64__)
   features.neon = true;
+#if defined(__linux__)
+  constexpr unsigned long dot_product = 1ul << 20;  // HWCAP_ASIMDDP
+  features.neon_dot = (getauxval(AT_HWCAP) & dot_product) != 0;
+#elif defined(__APPLE__)
+  features.neon_dot = true;
+#endif
 #endif
   return features;
 }

@@ -329,6 +329,23 @@ def test_session_errors_are_one_line(tmp_path: Path) -> None:
         session(tmp_path / "m.onnx", threads=0)
 
 
+@pytest.mark.parametrize("vnni", [False, True])
+def test_exact_products_are_asked_for_where_they_are_not_anyway(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vnni: bool
+) -> None:
+    build(tmp_path / "m.onnx", [{"size": 64}], [[2, 64]])
+    monkeypatch.setattr(_core, "has_vnni", lambda: vnni)
+    key = "session.x64quantprecision"
+    for exact in (True, False):
+        options = ort.SessionOptions()
+        session(tmp_path / "m.onnx", session_options=options, exact=exact)
+        if exact and not vnni:
+            assert options.get_session_config_entry(key) == "1"
+        else:
+            with pytest.raises(RuntimeError, match=key):
+                options.get_session_config_entry(key)
+
+
 def test_add_hadamard_refuses_what_does_not_fit() -> None:
     graph = ir.Graph([], [], nodes=[], opset_imports={"": 21}, name="g")
     model = ir.Model(graph, ir_version=9)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 
 import onnx_quarot as oq
@@ -57,6 +58,21 @@ def test_one_matrix_serves_both(llama: Path, tmp_path: Path, scheme: str, rotati
     assert error(llama, tmp_path / "q.onnx") < (0.08 if "w8" in scheme else 0.6)
     # The table itself: what the graph's first layer reads is the table's rows, to 8 bits.
     assert len(large[0].uses()) == 2
+
+
+@pytest.mark.parametrize("scheme", ["a8w8", "a8w8-dynamic-tensor"])
+def test_the_matrix_is_int8_and_loads_where_products_must_be_exact(llama: Path, tmp_path: Path, scheme: str) -> None:
+    """uint8 would take ONNX Runtime's slower kernel on CPUs with VNNI; its exact mode makes it of int8 as it loads."""
+    oq.quantize(llama, tmp_path / "q.onnx", batches(1), scheme=scheme)
+    results = []
+    for precise in "01":
+        options = ort.SessionOptions()
+        options.add_session_config_entry("session.x64quantprecision", precise)
+        model = oq.session(tmp_path / "q.onnx", session_options=options, exact=False)
+        results.append(model.run(["logits"], batches(1)[0])[0])
+    constants = [v.const_value for v in ir.load(tmp_path / "q.onnx").graph.initializers.values()]
+    assert {t.dtype for t in constants if t.size == LLAMA.vocab * LLAMA.hidden} == {ir.DataType.INT8}
+    np.testing.assert_allclose(*results, atol=0.05 * np.abs(results[0]).max())  # saturating sums differ a little
 
 
 @pytest.mark.parametrize("block", [32, 128])  # zero points of an even and of an odd number of blocks

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "convert.h"
+#include "cpu.h"
 #include "fwht.h"
 #include "orders.h"
 
@@ -367,4 +368,7 @@ PYBIND11_MODULE(_core, module) {
   module.def("has_order", &has_order, py::arg("n"), "Whether H_n is available.");
   module.def("isa", &active_isa, "Name of the kernel in use.");
   module.def("isas", &available_isas, "Names of the kernels this CPU can run, fastest first.");
+  module.def(
+      "has_vnni", [] { return detect_cpu().avx512vnni || detect_cpu().avxvnni; },
+      "Whether this is an x86 CPU that sums products of bytes in 32 bits.");
 }

@@ -10,38 +10,8 @@
 #include "fwht.h"
 #include "kernels.h"
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#elif defined(__aarch64__) && defined(__linux__)
-#include <sys/auxv.h>
-#endif
-
 namespace onnx_quarot {
 namespace {
-
-struct DotFeatures {
-  bool avx512vnni = false, avxvnni = false, neon = false;
-};
-
-DotFeatures detect_dot() {
-  DotFeatures features;
-#if defined(__x86_64__)
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) != 0) {
-    features.avx512vnni = detect_cpu().avx512 && (c & (1u << 11)) != 0;
-    const unsigned subleaves = a;
-    if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0) {
-      features.avxvnni = detect_cpu().avx2 && (a & (1u << 4)) != 0;
-    }
-  }
-#elif defined(__aarch64__) && defined(__linux__)
-  constexpr unsigned long dot_product = 1ul << 20;  // HWCAP_ASIMDDP
-  features.neon = (getauxval(AT_HWCAP) & dot_product) != 0;
-#elif defined(__aarch64__) && defined(__APPLE__)
-  features.neon = true;
-#endif
-  return features;
-}
 
 struct Candidate {
   const QLinearKernels* kernels;
@@ -52,15 +22,14 @@ struct Candidate {
 const std::vector<Candidate>& candidates() {
   static const std::vector<Candidate> found = [] {
     std::vector<Candidate> all;
-    const DotFeatures dot = detect_dot();
-    (void)dot;
+    [[maybe_unused]] const CpuFeatures cpu = detect_cpu();
 #if defined(__x86_64__)
-    all.push_back({&qlinear_avx512vnni, dot.avx512vnni, "avx512"});
+    all.push_back({&qlinear_avx512vnni, cpu.avx512vnni, "avx512"});
     // Without a name of its own in the variable: chosen where nothing is asked for.
-    all.push_back({&qlinear_avxvnni, dot.avxvnni, "avx512"});
-    all.push_back({&qlinear_avx2, detect_cpu().avx2, "avx2"});
+    all.push_back({&qlinear_avxvnni, cpu.avxvnni, "avx512"});
+    all.push_back({&qlinear_avx2, cpu.avx2, "avx2"});
 #elif defined(ONNX_QUAROT_QLINEAR_NEON)
-    all.push_back({&qlinear_neon, dot.neon, "neon"});
+    all.push_back({&qlinear_neon, cpu.neon_dot, "neon"});
 #endif
     all.push_back({&qlinear_baseline, true, "baseline"});
     return all;

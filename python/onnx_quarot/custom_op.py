@@ -121,7 +121,8 @@ def session(
         if threads < 1:
             raise OnnxQuarotError(f"threads is {threads}: it must be at least 1")
         options.intra_op_num_threads = threads
-    if exact:
+    if exact and not _core.has_vnni():
+        # With VNNI nothing saturates, and this would halve the speed: it makes all weights uint8.
         options.add_session_config_entry("session.x64quantprecision", "1")
     if use_library:
         register(options)

@@ -238,7 +238,7 @@ class _Editor:
     def _weight(self, site: LinearSite) -> tuple[QuantizedWeight, ir.Value]:
         key = self.weight_key(site)
         if key not in self.weights:
-            self.weights[key] = self._new_weight(site, unsigned=self.readers[key] > 1 or site.root in self.tied)
+            self.weights[key] = self._new_weight(site, unsigned=self.readers[key] > 1)
         return self.weights[key]
 
     def weight_key(self, site: LinearSite) -> tuple[object, ...]:
