@@ -383,15 +383,3 @@ def test_add_hadamard_refuses_what_does_not_fit() -> None:
     assert not model.graph.initializers
     assert model.ir_version == 9
     assert DOMAIN not in model.opset_imports
-
-
-def test_an_onnxruntime_that_ignores_overloads_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    single, several = tmp_path / "single.onnx", tmp_path / "several.onnx"
-    build(single, [{"size": 96}], [["b", 96]])
-    build(several, [{"size": 96}, {"size": 96, "transpose": True}], [["b", 96]] * 2)
-    monkeypatch.setattr("onnxruntime.__version__", "1.26.0")
-    session(single)
-    with pytest.raises(ModelError, match=r"overloads of the function onnx_quarot::Hadamard.*1\.27 or later"):
-        session(several)
-    monkeypatch.setattr("onnxruntime.__version__", "1.27.0")
-    session(several)

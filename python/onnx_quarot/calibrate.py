@@ -22,6 +22,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 import onnxruntime as ort
 
+from . import runtime_faults
 from .errors import DataError, ModelError
 from .observers import MinMax, Percentile, Range, Sink, TokenMSE, make_observer
 from .partial import disposable
@@ -153,6 +154,7 @@ def open_model(model: ir.Model, folder: Path, stack: ExitStack, threads: int | N
 
     What it needs on disk lives until `stack` is closed. ModelError if it cannot be run.
     """
+    runtime_faults.refuse(model, "model")
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.enable_cpu_mem_arena = False

@@ -23,11 +23,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from onnx_quarot import _core
+from onnx_quarot import _core, runtime_faults
 from onnx_quarot.errors import ModelError, OnnxQuarotError, OrderError
 
 __all__ = ["DOMAIN", "OP_TYPE", "add_hadamard", "custom_op_library", "register", "session"]
@@ -115,7 +114,7 @@ def session(
     file = Path(path)
     if not file.is_file():
         raise ModelError(f"model is {str(file)!r}: there is no such file")
-    _check_overloads(file)
+    _refuse_faults(file)
     options = ort.SessionOptions() if session_options is None else session_options
     if threads is not None:
         if threads < 1:
@@ -387,23 +386,14 @@ def _sylvester(power: int) -> npt.NDArray[np.int8]:
     return matrix
 
 
-def _check_overloads(file: Path) -> None:
-    # Up to 1.26 ONNX Runtime knows functions by domain and name alone: of several overloads it runs one for all,
-    # and where their types and inputs agree the result is wrong without a word.
-    major, minor = (int(part) for part in ort.__version__.split(".")[:2])
-    if (major, minor) >= (1, 27):
+def _refuse_faults(file: Path) -> None:
+    if not runtime_faults.any_known():
         return
     try:
-        functions = onnx.load(file, load_external_data=False).functions
+        model = ir.load(file)
     except Exception:
         return  # ONNX Runtime says what is wrong with the file
-    names = [(function.domain, function.name) for function in functions]
-    for domain, name in names:
-        if names.count((domain, name)) > 1:
-            raise ModelError(
-                f"{file} holds several overloads of the function {domain}::{name}, which onnxruntime {ort.__version__} "
-                "does not tell apart: onnxruntime 1.27 or later is needed"
-            )
+    runtime_faults.refuse(model, str(file))
 
 
 def _one_line(error: Exception) -> str:

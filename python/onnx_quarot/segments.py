@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from onnx_quarot import custom_op
+from onnx_quarot import custom_op, runtime_faults
 from onnx_quarot.errors import ModelError
 from onnx_quarot.load import external_files, load
 
@@ -34,6 +34,7 @@ def run_in_segments(
     ONNX Runtime refuses it.
     """
     model = load(path)
+    runtime_faults.refuse(model, str(path))
     wide = any(v.dtype == ir.DataType.BFLOAT16 for v in model.graph.initializers.values())
     values = {name: _widened(array) if wide else array for name, array in feeds.items()}
     segments = list(_segments(model, segment_bytes))
