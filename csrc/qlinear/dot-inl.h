@@ -15,7 +15,8 @@ void quantize_all_bytes(const QuantizeJob& job);
 struct Isa {
   static constexpr std::size_t lanes = ONNX_QUAROT_DOT_LANES, rows = ONNX_QUAROT_DOT_ROWS,
                                panels = ONNX_QUAROT_DOT_PANELS;
-  static constexpr std::size_t few_panels = ONNX_QUAROT_DOT_LANES == 16 ? 4 : 1, halves = 1, rows4 = 4;
+  static constexpr std::size_t halves = 1, rows4 = ONNX_QUAROT_DOT_LANES == 16 ? 6 : 4,
+                               panels4 = ONNX_QUAROT_DOT_LANES == 16 ? 2 : 1;
   static constexpr std::int32_t offset8 = ONNX_QUAROT_DOT_SIGNED ? 0 : 128, offset4 = 8;
   static constexpr std::size_t step_bytes8 = 4;
   using Int [[gnu::vector_size(4 * ONNX_QUAROT_DOT_LANES), gnu::aligned(4)]] = std::int32_t;

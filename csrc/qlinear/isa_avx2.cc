@@ -13,7 +13,7 @@ namespace onnx_quarot {
 namespace {
 
 struct Isa {
-  static constexpr std::size_t lanes = 8, rows = 5, panels = 1, few_panels = 1, halves = 2, rows4 = 4;
+  static constexpr std::size_t lanes = 8, rows = 5, panels = 1, halves = 2, rows4 = 4, panels4 = 1;
   static constexpr std::int32_t offset8 = 128, offset4 = 8;
   static constexpr std::size_t step_bytes8 = 8;
   using Int [[gnu::vector_size(32), gnu::aligned(4)]] = std::int32_t;

@@ -2,7 +2,7 @@
 //
 //   lanes                        columns in a vector
 //   rows, panels                 of a tile of many rows: rows x (16 * panels) sums in registers
-//   few_panels                   panels beside one another where there is one row, so that enough sums are under way
+//   rows4, panels4               the same for 4 bits
 //   halves                       parts of a step of four features: 2 where they are multiplied in pairs
 //   offset8, offset4             what packed weights are too large by, as the products see them
 //   Int, Float                   vectors of 32-bit integers and floats
@@ -27,8 +27,10 @@ namespace onnx_quarot {
 namespace {
 
 constexpr std::size_t kVectors = kPanelColumns / Isa::lanes;
-// A block of the depth: its part of a panel stays in the first cache while all rows pass over it.
-constexpr std::size_t kDepthSteps = 256;
+// Steps of the depth at a time: these of a tile's panels, and those fetched ahead, fit into the second cache.
+constexpr std::size_t kDepthSteps = 1024;
+// Those of a widened copy, which stays in the first one.
+constexpr std::size_t kWideSteps = 256;
 // Rows from which a panel is worth widening.
 constexpr std::size_t kWidenRows = 16;
 
@@ -48,46 +50,99 @@ inline Isa::Float splat(float value) { return value - Isa::Float{}; }
 inline Isa::Int splat(std::int32_t value) { return value - Isa::Int{}; }
 inline Isa::Float to_float(Isa::Int value) { return __builtin_convertvector(value, Isa::Float); }
 
-// Values in -127..127 in the order of their features, one byte each: for every CPU that multiplies bytes.
+// The largest magnitude of a row, by its bits: as integers, magnitudes are in order, with infinities and NaNs above all
+// others.
+std::uint32_t peak_bits(const float* values, std::size_t depth) {
+  constexpr std::size_t chains = 4;
+  Isa::Int largest[chains] = {};
+  std::size_t k = 0;
+  for (; k + chains * Isa::lanes <= depth; k += chains * Isa::lanes) {
+    ONNX_QUAROT_UNROLL for (std::size_t i = 0; i < chains; ++i) {
+      const Isa::Int bits = load<Isa::Int>(values + k + i * Isa::lanes) & 0x7fffffff;
+      largest[i] = bits > largest[i] ? bits : largest[i];
+    }
+  }
+  std::int32_t peak = 0;
+  for (; k < depth; ++k) peak = std::max(peak, load<std::int32_t>(values + k) & 0x7fffffff);
+  for (const Isa::Int& chain : largest) {
+    for (std::size_t lane = 0; lane < Isa::lanes; ++lane) peak = std::max(peak, chain[lane]);
+  }
+  return static_cast<std::uint32_t>(peak);
+}
+
+// Values in -127..127 in the order of their features, one byte each: for every CPU that multiplies bytes. Writes whole
+// vectors: up to lanes - 1 bytes behind the last step.
 template <std::int32_t Offset>
 void quantize_bytes(const QuantizeJob& job) {
+  using Narrow [[gnu::vector_size(Isa::lanes), gnu::aligned(1)]] = std::int8_t;
   auto* out = static_cast<std::int8_t*>(job.out);
   // Adding 1.5 * 2^23 leaves the rounded integer in the low bits.
   constexpr float magic = 12582912.0f;
-  for (std::size_t k = 0; k < job.depth; ++k) {
-    const float shifted = job.values[k] * job.inverse + magic;
-    std::int32_t bits = 0;
-    std::memcpy(&bits, &shifted, sizeof(bits));
-    out[k] = static_cast<std::int8_t>(bits - 0x4b400000);
-  }
-  std::fill(out + job.depth, out + job.steps * 4, std::int8_t{0});
-  for (std::size_t block = 0; block * job.block_steps < job.steps; ++block) {
-    std::int32_t sum = 0;
-    const std::int8_t* values = out + block * job.block_steps * 4;
-    for (std::size_t k = 0; k < job.block_steps * 4; ++k) sum += values[k];
-    job.corrections[block] = -Offset * sum;
+  const Isa::Float inverse = splat(job.inverse);
+  const std::size_t block = job.block_steps * 4;
+  for (std::size_t start = 0, index = 0; start < job.steps * 4; start += block, ++index) {
+    Isa::Int sum{};
+    const auto some = [&](const float* from, std::int8_t* to) {
+      const Isa::Int rounded = reinterpret_cast<Isa::Int>(load<Isa::Float>(from) * inverse + magic) - 0x4b400000;
+      sum += rounded;
+      store(to, __builtin_convertvector(rounded, Narrow));
+    };
+    const std::size_t end = std::min(start + block, job.depth);
+    std::size_t k = start;
+    for (; k + Isa::lanes <= end; k += Isa::lanes) some(job.values + k, out + k);
+    if (k < end) {
+      float rest[Isa::lanes] = {};
+      std::memcpy(rest, job.values + k, (end - k) * sizeof(float));
+      some(rest, out + k);
+      k += Isa::lanes;
+    }
+    if (k < start + block) std::memset(out + k, 0, start + block - k);
+    std::int32_t total = 0;
+    for (std::size_t lane = 0; lane < Isa::lanes; ++lane) total += sum[lane];
+    job.corrections[index] = -Offset * total;
   }
 }
 
-// The scales (or the bias) of one panel's columns.
-inline void panel_floats(const float* from, std::size_t columns, float* to) {
-  std::memset(to, 0, kPanelColumns * sizeof(float));
-  if (from != nullptr) std::memcpy(to, from, columns * sizeof(float));
-}
+// What is done to the columns of one panel at the end: scales and bias, filled up where the panel is the last one and
+// narrower than 16.
+struct PanelEnd {
+  std::size_t columns;
+  const float* scales;  // null: none
+  const float* bias;
+  alignas(64) float filled[2][kPanelColumns];
 
-inline void store_columns(float* y, std::size_t columns, std::size_t vector, Isa::Float value) {
-  const std::size_t at = vector * Isa::lanes;
-  if (at + Isa::lanes <= columns) return store(y + at, value);
-  float lanes[Isa::lanes];
-  store(lanes, value);
-  if (at < columns) std::memcpy(y + at, lanes, (columns - at) * sizeof(float));
-}
+  static const float* fill(const float* from, std::size_t count, float* to) {
+    std::memset(to, 0, kPanelColumns * sizeof(float));
+    if (from != nullptr) std::memcpy(to, from, count * sizeof(float));
+    return to;
+  }
+
+  PanelEnd(const MultiplyJob& job, std::size_t column, const float* all_scales)
+      : columns(std::min(kPanelColumns, job.columns - column)),
+        scales(all_scales == nullptr ? nullptr : all_scales + column),
+        bias(job.bias == nullptr ? nullptr : job.bias + column) {
+    if (columns == kPanelColumns && bias != nullptr) return;
+    if (scales != nullptr) scales = fill(scales, columns, filled[0]);
+    bias = fill(bias, columns, filled[1]);
+  }
+
+  void store(float* y, std::size_t vector, Isa::Float value) const {
+    const std::size_t at = vector * Isa::lanes;
+    if (scales != nullptr) value = value * load<Isa::Float>(scales + at);
+    value = value + load<Isa::Float>(bias + at);
+    if (at + Isa::lanes <= columns) return onnx_quarot::store(y + at, value);
+    float lanes[Isa::lanes];
+    onnx_quarot::store(lanes, value);
+    if (at < columns) std::memcpy(y + at, lanes, (columns - at) * sizeof(float));
+  }
+};
 
 // A tile of Rows x (16 * Panels) sums over `steps` steps.
 struct Tile {
   const std::uint8_t* values;
   std::size_t row_bytes;
   const std::uint8_t* weights;
+  const std::uint8_t* ahead;  // what to fetch into the second cache meanwhile, in as many panels as one reads at a time
   std::size_t panel_bytes;
   std::size_t steps;
   const std::int32_t* corrections;
@@ -98,7 +153,11 @@ struct Tile {
   std::size_t column;
 };
 
-template <std::size_t Rows, std::size_t Panels, bool Widened>
+// Panels of those that a tile reads which one group of rows fetches ahead.
+template <std::size_t Panels>
+constexpr std::size_t kAheadPanels = Panels < 2 ? Panels : 2;
+
+template <std::size_t Rows, std::size_t Panels, bool Widened, bool Ahead>
 __attribute__((noinline)) void tile8(const Tile& tile) {
   constexpr std::size_t vectors = kVectors * Panels;
   Isa::Int sums[Rows][vectors];
@@ -107,11 +166,13 @@ __attribute__((noinline)) void tile8(const Tile& tile) {
       sums[r][v] = tile.first ? splat(tile.corrections[r]) : load<Isa::Int>(tile.sums + (r * vectors + v) * Isa::lanes);
     }
   }
-  constexpr std::size_t value_bytes = Isa::step_bytes8;
   constexpr std::size_t step_bytes = Widened ? Isa::widened_bytes : kStepBytes;
-  const std::uint8_t* values = tile.values;
-  const std::uint8_t* third = values + 3 * tile.row_bytes;  // one pointer more, and no address needs an instruction
+  // One pointer for three rows: no address needs an instruction.
+  constexpr std::size_t triples = (Rows + 2) / 3;
+  const std::uint8_t* starts[triples];
+  ONNX_QUAROT_UNROLL for (std::size_t t = 0; t < triples; ++t) starts[t] = tile.values + 3 * t * tile.row_bytes;
   const std::uint8_t* weights = tile.weights;
+  const std::uint8_t* ahead = tile.ahead;
   for (std::size_t step = 0; step < tile.steps; ++step) {
     ONNX_QUAROT_UNROLL for (std::size_t half = 0; half < Isa::halves; ++half) {
       Isa::Weights operands[vectors];
@@ -120,14 +181,17 @@ __attribute__((noinline)) void tile8(const Tile& tile) {
         operands[v] = Widened ? Isa::widened(from, v % kVectors, half) : Isa::weights(from, v % kVectors, half);
       }
       ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
-        const std::uint8_t* row = r < 3 ? values + r * tile.row_bytes : third + (r - 3) * tile.row_bytes;
-        const Isa::Values operand = Isa::values(row, half);
+        const Isa::Values operand = Isa::values(starts[r / 3] + r % 3 * tile.row_bytes, half);
         ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) sums[r][v] =
             Isa::dot8(sums[r][v], operands[v], operand);
       }
     }
-    values += value_bytes;
-    third += value_bytes;
+    if constexpr (Ahead) {
+      __builtin_prefetch(ahead, 0, 2);
+      if constexpr (kAheadPanels<Panels> > 1) __builtin_prefetch(ahead + tile.panel_bytes, 0, 2);
+      ahead += kStepBytes;
+    }
+    ONNX_QUAROT_UNROLL for (std::size_t t = 0; t < triples; ++t) starts[t] += Isa::step_bytes8;
     weights += step_bytes;
   }
   if (!tile.last) {
@@ -140,51 +204,52 @@ __attribute__((noinline)) void tile8(const Tile& tile) {
   const MultiplyJob& job = *tile.job;
   ONNX_QUAROT_UNROLL for (std::size_t p = 0; p < Panels; ++p) {
     const std::size_t column = tile.column + p * kPanelColumns;
-    const std::size_t columns = std::min(kPanelColumns, job.columns - column);
-    alignas(64) float scales[kPanelColumns], bias[kPanelColumns];
-    panel_floats(job.scales + column, columns, scales);
-    panel_floats(job.bias == nullptr ? nullptr : job.bias + column, columns, bias);
+    const PanelEnd end(job, column, job.scales);
     ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
       const std::size_t row = tile.row + r;
       ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < kVectors; ++v) {
-        const Isa::Float product = to_float(sums[r][p * kVectors + v]) * splat(job.row_scales[row]);
-        store_columns(job.y + row * job.y_stride + column, columns, v,
-                      product * load<Isa::Float>(scales + v * Isa::lanes) + load<Isa::Float>(bias + v * Isa::lanes));
+        end.store(job.y + row * job.y_stride + column, v,
+                  to_float(sums[r][p * kVectors + v]) * splat(job.row_scales[row]));
       }
     }
   }
 }
 
 // The tile of `rows` rows, 1 to Rows.
-template <std::size_t Rows, std::size_t Panels, bool Widened>
+template <std::size_t Rows, std::size_t Panels, bool Widened, bool Ahead>
 void tile8_of(std::size_t rows, const Tile& tile) {
   if constexpr (Rows > 1) {
-    if (rows < Rows) return tile8_of<Rows - 1, Panels, Widened>(rows, tile);
+    if (rows < Rows) return tile8_of<Rows - 1, Panels, Widened, Ahead>(rows, tile);
   }
-  tile8<Rows, Panels, Widened>(tile);
+  tile8<Rows, Panels, Widened, Ahead>(tile);
 }
 
 // `Panels` panels from `column` on, times all rows, in groups of about the same number.
-template <std::size_t Panels, std::size_t MaxRows>
+template <std::size_t Panels>
 void panels8(const MultiplyJob& job, std::size_t column, std::int32_t* sums, std::uint8_t* wide) {
   const bool widened = Isa::widens && wide != nullptr;
-  const std::size_t groups = (job.rows + MaxRows - 1) / MaxRows;
-  // Blocks of the depth pay where rows come back to a panel.
-  const std::size_t block = groups > 4 ? kDepthSteps : job.steps;
+  const std::size_t groups = (job.rows + Isa::rows - 1) / Isa::rows;
+  const std::size_t most = widened ? kWideSteps : kDepthSteps, blocks = (job.steps + most - 1) / most;
   const std::uint8_t* panel = job.weights + column / kPanelColumns * job.panel_bytes;
-  for (std::size_t step = 0; step < job.steps; step += block) {
-    const std::size_t steps = std::min(block, job.steps - step);
+  const bool more = column + 2 * Panels * kPanelColumns <= job.columns;
+  for (std::size_t block = 0; block < blocks; ++block) {
+    const std::size_t step = job.steps * block / blocks, end = job.steps * (block + 1) / blocks;
     Tile tile{};
     tile.weights = panel + step * kStepBytes;
     tile.panel_bytes = job.panel_bytes;
+    // The next block, or the first one of the next panels; the last two blocks are about as long as one another.
+    const std::uint8_t* next = block + 1 < blocks ? panel + end * kStepBytes : panel + Panels * job.panel_bytes;
+    const bool fetches = groups > 1 && (block + 1 < blocks || more);
     if (widened) {
-      for (std::size_t s = 0; s < steps; ++s) Isa::widen(tile.weights + s * kStepBytes, wide + s * Isa::widened_bytes);
+      for (std::size_t s = 0; s < end - step; ++s) {
+        Isa::widen(tile.weights + s * kStepBytes, wide + s * Isa::widened_bytes);
+      }
       tile.weights = wide;
     }
     tile.row_bytes = job.row_bytes;
-    tile.steps = steps;
-    tile.first = step == 0;
-    tile.last = step + steps == job.steps;
+    tile.steps = end - step;
+    tile.first = block == 0;
+    tile.last = block + 1 == blocks;
     tile.job = &job;
     tile.column = column;
     for (std::size_t group = 0; group < groups; ++group) {
@@ -195,11 +260,48 @@ void panels8(const MultiplyJob& job, std::size_t column, std::int32_t* sums, std
       tile.sums = sums + tile.row * kPanelColumns * Panels;
       if constexpr (Isa::widens) {
         if (widened) {
-          tile8_of<MaxRows, Panels, true>(rows, tile);
+          tile8_of<Isa::rows, Panels, true, false>(rows, tile);
           continue;
         }
       }
-      tile8_of<MaxRows, Panels, false>(rows, tile);
+      const std::size_t first = group * kAheadPanels<Panels>;
+      if (fetches && first < Panels) {
+        tile.ahead = next + first * job.panel_bytes;
+        tile8_of<Isa::rows, Panels, false, true>(rows, tile);
+      } else {
+        tile8_of<Isa::rows, Panels, false, false>(rows, tile);
+      }
+    }
+  }
+}
+
+// One row: memory is what takes the time, and is read from its beginning to its end. Several steps are under way at
+// once, each with sums of its own.
+void row8(const MultiplyJob& job) {
+  constexpr std::size_t chains = kVectors < 8 ? 8 / kVectors : 1;
+  const auto* row = static_cast<const std::uint8_t*>(job.values);
+  const std::uint8_t* weights = job.weights;
+  for (std::size_t column = 0; column < job.columns; column += kPanelColumns) {
+    Isa::Int sums[chains][kVectors] = {};
+    ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < kVectors; ++v) sums[0][v] = splat(job.corrections[0]);
+    const auto add = [&](Isa::Int* sum, std::size_t step) {
+      ONNX_QUAROT_UNROLL for (std::size_t half = 0; half < Isa::halves; ++half) {
+        const Isa::Values operand = Isa::values(row + step * Isa::step_bytes8, half);
+        ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < kVectors; ++v) {
+          sum[v] = Isa::dot8(sum[v], Isa::weights(weights, v, half), operand);
+        }
+      }
+      weights += kStepBytes;
+    };
+    std::size_t step = 0;
+    for (; step + chains <= job.steps; step += chains) {
+      ONNX_QUAROT_UNROLL for (std::size_t i = 0; i < chains; ++i) add(sums[i], step + i);
+    }
+    for (; step < job.steps; ++step) add(sums[0], step);
+    const PanelEnd end(job, column, job.scales);
+    ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < kVectors; ++v) {
+      ONNX_QUAROT_UNROLL for (std::size_t i = 1; i < chains; ++i) sums[0][v] += sums[i][v];
+      end.store(job.y + column, v, to_float(sums[0][v]) * splat(job.row_scales[0]));
     }
   }
 }
@@ -208,8 +310,9 @@ void panels8(const MultiplyJob& job, std::size_t column, std::int32_t* sums, std
 constexpr std::size_t kMaxRows = 256;
 
 void multiply8(const MultiplyJob& whole) {
+  if (whole.rows == 1) return row8(whole);
   alignas(64) std::int32_t sums[kMaxRows * kPanelColumns * Isa::panels];
-  alignas(64) std::uint8_t wide[Isa::widens ? kDepthSteps * Isa::widened_bytes : 1];
+  alignas(64) std::uint8_t wide[Isa::widens ? kWideSteps * Isa::widened_bytes : 1];
   for (std::size_t row = 0; row < whole.rows; row += kMaxRows) {
     MultiplyJob job = whole;
     job.rows = std::min(kMaxRows, whole.rows - row);
@@ -219,96 +322,115 @@ void multiply8(const MultiplyJob& whole) {
     job.y += row * whole.y_stride;
     const bool widens = Isa::widens && job.rows >= kWidenRows && job.rows > 4 * Isa::rows;
     std::size_t column = 0;
-    const auto left = [&] {
-      return column < job.columns ? (job.columns - column + kPanelColumns - 1) / kPanelColumns : 0;
-    };
-    if (job.rows == 1) {
-      for (; left() >= Isa::few_panels; column += Isa::few_panels * kPanelColumns) {
-        panels8<Isa::few_panels, 1>(job, column, sums, nullptr);
-      }
-    } else {
-      for (; left() >= Isa::panels; column += Isa::panels * kPanelColumns) {
-        panels8<Isa::panels, Isa::rows>(job, column, sums, widens ? wide : nullptr);
-      }
+    for (; column + Isa::panels * kPanelColumns <= job.columns; column += Isa::panels * kPanelColumns) {
+      panels8<Isa::panels>(job, column, sums, widens ? wide : nullptr);
     }
-    for (; left() > 0; column += kPanelColumns) panels8<1, Isa::rows>(job, column, sums, widens ? wide : nullptr);
+    for (; column < job.columns; column += kPanelColumns) panels8<1>(job, column, sums, widens ? wide : nullptr);
   }
 }
 
-// 4 bits: sums of a block become floats at its end. One panel; register files that are too small spill the floats,
-// which are touched once a block.
-template <std::size_t Rows>
-__attribute__((noinline)) void tile4(const MultiplyJob& job, std::size_t first_row, std::size_t column) {
+// 4 bits: sums of a block become floats at its end. Register files that are too small spill the floats, which are
+// touched once a block.
+template <std::size_t Rows, std::size_t Panels, bool Ahead>
+__attribute__((noinline)) void tile4(const MultiplyJob& job, std::size_t first_row, std::size_t column,
+                                     const std::uint8_t* ahead) {
+  constexpr std::size_t vectors = kVectors * Panels;
   const std::size_t blocks = job.steps / job.block_steps;
-  const std::size_t columns = std::min(kPanelColumns, job.columns - column);
   const std::uint8_t* weights = job.weights + column / kPanelColumns * job.panel_bytes;
   const float* scales = job.scales + column * blocks;
-  const auto* values = static_cast<const std::uint8_t*>(job.values) + first_row * job.row_bytes;
+  constexpr std::size_t triples = (Rows + 2) / 3;
+  const std::uint8_t* starts[triples];
+  ONNX_QUAROT_UNROLL for (std::size_t t = 0; t < triples; ++t) {
+    starts[t] = static_cast<const std::uint8_t*>(job.values) + (first_row + 3 * t) * job.row_bytes;
+  }
   const std::int32_t* corrections = job.corrections + first_row * blocks;
-  Isa::Float totals[Rows][kVectors] = {};
+  Isa::Float totals[Rows][vectors] = {};
   for (std::size_t block = 0; block < blocks; ++block) {
-    Isa::Int sums[Rows][kVectors];
+    Isa::Int sums[Rows][vectors];
     ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
       const Isa::Int start = splat(corrections[r * blocks + block]);
-      ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < kVectors; ++v) sums[r][v] = start;
+      ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) sums[r][v] = start;
     }
     for (std::size_t step = 0; step < job.block_steps; step += 8) {
-      Isa::Part parts[Rows][kVectors];
+      Isa::Part parts[Rows][vectors];
       ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
-        ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < kVectors; ++v) parts[r][v] = Isa::part(sums[r][v]);
+        ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) parts[r][v] = Isa::part(sums[r][v]);
       }
       ONNX_QUAROT_UNROLL for (std::size_t pair = 0; pair < 4; ++pair) {
         ONNX_QUAROT_UNROLL for (std::size_t half = 0; half < 2; ++half) {
-          Isa::Weights4 operands[kVectors];
-          ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < kVectors; ++v) operands[v] = Isa::nibbles(weights, v, half);
+          Isa::Weights4 operands[vectors];
+          ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
+            operands[v] = Isa::nibbles(weights + v / kVectors * job.panel_bytes, v % kVectors, half);
+          }
           ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
-            const Isa::Values4 operand = Isa::values4(values + r * job.row_bytes + 4 * half);
-            ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < kVectors; ++v) {
+            const Isa::Values4 operand = Isa::values4(starts[r / 3] + r % 3 * job.row_bytes + pair * 8 + 4 * half);
+            ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
               parts[r][v] = Isa::dot4(parts[r][v], operands[v], operand);
             }
           }
         }
+        if constexpr (Ahead) {
+          __builtin_prefetch(ahead, 0, 2);
+          ahead += kStepBytes;
+        }
         weights += kStepBytes;
-        values += 8;
       }
+      ONNX_QUAROT_UNROLL for (std::size_t t = 0; t < triples; ++t) starts[t] += 32;
       ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
-        ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < kVectors; ++v) sums[r][v] = Isa::flush(sums[r][v], parts[r][v]);
+        ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) sums[r][v] = Isa::flush(sums[r][v], parts[r][v]);
       }
     }
-    ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < kVectors; ++v) {
-      const auto scale = load<Isa::Float>(scales + v * Isa::lanes);
+    ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
+      const auto scale = load<Isa::Float>(scales + v / kVectors * blocks * kPanelColumns + v % kVectors * Isa::lanes);
       ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) totals[r][v] =
           totals[r][v] + to_float(sums[r][v]) * scale;
     }
     scales += kPanelColumns;
   }
-  alignas(64) float bias[kPanelColumns];
-  panel_floats(job.bias == nullptr ? nullptr : job.bias + column, columns, bias);
-  ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
-    const std::size_t row = first_row + r;
-    ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < kVectors; ++v) {
-      store_columns(job.y + row * job.y_stride + column, columns, v,
-                    totals[r][v] * splat(job.row_scales[row]) + load<Isa::Float>(bias + v * Isa::lanes));
+  ONNX_QUAROT_UNROLL for (std::size_t p = 0; p < Panels; ++p) {
+    const PanelEnd end(job, column + p * kPanelColumns, nullptr);
+    ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
+      const std::size_t row = first_row + r;
+      ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < kVectors; ++v) {
+        end.store(job.y + row * job.y_stride + column + p * kPanelColumns, v,
+                  totals[r][p * kVectors + v] * splat(job.row_scales[row]));
+      }
     }
   }
 }
 
-template <std::size_t Rows>
-void tile4_of(std::size_t rows, const MultiplyJob& job, std::size_t first_row, std::size_t column) {
+template <std::size_t Rows, std::size_t Panels, bool Ahead>
+void tile4_of(std::size_t rows, const MultiplyJob& job, std::size_t first_row, std::size_t column,
+              const std::uint8_t* ahead) {
   if constexpr (Rows > 1) {
-    if (rows < Rows) return tile4_of<Rows - 1>(rows, job, first_row, column);
+    if (rows < Rows) return tile4_of<Rows - 1, Panels, Ahead>(rows, job, first_row, column, ahead);
   }
-  tile4<Rows>(job, first_row, column);
+  tile4<Rows, Panels, Ahead>(job, first_row, column, ahead);
+}
+
+template <std::size_t Panels>
+void panels4(const MultiplyJob& job, std::size_t column) {
+  const std::size_t groups = (job.rows + Isa::rows4 - 1) / Isa::rows4;
+  const std::uint8_t* next = job.weights + (column / kPanelColumns + Panels) * job.panel_bytes;
+  const bool fetches = groups > 1 && column + 2 * Panels * kPanelColumns <= job.columns;
+  for (std::size_t group = 0; group < groups; ++group) {
+    const std::size_t row = job.rows * group / groups, rows = job.rows * (group + 1) / groups - row;
+    if (fetches && group < Panels) {
+      tile4_of<Isa::rows4, Panels, true>(rows, job, row, column, next + group * job.panel_bytes);
+    } else {
+      tile4_of<Isa::rows4, Panels, false>(rows, job, row, column, nullptr);
+    }
+  }
 }
 
 void multiply4(const MultiplyJob& job) {
-  const std::size_t groups = (job.rows + Isa::rows4 - 1) / Isa::rows4;
-  for (std::size_t column = 0; column < job.columns; column += kPanelColumns) {
-    for (std::size_t group = 0; group < groups; ++group) {
-      const std::size_t row = job.rows * group / groups;
-      tile4_of<Isa::rows4>(job.rows * (group + 1) / groups - row, job, row, column);
-    }
+  std::size_t column = 0;
+  // One row reads memory from its beginning to its end.
+  if (job.rows > 1) {
+    constexpr std::size_t width = Isa::panels4 * kPanelColumns;
+    for (; column + width <= job.columns; column += width) panels4<Isa::panels4>(job, column);
   }
+  for (; column < job.columns; column += kPanelColumns) panels4<1>(job, column);
 }
 
 }  // namespace
@@ -316,6 +438,6 @@ void multiply4(const MultiplyJob& job) {
 
 #define ONNX_QUAROT_QLINEAR_KERNELS(symbol, name)                                                              \
   namespace onnx_quarot {                                                                                      \
-  const QLinearKernels symbol = {name,      Isa::step_bytes8, 4, Isa::quantize8, quantize_bytes<Isa::offset4>, \
+  const QLinearKernels symbol = {name,      Isa::step_bytes8, 4, peak_bits, Isa::quantize8, quantize_bytes<Isa::offset4>, \
                                  multiply8, multiply4};                                                        \
   }

@@ -7,7 +7,9 @@
 
 namespace onnx_quarot {
 
-// One row to quantize: values * inverse, rounded, in `steps` steps of four, zeros after `depth`.
+// One row to quantize: values * inverse, rounded, in `steps` steps of four, zeros after `depth`. `out`
+// has kRowPadding bytes more than the steps take.
+constexpr std::size_t kRowPadding = 64;
 struct QuantizeJob {
   const float* values;
   std::size_t depth;
@@ -39,6 +41,7 @@ struct MultiplyJob {
 struct QLinearKernels {
   const char* name;
   std::size_t step_bytes8, step_bytes4;  // of four quantized activations, beside 8- and 4-bit weights
+  std::uint32_t (*peak_bits)(const float* values, std::size_t depth);  // of the largest magnitude
   void (*quantize8)(const QuantizeJob&);
   void (*quantize4)(const QuantizeJob&);
   void (*multiply8)(const MultiplyJob&);

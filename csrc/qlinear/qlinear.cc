@@ -67,27 +67,20 @@ void check_shape(const QLinearShape& shape) {
 QuantizedRows::QuantizedRows(const QLinearKernels& kernels, const QLinearShape& shape, std::size_t rows)
     : kernels_(&kernels), shape_(shape), count_(rows) {
   // Rows a power of two apart would fall into the same few cache sets.
-  row_bytes_ = shape.steps() * (shape.bits == 4 ? kernels.step_bytes4 : kernels.step_bytes8) + 64;
-  values_.resize(rows * row_bytes_);
-  corrections_.resize(rows * shape.blocks());
-  scales_.resize(rows);
+  row_bytes_ = shape.steps() * (shape.bits == 4 ? kernels.step_bytes4 : kernels.step_bytes8) + kRowPadding;
+  values_.reset(new std::uint8_t[rows * row_bytes_]);
+  corrections_.reset(new std::int32_t[rows * shape.blocks()]);
+  scales_.reset(new float[rows]);
 }
 
 void QuantizedRows::set(std::size_t index, const float* values) {
-  // As integers, magnitudes are in order, with infinities and NaNs above all others.
-  std::uint32_t largest = 0;
-  for (std::size_t k = 0; k < shape_.depth; ++k) {
-    std::uint32_t bits = 0;
-    std::memcpy(&bits, values + k, sizeof(bits));
-    bits &= 0x7fffffffu;
-    largest = bits > largest ? bits : largest;
-  }
+  const std::uint32_t largest = kernels_->peak_bits(values, shape_.depth);
   const bool finite = largest < 0x7f800000u;
   float peak = 0;
   std::memcpy(&peak, &largest, sizeof(peak));
   if (peak < 1e-30f) peak = 1e-30f;
-  std::uint8_t* out = values_.data() + index * row_bytes_;
-  std::int32_t* corrections = corrections_.data() + index * shape_.blocks();
+  std::uint8_t* out = values_.get() + index * row_bytes_;
+  std::int32_t* corrections = corrections_.get() + index * shape_.blocks();
   if (!finite) {
     scales_[index] = std::numeric_limits<float>::quiet_NaN();
     std::memset(out, 0, row_bytes_);
@@ -105,10 +98,10 @@ void multiply(const QuantizedRows& rows, std::size_t first, std::size_t end, con
   const QLinearShape& shape = rows.shape_;
   const std::size_t column = first_panel * kPanelColumns;
   MultiplyJob job{};
-  job.values = rows.values_.data() + first * rows.row_bytes_;
+  job.values = rows.values_.get() + first * rows.row_bytes_;
   job.row_bytes = rows.row_bytes_;
-  job.corrections = rows.corrections_.data() + first * shape.blocks();
-  job.row_scales = rows.scales_.data() + first;
+  job.corrections = rows.corrections_.get() + first * shape.blocks();
+  job.row_scales = rows.scales_.get() + first;
   job.rows = end - first;
   job.weights = weights + first_panel * shape.panel_bytes();
   job.panel_bytes = shape.panel_bytes();

@@ -10,6 +10,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -63,9 +64,10 @@ class QuantizedRows {
   QLinearShape shape_;
   std::size_t count_;
   std::size_t row_bytes_;
-  std::vector<std::uint8_t> values_;
-  std::vector<std::int32_t> corrections_;  // [count][blocks]: what the weights' offset adds, negated
-  std::vector<float> scales_;
+  // Not vectors, which would clear what is written right after.
+  std::unique_ptr<std::uint8_t[]> values_;
+  std::unique_ptr<std::int32_t[]> corrections_;  // [count][blocks]: what the weights' offset adds, negated
+  std::unique_ptr<float[]> scales_;
 };
 
 // Rows [first, end) times panels [first_panel, end_panel) of the packed weights. scales: [N], or as above for 4 bits.
