@@ -27,7 +27,7 @@ namespace onnx_quarot {
 namespace {
 
 constexpr std::size_t kVectors = kPanelColumns / Isa::lanes;
-// Steps of the depth at a time: these of a tile's panels, and those fetched ahead, fit into the second cache.
+// Steps of the depth at a time: those of a tile's panels stay in the second cache while all rows pass over them.
 constexpr std::size_t kDepthSteps = 1024;
 // Those of a widened copy, which stays in the first one.
 constexpr std::size_t kWideSteps = 256;
@@ -142,7 +142,6 @@ struct Tile {
   const std::uint8_t* values;
   std::size_t row_bytes;
   const std::uint8_t* weights;
-  const std::uint8_t* ahead;  // what to fetch into the second cache meanwhile, in as many panels as one reads at a time
   std::size_t panel_bytes;
   std::size_t steps;
   const std::int32_t* corrections;
@@ -153,11 +152,7 @@ struct Tile {
   std::size_t column;
 };
 
-// Panels of those that a tile reads which one group of rows fetches ahead.
-template <std::size_t Panels>
-constexpr std::size_t kAheadPanels = Panels < 2 ? Panels : 2;
-
-template <std::size_t Rows, std::size_t Panels, bool Widened, bool Ahead>
+template <std::size_t Rows, std::size_t Panels, bool Widened>
 __attribute__((noinline)) void tile8(const Tile& tile) {
   constexpr std::size_t vectors = kVectors * Panels;
   Isa::Int sums[Rows][vectors];
@@ -172,7 +167,6 @@ __attribute__((noinline)) void tile8(const Tile& tile) {
   const std::uint8_t* starts[triples];
   ONNX_QUAROT_UNROLL for (std::size_t t = 0; t < triples; ++t) starts[t] = tile.values + 3 * t * tile.row_bytes;
   const std::uint8_t* weights = tile.weights;
-  const std::uint8_t* ahead = tile.ahead;
   for (std::size_t step = 0; step < tile.steps; ++step) {
     ONNX_QUAROT_UNROLL for (std::size_t half = 0; half < Isa::halves; ++half) {
       Isa::Weights operands[vectors];
@@ -185,11 +179,6 @@ __attribute__((noinline)) void tile8(const Tile& tile) {
         ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) sums[r][v] =
             Isa::dot8(sums[r][v], operands[v], operand);
       }
-    }
-    if constexpr (Ahead) {
-      __builtin_prefetch(ahead, 0, 2);
-      if constexpr (kAheadPanels<Panels> > 1) __builtin_prefetch(ahead + tile.panel_bytes, 0, 2);
-      ahead += kStepBytes;
     }
     ONNX_QUAROT_UNROLL for (std::size_t t = 0; t < triples; ++t) starts[t] += Isa::step_bytes8;
     weights += step_bytes;
@@ -216,12 +205,12 @@ __attribute__((noinline)) void tile8(const Tile& tile) {
 }
 
 // The tile of `rows` rows, 1 to Rows.
-template <std::size_t Rows, std::size_t Panels, bool Widened, bool Ahead>
+template <std::size_t Rows, std::size_t Panels, bool Widened>
 void tile8_of(std::size_t rows, const Tile& tile) {
   if constexpr (Rows > 1) {
-    if (rows < Rows) return tile8_of<Rows - 1, Panels, Widened, Ahead>(rows, tile);
+    if (rows < Rows) return tile8_of<Rows - 1, Panels, Widened>(rows, tile);
   }
-  tile8<Rows, Panels, Widened, Ahead>(tile);
+  tile8<Rows, Panels, Widened>(tile);
 }
 
 // `Panels` panels from `column` on, times all rows, in groups of about the same number.
@@ -231,15 +220,11 @@ void panels8(const MultiplyJob& job, std::size_t column, std::int32_t* sums, std
   const std::size_t groups = (job.rows + Isa::rows - 1) / Isa::rows;
   const std::size_t most = widened ? kWideSteps : kDepthSteps, blocks = (job.steps + most - 1) / most;
   const std::uint8_t* panel = job.weights + column / kPanelColumns * job.panel_bytes;
-  const bool more = column + 2 * Panels * kPanelColumns <= job.columns;
   for (std::size_t block = 0; block < blocks; ++block) {
     const std::size_t step = job.steps * block / blocks, end = job.steps * (block + 1) / blocks;
     Tile tile{};
     tile.weights = panel + step * kStepBytes;
     tile.panel_bytes = job.panel_bytes;
-    // The next block, or the first one of the next panels; the last two blocks are about as long as one another.
-    const std::uint8_t* next = block + 1 < blocks ? panel + end * kStepBytes : panel + Panels * job.panel_bytes;
-    const bool fetches = groups > 1 && (block + 1 < blocks || more);
     if (widened) {
       for (std::size_t s = 0; s < end - step; ++s) {
         Isa::widen(tile.weights + s * kStepBytes, wide + s * Isa::widened_bytes);
@@ -260,17 +245,11 @@ void panels8(const MultiplyJob& job, std::size_t column, std::int32_t* sums, std
       tile.sums = sums + tile.row * kPanelColumns * Panels;
       if constexpr (Isa::widens) {
         if (widened) {
-          tile8_of<Isa::rows, Panels, true, false>(rows, tile);
+          tile8_of<Isa::rows, Panels, true>(rows, tile);
           continue;
         }
       }
-      const std::size_t first = group * kAheadPanels<Panels>;
-      if (fetches && first < Panels) {
-        tile.ahead = next + first * job.panel_bytes;
-        tile8_of<Isa::rows, Panels, false, true>(rows, tile);
-      } else {
-        tile8_of<Isa::rows, Panels, false, false>(rows, tile);
-      }
+      tile8_of<Isa::rows, Panels, false>(rows, tile);
     }
   }
 }
@@ -325,7 +304,9 @@ void multiply8(const MultiplyJob& whole) {
     for (; column + Isa::panels * kPanelColumns <= job.columns; column += Isa::panels * kPanelColumns) {
       panels8<Isa::panels>(job, column, sums, widens ? wide : nullptr);
     }
-    for (; column < job.columns; column += kPanelColumns) panels8<1>(job, column, sums, widens ? wide : nullptr);
+    for (; column < job.columns; column += kPanelColumns) {
+      panels8<1>(job, column, sums, widens ? wide : nullptr);
+    }
   }
 }
 
@@ -344,20 +325,25 @@ __attribute__((noinline)) void tile4(const MultiplyJob& job, std::size_t first_r
     starts[t] = static_cast<const std::uint8_t*>(job.values) + (first_row + 3 * t) * job.row_bytes;
   }
   const std::int32_t* corrections = job.corrections + first_row * blocks;
+  // Few sums would wait for one another: each gets several parts.
+  constexpr std::size_t chains = Rows * vectors >= 8 ? 1 : Rows * vectors >= 4 ? 2 : 4;
   Isa::Float totals[Rows][vectors] = {};
   for (std::size_t block = 0; block < blocks; ++block) {
-    Isa::Int sums[Rows][vectors];
+    Isa::Int sums[chains][Rows][vectors] = {};
     ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
       const Isa::Int start = splat(corrections[r * blocks + block]);
-      ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) sums[r][v] = start;
+      ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) sums[0][r][v] = start;
     }
     for (std::size_t step = 0; step < job.block_steps; step += 8) {
-      Isa::Part parts[Rows][vectors];
-      ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
-        ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) parts[r][v] = Isa::part(sums[r][v]);
+      Isa::Part parts[chains][Rows][vectors];
+      ONNX_QUAROT_UNROLL for (std::size_t c = 0; c < chains; ++c) {
+        ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
+          ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) parts[c][r][v] = Isa::part(sums[c][r][v]);
+        }
       }
       ONNX_QUAROT_UNROLL for (std::size_t pair = 0; pair < 4; ++pair) {
         ONNX_QUAROT_UNROLL for (std::size_t half = 0; half < 2; ++half) {
+          Isa::Part(&part)[Rows][vectors] = parts[(pair * 2 + half) % chains];
           Isa::Weights4 operands[vectors];
           ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
             operands[v] = Isa::nibbles(weights + v / kVectors * job.panel_bytes, v % kVectors, half);
@@ -365,7 +351,7 @@ __attribute__((noinline)) void tile4(const MultiplyJob& job, std::size_t first_r
           ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
             const Isa::Values4 operand = Isa::values4(starts[r / 3] + r % 3 * job.row_bytes + pair * 8 + 4 * half);
             ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
-              parts[r][v] = Isa::dot4(parts[r][v], operands[v], operand);
+              part[r][v] = Isa::dot4(part[r][v], operands[v], operand);
             }
           }
         }
@@ -376,14 +362,20 @@ __attribute__((noinline)) void tile4(const MultiplyJob& job, std::size_t first_r
         weights += kStepBytes;
       }
       ONNX_QUAROT_UNROLL for (std::size_t t = 0; t < triples; ++t) starts[t] += 32;
-      ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
-        ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) sums[r][v] = Isa::flush(sums[r][v], parts[r][v]);
+      ONNX_QUAROT_UNROLL for (std::size_t c = 0; c < chains; ++c) {
+        ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
+          ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
+            sums[c][r][v] = Isa::flush(sums[c][r][v], parts[c][r][v]);
+          }
+        }
       }
     }
     ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
       const auto scale = load<Isa::Float>(scales + v / kVectors * blocks * kPanelColumns + v % kVectors * Isa::lanes);
-      ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) totals[r][v] =
-          totals[r][v] + to_float(sums[r][v]) * scale;
+      ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
+        ONNX_QUAROT_UNROLL for (std::size_t c = 1; c < chains; ++c) sums[0][r][v] += sums[c][r][v];
+        totals[r][v] = totals[r][v] + to_float(sums[0][r][v]) * scale;
+      }
     }
     scales += kPanelColumns;
   }
@@ -412,7 +404,7 @@ template <std::size_t Panels>
 void panels4(const MultiplyJob& job, std::size_t column) {
   const std::size_t groups = (job.rows + Isa::rows4 - 1) / Isa::rows4;
   const std::uint8_t* next = job.weights + (column / kPanelColumns + Panels) * job.panel_bytes;
-  const bool fetches = groups > 1 && column + 2 * Panels * kPanelColumns <= job.columns;
+  const bool fetches = groups > 1 && column + 2 * Panels * kPanelColumns <= job.reach;
   for (std::size_t group = 0; group < groups; ++group) {
     const std::size_t row = job.rows * group / groups, rows = job.rows * (group + 1) / groups - row;
     if (fetches && group < Panels) {
@@ -423,10 +415,19 @@ void panels4(const MultiplyJob& job, std::size_t column) {
   }
 }
 
+// One row: caches fetch several panels of this size faster than one, and shorter ones faster one after the other.
+constexpr std::size_t kLongPanel = 32768;
+
 void multiply4(const MultiplyJob& job) {
   std::size_t column = 0;
-  // One row reads memory from its beginning to its end.
-  if (job.rows > 1) {
+  if (job.rows == 1) {
+    if constexpr (Isa::panels4 > 1) {
+      constexpr std::size_t width = 4 * kPanelColumns;
+      if (job.panel_bytes >= kLongPanel) {
+        for (; column + width <= job.columns; column += width) tile4<1, 4, false>(job, 0, column, nullptr);
+      }
+    }
+  } else {
     constexpr std::size_t width = Isa::panels4 * kPanelColumns;
     for (; column + width <= job.columns; column += width) panels4<Isa::panels4>(job, column);
   }
@@ -436,8 +437,8 @@ void multiply4(const MultiplyJob& job) {
 }  // namespace
 }  // namespace onnx_quarot
 
-#define ONNX_QUAROT_QLINEAR_KERNELS(symbol, name)                                                              \
-  namespace onnx_quarot {                                                                                      \
-  const QLinearKernels symbol = {name,      Isa::step_bytes8, 4, peak_bits, Isa::quantize8, quantize_bytes<Isa::offset4>, \
-                                 multiply8, multiply4};                                                        \
+#define ONNX_QUAROT_QLINEAR_KERNELS(symbol, name)                                                                \
+  namespace onnx_quarot {                                                                                        \
+  const QLinearKernels symbol = {                                                                                \
+      name, Isa::step_bytes8, 4, peak_bits, Isa::quantize8, quantize_bytes<Isa::offset4>, multiply8, multiply4}; \
   }

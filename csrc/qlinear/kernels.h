@@ -36,6 +36,7 @@ struct MultiplyJob {
   float* y;                 // first row, first panel's first column
   std::size_t y_stride;
   std::size_t columns;  // in all panels together; the last panel may be narrower than 16
+  std::size_t reach;    // the same, with the panels behind them that may be fetched ahead
 };
 
 struct QLinearKernels {

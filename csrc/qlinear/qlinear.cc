@@ -112,6 +112,7 @@ void multiply(const QuantizedRows& rows, std::size_t first, std::size_t end, con
   job.y = y + first * shape.columns + column;
   job.y_stride = shape.columns;
   job.columns = std::min(end_panel * kPanelColumns, shape.columns) - column;
+  job.reach = shape.columns - column;
   (shape.bits == 4 ? rows.kernels_->multiply4 : rows.kernels_->multiply8)(job);
 }
 
