@@ -1,22 +1,35 @@
-"""QLinear beside ONNX Runtime's own linear layers: ``python benchmarks/bench_qlinear.py [--json FILE]``.
+"""QLinear beside ONNX Runtime's own linear layers and beside what the CPU can do at most.
 
-One thread, one process, calls interleaved; a ratio is the median over rounds of (their time / ours), so above 1 QLinear
-is faster. DynamicQuantizeMatMul runs twice: as it comes, which on x86 CPUs without VNNI saturates sums in 16 bits, and
-exact (session.x64quantprecision), which is what QLinear's integers are. "cold" reads 64 MB before each call, so that
-weights come from memory, as when decoding.
+``python benchmarks/bench_qlinear.py`` prints every figure, ``--json FILE`` keeps them; with ``pytest
+benchmarks/bench_qlinear.py --benchmark-json FILE`` they are in pytest-benchmark's JSON, as ``extra_info``.
+
+One thread (two where a figure says so), one process, calls interleaved, outputs bound beforehand. A figure is the
+median over rounds of (their time / ours): above 1, QLinear is faster. "hot" calls follow a call of the same session
+that is not counted; before "cold" ones 96 MB of other memory are read, so that weights come from memory, as when
+decoding. Limits of the CPU are measured in C++ (machine_limits.cc); from what is compared with them, the time of a
+session that does nothing is taken off. Every answer is checked. DynamicQuantizeMatMul has one range for all rows; on
+x86 CPUs without VNNI it saturates sums in 16 bits.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import functools
 import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
@@ -25,163 +38,325 @@ from onnx_quarot.custom_op import DOMAIN, register
 from onnx_quarot.qlinear import pack, pack_scales
 
 SIZES = [(2048, 2048), (2048, 8192), (8192, 2048), (576, 1536), (4096, 14336)]
+# (rows, cold), in the order of the floors below.
+CALLS = [(256, False), (16, False), (16, True), (1, False), (1, True)]
+# The least a figure should be: for the calls above, where there is one.
+FLOORS = {
+    "int8": [1.05, 1.1, 1.3, 1.2, 1.4],
+    "int4 block 64": [2.6, 2.5, None, 1.9, 1.2],
+    "int4 block 128": [2.1, 2.0, None, 1.5, 1.15],
+}
 _MS = "com.microsoft"
+_CACHES = 96 << 20
+_PAGE = 4096
 Array = np.ndarray[Any, Any]
 
 
-def session(
-    op: str, depth: int, columns: int, constants: list[Array], domain: str, exact: bool, **attributes: Any
-) -> ort.InferenceSession:
-    names = [f"c{i}" for i in range(len(constants))]
-    node = helper.make_node(op, ["x", *names], ["y"], domain=domain, **attributes)
-    graph = helper.make_graph(
-        [node],
-        op,
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["m", depth])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["m", columns])],
-        [numpy_helper.from_array(array, name) for name, array in zip(names, constants, strict=True)],
-    )
-    imports = [helper.make_opsetid("", 21), helper.make_opsetid(_MS, 1), helper.make_opsetid(DOMAIN, 1)]
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    if exact:
-        options.add_session_config_entry("session.x64quantprecision", "1")
-    register(options)
-    model = helper.make_model(graph, opset_imports=imports, ir_version=10).SerializeToString()
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+@functools.cache
+def limits() -> ctypes.CDLL:
+    """What the CPU can do at most, compiled for it."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("a C++ compiler is needed to measure what the CPU can do at most")
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "limits.so"
+        source = Path(__file__).with_name("machine_limits.cc")
+        flags = ["-O3", "-std=c++17", "-march=native", "-shared", "-fPIC"]
+        subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
+        found = ctypes.CDLL(str(library))
+    found.dot_rate.restype = found.read_seconds.restype = ctypes.c_double
+    found.read_seconds.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    return found
 
 
-def sessions(depth: int, columns: int) -> tuple[dict[str, ort.InferenceSession], Array]:
-    """One session a form, and the float weight."""
+@functools.cache
+def _other_memory() -> Array:
+    return np.ones(_CACHES // 8)
+
+
+def _save(model: onnx.ModelProto, constants: dict[str, Array], folder: Path) -> None:
+    """As models are saved: weights in a file of their own, each from the beginning of a page on."""
+    with (folder / "weights").open("wb") as file:
+        for name, array in constants.items():
+            file.seek(-(-file.tell() // _PAGE) * _PAGE)
+            tensor = model.graph.initializer.add()
+            tensor.CopyFrom(numpy_helper.from_array(array, name))
+            place = {"location": "weights", "offset": str(file.tell()), "length": str(array.nbytes)}
+            tensor.ClearField("raw_data")
+            tensor.data_location = TensorProto.EXTERNAL
+            for key, value in place.items():
+                tensor.external_data.add(key=key, value=value)
+            file.write(array.tobytes())
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+
+
+class Layer:
+    """A model of one node, and a call of it with bound input and output."""
+
+    def __init__(
+        self,
+        op: str,
+        depth: int,
+        columns: int,
+        constants: list[Array],
+        domain: str = DOMAIN,
+        threads: int = 1,
+        **attributes: Any,
+    ) -> None:
+        names = [f"c{i}" for i in range(len(constants))]
+        graph = helper.make_graph(
+            [helper.make_node(op, ["x", *names], ["y"], domain=domain, **attributes)],
+            op,
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["m", depth])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["m", columns])],
+        )
+        imports = [helper.make_opsetid("", 21), helper.make_opsetid(_MS, 1), helper.make_opsetid(DOMAIN, 1)]
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        register(options)
+        model = helper.make_model(graph, opset_imports=imports, ir_version=10)
+        with tempfile.TemporaryDirectory() as folder:
+            _save(model, dict(zip(names, constants, strict=True)), Path(folder))
+            path = f"{folder}/model.onnx"
+            self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.columns = columns
+
+    def call(self, x: Array) -> tuple[Callable[[], None], Array]:
+        """What runs the layer on x, and where it writes."""
+        y = np.empty((len(x), self.columns), np.float32)
+        binding = self.session.io_binding()
+        binding.bind_cpu_input("x", x)
+        binding.bind_output("y", "cpu", 0, np.float32, y.shape, y.ctypes.data)
+
+        def run(_bound: object = (x, y)) -> None:  # which the binding does not keep alive
+            self.session.run_with_iobinding(binding)
+
+        return run, y
+
+
+def nothing(depth: int) -> Layer:
+    """A session that copies its input: what a call costs."""
+    return Layer("Identity", depth, depth, [], "")
+
+
+def int8_constants(depth: int, columns: int) -> tuple[Array, Array]:
+    """Weights and their scales. Bounded, so that DynamicQuantizeMatMul's sums do not saturate without VNNI."""
+    weight = np.random.default_rng(0).integers(-127, 128, (depth, columns)).astype(np.int8)
+    return weight, np.full(columns, 0.001, np.float32)
+
+
+def int8_layers(depth: int, columns: int, threads: int = 1, **attributes: Any) -> tuple[Layer, Layer, Array]:
+    """DynamicQuantizeMatMul, QLinear, and the float matrix both stand for."""
+    weight, scales = int8_constants(depth, columns)
+    zeros = np.zeros(columns, np.int8)
+    theirs = Layer("DynamicQuantizeMatMul", depth, columns, [weight, scales, zeros], _MS, threads)
+    return theirs, qlinear8(depth, columns, threads, **attributes), weight.astype(np.float32) * scales
+
+
+def qlinear8(depth: int, columns: int, threads: int = 1, **attributes: Any) -> Layer:
+    weight, scales = int8_constants(depth, columns)
+    shape = {"K": depth, "N": columns, "layout_version": 1}
+    return Layer("QLinear", depth, columns, [pack(weight), scales], threads=threads, **shape, **attributes)
+
+
+def int4_layers(depth: int, columns: int, block: int) -> tuple[Layer, Layer, Array]:
+    """MatMulNBits at accuracy level 4, QLinear, and the float matrix both stand for."""
     random = np.random.default_rng(0)
-    weight = random.integers(-127, 128, (depth, columns)).astype(np.int8)
-    scales = np.full(columns, 0.001, np.float32)
-    matrix = weight.astype(np.float32) * scales
-    dynamic = [weight, scales, np.zeros(columns, np.int8)]
-    found = {
-        "float32": session("MatMul", depth, columns, [matrix], "", False),
-        "dynamic": session("DynamicQuantizeMatMul", depth, columns, dynamic, _MS, False),
-        "dynamic exact": session("DynamicQuantizeMatMul", depth, columns, dynamic, _MS, True),
-        "qlinear8": session(
-            "QLinear", depth, columns, [pack(weight), scales], DOMAIN, False, K=depth, N=columns, layout_version=1
-        ),
-    }
-    if depth & (depth - 1) == 0:
-        found["qlinear8 rotated"] = session(
-            "QLinear",
-            depth,
-            columns,
-            [pack(weight), scales],
-            DOMAIN,
-            False,
-            K=depth,
-            N=columns,
-            layout_version=1,
-            rotate=1,
-        )
-    for block in (64, 128):
-        blocks = -(-depth // block)
-        codes = np.clip(np.rint(matrix / 0.018), -8, 7).astype(np.int8)
-        factors = np.full((blocks, columns), 0.018, np.float32)
-        padded = np.pad(codes + 8, ((0, blocks * block - depth), (0, 0)), constant_values=8).astype(np.uint8).T
-        nibbles = padded.reshape(columns, blocks, block)
-        theirs = nibbles[..., ::2] | (nibbles[..., 1::2] << 4)
-        found[f"nbits{block}"] = session(
-            "MatMulNBits",
-            depth,
-            columns,
-            [np.ascontiguousarray(theirs), np.ascontiguousarray(factors.T)],
-            _MS,
-            False,
-            K=depth,
-            N=columns,
-            bits=4,
-            block_size=block,
-            accuracy_level=4,
-        )
-        found[f"qlinear4 {block}"] = session(
-            "QLinear",
-            depth,
-            columns,
-            [pack(codes, block), pack_scales(factors)],
-            DOMAIN,
-            False,
-            K=depth,
-            N=columns,
-            bits=4,
-            block=block,
-            layout_version=1,
-        )
-    return found, matrix
+    codes = random.integers(-8, 8, (depth, columns)).astype(np.int8)
+    blocks = -(-depth // block)
+    factors = random.uniform(0.5, 1.5, (blocks, columns)).astype(np.float32) / 64
+    padded = np.pad(codes + 8, ((0, blocks * block - depth), (0, 0)), constant_values=8).astype(np.uint8).T
+    nibbles = padded.reshape(columns, blocks, block)
+    packed = np.ascontiguousarray(nibbles[..., ::2] | (nibbles[..., 1::2] << 4))
+    shape = {"K": depth, "N": columns, "bits": 4}
+    nbits = [packed, np.ascontiguousarray(factors.T)]
+    theirs = Layer("MatMulNBits", depth, columns, nbits, _MS, block_size=block, accuracy_level=4, **shape)
+    mine = [pack(codes, block), pack_scales(factors)]
+    ours = Layer("QLinear", depth, columns, mine, block=block, layout_version=1, **shape)
+    return theirs, ours, codes.astype(np.float32) * np.repeat(factors, block, axis=0)[:depth]
 
 
-PAIRS = [
-    ("float32", "qlinear8"),
-    ("dynamic", "qlinear8"),
-    ("dynamic exact", "qlinear8"),
-    ("nbits64", "qlinear4 64"),
-    ("nbits128", "qlinear4 128"),
-    ("qlinear8", "qlinear8 rotated"),
-]
+def activations(rows: int, depth: int) -> Array:
+    return np.random.default_rng(1).standard_normal((rows, depth)).astype(np.float32)
 
 
-def compare(
-    found: dict[str, ort.InferenceSession], x: Array, rounds: int, evict: Callable[[], object] | None
-) -> dict[str, float]:
-    """Microseconds of each form, and ratios of the pairs."""
-    times: dict[str, list[float]] = {name: [] for name in found}
-    for _ in range(rounds + 1):
-        for name, item in found.items():
-            if evict is not None:
-                evict()
+def check(y: Array, x: Array, matrix: Array) -> None:
+    """Within the error of quantizing activations to 8 bits, of the first rows."""
+    wanted = x[:2] @ matrix
+    error = np.linalg.norm(y[:2] - wanted) / np.linalg.norm(wanted)
+    assert error < 0.02, f"relative error {error:.3f}"
+
+
+def race(calls: list[Callable[[], object]], cold: bool, seconds: float) -> Array:
+    """Seconds of each call, [rounds, calls]."""
+    times: list[list[float]] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 7:
+        row = []
+        for call in calls:
+            if cold:
+                _other_memory().sum()
+            else:
+                call()
             start = time.perf_counter()
-            item.run(None, {"x": x})
-            times[name].append(time.perf_counter() - start)
-    result = {name: median(values[1:]) * 1e6 for name, values in times.items()}
-    for theirs, ours in PAIRS:
-        if ours in found:
-            ratios = [a / b for a, b in zip(times[theirs][1:], times[ours][1:], strict=True)]
-            result[f"{theirs} / {ours}"] = median(ratios)
-    return result
+            call()
+            row.append(time.perf_counter() - start)
+        times.append(row)
+    return np.array(times)
 
 
-def test_answers() -> None:
-    """What is timed is right: within the quantization error of what float32 gives."""
-    found, matrix = sessions(576, 160)
-    x = np.random.default_rng(1).standard_normal((4, 576)).astype(np.float32)
-    wanted = x @ matrix
-    for name, item in found.items():
-        # Saturated sums are wrong on weights that use all of their range, as these do.
-        if "rotated" in name or name == "dynamic":
+def ratio(times: Array, theirs: int, ours: int, idle: int | None = None) -> float:
+    """Median over rounds; idle: the column of a session that does nothing, which ours is freed from."""
+    free = times[:, ours] - (0 if idle is None else np.median(times[:, idle]))
+    return float(median(times[:, theirs] / free))
+
+
+def beside_onnxruntime(layers: tuple[Layer, Layer, Array], seconds: float) -> Iterator[tuple[str, float]]:
+    """Ratios to ONNX Runtime's layer, for the calls above."""
+    theirs, ours, matrix = layers
+    for rows, cold in CALLS:
+        x = activations(rows, len(matrix))
+        (first, y_first), (second, y_second) = theirs.call(x), ours.call(x)
+        times = race([first, second], cold, seconds)
+        check(y_first, x, matrix)
+        check(y_second, x, matrix)
+        yield f"M={rows}{' cold' if cold else ''}", ratio(times, 0, 1)
+
+
+def beside_limits(depth: int, columns: int, seconds: float) -> dict[str, float]:
+    """8 bits: the share of the instructions' peak at 256 rows, and of a read of the weights at one."""
+    weight, scales = int8_constants(depth, columns)
+    packed, layer, idle = pack(weight).ravel(), qlinear8(depth, columns), nothing(depth)
+    found = {}
+    for rows, cold in CALLS:
+        if rows == 16:
             continue
-        error = np.linalg.norm(item.run(None, {"x": x})[0] - wanted) / np.linalg.norm(wanted)
-        assert error < (0.15 if "nbits" in name or "qlinear4" in name else 0.02), name
+        x = activations(rows, depth)
+        call, y = layer.call(x)
+        rest, _ = idle.call(x[:1])
+        if rows == 1:
+            read = functools.partial(limits().read_seconds, packed.ctypes.data, packed.nbytes)
+            found[f"M=1{' cold' if cold else ''}: of a read"] = ratio(race([read, call, rest], cold, seconds), 0, 1, 2)
+        else:
+            times, peaks = race([call, rest], cold, seconds), [limits().dot_rate() for _ in range(50)]
+            free = float(np.median(times[:, 0]) - np.median(times[:, 1]))
+            found[f"M={rows}: of the peak"] = 2.0 * rows * depth * columns / free / max(peaks)
+        check(y, x, weight.astype(np.float32) * scales)
+    return found
 
 
-@pytest.mark.parametrize("form", ["float32", "dynamic exact", "qlinear8", "qlinear4 64"])
-def test_time(benchmark: Any, form: str) -> None:
-    found, _ = sessions(576, 1536)
-    x = np.random.default_rng(1).standard_normal((16, 576)).astype(np.float32)
-    benchmark(found[form].run, None, {"x": x})
+def rotated(depth: int, columns: int, seconds: float) -> float:
+    """Time of the operator with a rotation inside, by the time without, at 256 rows."""
+    x = activations(256, depth)
+    (plain, y), (turned, y_turned) = (qlinear8(depth, columns, rotate=r).call(x) for r in (0, 1))
+    times = race([turned, plain], False, seconds)
+    assert not np.array_equal(y, y_turned)
+    np.testing.assert_allclose(np.linalg.norm(y_turned), np.linalg.norm(y), rtol=0.05)
+    return ratio(times, 0, 1)
+
+
+def two_threads(depth: int, columns: int, rows: int, seconds: float) -> float:
+    """Speed-up by a second thread."""
+    x = activations(rows, depth)
+    (one, y_one), (two, y_two) = (qlinear8(depth, columns, threads).call(x) for threads in (1, 2))
+    times = race([one, two], False, seconds)
+    np.testing.assert_array_equal(y_one, y_two)
+    return ratio(times, 0, 1)
+
+
+_CHILD = """
+import sys; sys.path.insert(0, {folder!r})
+import bench_qlinear as b, numpy as np
+for rows in (256, 1):
+    call, y = b.qlinear8({depth}, {columns}).call(b.activations(rows, {depth}))
+    times = b.race([call], False, {seconds})
+    print(float(np.median(times)), y.tobytes().hex()[:4096])
+"""
+
+
+def without_vnni(depth: int, columns: int, seconds: float) -> dict[str, float]:
+    """Speed of the AVX2 kernels by that of the CPU's best: in processes of their own, which take turns."""
+    code = _CHILD.format(folder=str(Path(__file__).parent), depth=depth, columns=columns, seconds=seconds)
+    times: dict[str, list[list[float]]] = {"": [], "avx2": []}
+    answers = set()
+    for _ in range(3):
+        for isa, found in times.items():
+            environment = {**os.environ, "ONNX_QUAROT_ISA": isa}
+            run = subprocess.run(
+                [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
+            )
+            lines = [line.split() for line in run.stdout.splitlines()]
+            found.append([float(line[0]) for line in lines])
+            answers.add(tuple(line[1] for line in lines))
+    assert len(answers) == 1, "instruction sets differ"
+    best = {isa: np.median(found, axis=0) for isa, found in times.items()}
+    return {f"M={rows}": float(best[""][i] / best["avx2"][i]) for i, rows in enumerate((256, 1))}
+
+
+def figures(depth: int, columns: int, seconds: float) -> dict[str, float]:
+    """All figures of one size, in one thread."""
+    found = {}
+    kinds = {"int8": int8_layers(depth, columns)}
+    kinds |= {f"int4 block {block}": int4_layers(depth, columns, block) for block in (64, 128)}
+    for kind, layers in kinds.items():
+        for name, value in beside_onnxruntime(layers, seconds):
+            found[f"{kind}, {name}"] = value
+    for name, value in beside_limits(depth, columns, seconds).items():
+        found[f"int8, {name}"] = value
+    for name, value in without_vnni(depth, columns, seconds).items():
+        found[f"AVX2 by the best, {name}"] = value
+    if depth == 8192:
+        found["with a rotation inside, time by the time without"] = rotated(depth, columns, 4 * seconds)
+    return found
+
+
+@pytest.mark.parametrize(("depth", "columns"), SIZES)
+def test_figures(benchmark: Any, depth: int, columns: int) -> None:
+    """The figures of a size, beside the time of 16 rows in 8 bits."""
+    found = figures(depth, columns, 0.3)
+    call, _ = qlinear8(depth, columns).call(activations(16, depth))
+    benchmark(call)
+    benchmark.extra_info.update(found)
+    print(f"\n{depth}x{columns}", *(f"  {name:55} {value:.2f}" for name, value in found.items()), sep="\n")
+
+
+@pytest.mark.parametrize("rows", [256, 1])
+def test_two_threads(benchmark: Any, rows: int) -> None:
+    depth, columns = SIZES[1]
+    found = two_threads(depth, columns, rows, 1)
+    call, _ = qlinear8(depth, columns, 2).call(activations(rows, depth))
+    benchmark(call)
+    benchmark.extra_info["speed-up"] = found
+
+
+def floor_of(name: str) -> float | None:
+    """The floor of a figure's name, if it has one."""
+    kind, _, call = name.partition(", ")
+    calls = [f"M={rows}{' cold' if cold else ''}" for rows, cold in CALLS]
+    if kind in FLOORS and call in calls:
+        return FLOORS[kind][calls.index(call)]
+    return 0.88 if call.endswith("of the peak") else 0.9 if call.endswith("of a read") else None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--sizes", type=int, default=len(SIZES), help="how many of the sizes")
+    parser.add_argument("--json", type=Path, help="keep the figures here too")
+    parser.add_argument("--seconds", type=float, default=0.4, help="of each comparison, at least 7 rounds")
+    parser.add_argument("--sizes", type=int, nargs="*", default=range(len(SIZES)), help="which of the sizes, from 0 on")
+    parser.add_argument("--threads", action="store_true", help="only what a second thread gives")
     arguments = parser.parse_args()
-    trash = np.ones(8 << 20, np.float64)
     rows = []
-    for depth, columns in SIZES[: arguments.sizes]:
-        found, _ = sessions(depth, columns)
-        for m, cold in [(256, False), (16, False), (16, True), (1, False), (1, True)]:
-            x = np.random.default_rng(1).standard_normal((m, depth)).astype(np.float32)
-            rounds = arguments.rounds if cold or m > 16 else 4 * arguments.rounds
-            result = compare(found, x, rounds, trash.sum if cold else None)
-            rows.append({"K": depth, "N": columns, "M": m, "cold": cold, **result})
-            shown = "  ".join(f"{name} {value:.2f}" for name, value in result.items() if "/" in name)
-            print(f"{depth}x{columns} M={m} {'cold' if cold else 'hot'}: {shown}", flush=True)
+    for index in arguments.sizes:
+        depth, columns = SIZES[index]
+        if arguments.threads:
+            found = {f"two threads, M={m}": two_threads(depth, columns, m, arguments.seconds) for m in (256, 16, 1)}
+        else:
+            found = figures(depth, columns, arguments.seconds)
+        rows.append({"K": depth, "N": columns, **found})
+        print(f"{depth}x{columns}")
+        for name, value in found.items():
+            floor = floor_of(name)
+            print(f"  {name:55} {value:5.2f}" + ("" if floor is None else f"   floor {floor}"), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))
 
