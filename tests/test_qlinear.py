@@ -223,6 +223,20 @@ def test_leading_axes_and_no_rows() -> None:
             run(broken, x.reshape(2, 3, 32))
 
 
+@pytest.mark.parametrize(("dtype", "block"), [(TensorProto.FLOAT, None), (TensorProto.FLOAT16, 32)])
+def test_session_knows_the_shape(dtype: int, block: int | None) -> None:
+    """An output that the model states nothing about: the operator says its type and shape."""
+    model, _, _ = make_model(64, 20, block, dtype=ir.DataType(dtype))
+    model.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", dtype, ["a", "b", 64]))
+    model.graph.output[0].CopyFrom(onnx.ValueInfoProto(name="y"))
+    options = ort.SessionOptions()
+    register(options)
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    output = session.get_outputs()[0]
+    assert output.shape == ["a", "b", 20]
+    assert output.type == ("tensor(float)" if dtype == TensorProto.FLOAT else "tensor(float16)")
+
+
 def test_packing_refuses_what_does_not_fit() -> None:
     with pytest.raises(ConfigError, match="outside -127 to 127"):
         pack(np.full((4, 4), -128, np.int8))

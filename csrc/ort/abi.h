@@ -32,7 +32,8 @@ struct CustomOpDomain;
 struct KernelInfo;
 struct KernelContext;
 struct ShapeInferContext;
-struct Api;  // OrtApi: read through Entry only
+struct OpAttribute;  // OrtOpAttr
+struct Api;          // OrtApi: read through Entry only
 
 struct ApiBase {
   const Api* (*GetApi)(std::uint32_t version);  // null if this ONNX Runtime is older than `version`
@@ -45,6 +46,8 @@ enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
 enum ElementType : int { kFloat = 1, kUInt8 = 2, kInt8 = 3, kFloat16 = 10, kDouble = 11, kBFloat16 = 16 };
 
 enum Characteristic : int { kRequired = 0, kOptional = 1 };
+
+enum AttributeType : int { kIntAttribute = 1 };
 
 enum MemoryType : int { kDefaultMemory = 0 };
 
@@ -131,6 +134,13 @@ inline constexpr Entry<268, Status*(const ShapeInferContext*, std::size_t index,
     ShapeInferContext_GetInputTypeShape{};
 inline constexpr Entry<270, Status*(const ShapeInferContext*, std::size_t index, const TensorInfo*)>
     ShapeInferContext_SetOutputTypeShape{};
+// The attribute belongs to the context; *attribute stays null where there is none of this name. Reading one of another
+// type is a failure.
+inline constexpr Entry<269, Status*(const ShapeInferContext*, const char* name, const OpAttribute** attribute)>
+    ShapeInferContext_GetAttribute{};
+inline constexpr Entry<272,
+                       Status*(const OpAttribute*, AttributeType, void* out, std::size_t size, std::size_t* written)>
+    ReadOpAttr{};
 
 // OrtCustomOp as of version 17: ONNX Runtime reads no field beyond those of the version stated in the first one.
 struct CustomOp {

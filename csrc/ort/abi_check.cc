@@ -42,6 +42,8 @@ CHECK_SLOT(GetDimensionsCount);
 CHECK_SLOT(GetDimensions);
 CHECK_SLOT(ShapeInferContext_GetInputTypeShape);
 CHECK_SLOT(ShapeInferContext_SetOutputTypeShape);
+CHECK_SLOT(ShapeInferContext_GetAttribute);
+CHECK_SLOT(ReadOpAttr);
 
 #define CHECK_FIELD(name) static_assert(offsetof(OrtCustomOp, name) == offsetof(CustomOp, name), #name " is elsewhere")
 
@@ -79,6 +81,7 @@ static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE == static_cast<int>(kDouble))
 static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16 == static_cast<int>(kBFloat16));
 static_assert(INPUT_OUTPUT_REQUIRED == static_cast<int>(kRequired));
 static_assert(INPUT_OUTPUT_OPTIONAL == static_cast<int>(kOptional));
+static_assert(ORT_OP_ATTR_INT == static_cast<int>(kIntAttribute) && sizeof(OrtOpAttrType) == sizeof(AttributeType));
 static_assert(OrtMemTypeDefault == static_cast<int>(kDefaultMemory));
 static_assert(sizeof(OrtErrorCode) == sizeof(ErrorCode) && sizeof(OrtMemType) == sizeof(MemoryType));
 

@@ -90,31 +90,6 @@ class DynamicQuantizeKernel {
   HadamardNode node_;
 };
 
-// Says that an output has this type and the shape of X, its last axis replaced unless `last` is 0.
-void infer_output(const Api* api, ShapeInferContext* context, std::size_t index, ElementType type, std::int64_t last) {
-  TensorInfo* x = nullptr;
-  check(api, ShapeInferContext_GetInputTypeShape(api, context, 0, &x));
-  std::vector<std::int64_t> dims = dims_of(api, static_cast<const TensorInfo*>(x));
-  if (dims.empty()) return;  // unknown
-  std::vector<const char*> names(dims.size());
-  check(api, GetSymbolicDimensions(api, x, names.data(), names.size()));
-  if (last != 0) {
-    dims.back() = last;
-    names.back() = "";
-  }
-  for (std::size_t i = 0; i < dims.size(); ++i) {
-    if (dims[i] < 0 && *names[i] == '\0') return;  // an unknown length without a name cannot be stated
-  }
-  TensorInfo* made = nullptr;
-  check(api, CreateTensorTypeAndShapeInfo(api, &made));
-  const auto release = [api](TensorInfo* held) { ReleaseTensorTypeAndShapeInfo(api, held); };
-  const std::unique_ptr<TensorInfo, decltype(release)> owner(made, release);
-  check(api, SetTensorElementType(api, made, type));
-  check(api, SetDimensions(api, made, dims.data(), dims.size()));
-  check(api, SetSymbolicDimensions(api, made, names.data(), names.size()));
-  check(api, ShapeInferContext_SetOutputTypeShape(api, context, index, made));
-}
-
 // ONNX Runtime names the node in errors of running it, but not in those of making it.
 template <class Make>
 Status* made(const Api* api, const KernelInfo* info, void** kernel, const Make& make) {

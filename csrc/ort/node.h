@@ -120,6 +120,32 @@ inline std::vector<std::int64_t> dims_of(const Api* api, const Value* value) {
   return dims_of(api, static_cast<const TensorInfo*>(info));
 }
 
+// Says that an output has this type and the shape of X, its last axis replaced unless `last` is 0.
+inline void infer_output(const Api* api, ShapeInferContext* context, std::size_t index, ElementType type,
+                         std::int64_t last) {
+  TensorInfo* x = nullptr;
+  check(api, ShapeInferContext_GetInputTypeShape(api, context, 0, &x));
+  std::vector<std::int64_t> dims = dims_of(api, static_cast<const TensorInfo*>(x));
+  if (dims.empty()) return;  // unknown
+  std::vector<const char*> names(dims.size());
+  check(api, GetSymbolicDimensions(api, x, names.data(), names.size()));
+  if (last != 0) {
+    dims.back() = last;
+    names.back() = "";
+  }
+  for (std::size_t i = 0; i < dims.size(); ++i) {
+    if (dims[i] < 0 && *names[i] == '\0') return;  // an unknown length without a name cannot be stated
+  }
+  TensorInfo* made = nullptr;
+  check(api, CreateTensorTypeAndShapeInfo(api, &made));
+  const auto release = [api](TensorInfo* held) { ReleaseTensorTypeAndShapeInfo(api, held); };
+  const std::unique_ptr<TensorInfo, decltype(release)> owner(made, release);
+  check(api, SetTensorElementType(api, made, type));
+  check(api, SetDimensions(api, made, dims.data(), dims.size()));
+  check(api, SetSymbolicDimensions(api, made, names.data(), names.size()));
+  check(api, ShapeInferContext_SetOutputTypeShape(api, context, index, made));
+}
+
 // Shape of an input as far as the model states it; empty for an unknown rank.
 inline std::vector<std::int64_t> declared_dims(const Api* api, const KernelInfo* info, std::size_t input) {
   TypeInfo* type = nullptr;

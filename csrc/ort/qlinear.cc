@@ -293,6 +293,21 @@ QLinearKernel* make_kernel(const Api* api, ElementType type, const KernelInfo* i
   }
 }
 
+// One definition answers for all types of X: the type is that of the input.
+void infer_shape(const Api* api, ShapeInferContext* context) {
+  TensorInfo* x = nullptr;
+  check(api, ShapeInferContext_GetInputTypeShape(api, context, 0, &x));
+  ElementType type = kFloat;
+  check(api, GetTensorElementType(api, x, &type));
+  const OpAttribute* attribute = nullptr;
+  check(api, ShapeInferContext_GetAttribute(api, context, "N", &attribute));
+  if (attribute == nullptr) return;  // said when the kernel is made
+  std::int64_t columns = 0;
+  std::size_t size = 0;
+  check(api, ReadOpAttr(api, attribute, kIntAttribute, &columns, sizeof(columns), &size));
+  if (columns > 0) infer_output(api, context, 0, type, columns);
+}
+
 const QLinearOp* self(const CustomOp* op) { return static_cast<const QLinearOp*>(op); }
 
 ElementType input_type(const CustomOp* op, std::size_t index) {
@@ -325,6 +340,9 @@ QLinearOp::QLinearOp(const Api* table, ElementType element) : CustomOp{}, api(ta
     return guarded(self_kernel->api(), [&] { self_kernel->compute(context); });
   };
   KernelDestroy = [](void* kernel) { delete static_cast<QLinearKernel*>(kernel); };
+  InferOutputShapeFn = [](const CustomOp* op, ShapeInferContext* context) {
+    return guarded(self(op)->api, [&] { infer_shape(self(op)->api, context); });
+  };
 }
 
 }  // namespace onnx_quarot::ort

@@ -108,28 +108,30 @@ void quantize_bytes(const QuantizeJob& job) {
 struct PanelEnd {
   std::size_t columns;
   const float* scales;  // null: none
-  const float* bias;
+  const float* bias;    // null: none
   alignas(64) float filled[2][kPanelColumns];
-
-  static const float* fill(const float* from, std::size_t count, float* to) {
-    std::memset(to, 0, kPanelColumns * sizeof(float));
-    if (from != nullptr) std::memcpy(to, from, count * sizeof(float));
-    return to;
-  }
 
   PanelEnd(const MultiplyJob& job, std::size_t column, const float* all_scales)
       : columns(std::min(kPanelColumns, job.columns - column)),
         scales(all_scales == nullptr ? nullptr : all_scales + column),
         bias(job.bias == nullptr ? nullptr : job.bias + column) {
-    if (columns == kPanelColumns && bias != nullptr) return;
-    if (scales != nullptr) scales = fill(scales, columns, filled[0]);
-    bias = fill(bias, columns, filled[1]);
+    if (columns < kPanelColumns) {
+      scales = fill(scales, filled[0]);
+      bias = fill(bias, filled[1]);
+    }
+  }
+
+  const float* fill(const float* from, float* to) const {
+    if (from == nullptr) return nullptr;
+    std::memset(to, 0, kPanelColumns * sizeof(float));
+    std::memcpy(to, from, columns * sizeof(float));
+    return to;
   }
 
   void store(float* y, std::size_t vector, Isa::Float value) const {
     const std::size_t at = vector * Isa::lanes;
     if (scales != nullptr) value = value * load<Isa::Float>(scales + at);
-    value = value + load<Isa::Float>(bias + at);
+    if (bias != nullptr) value = value + load<Isa::Float>(bias + at);
     if (at + Isa::lanes <= columns) return onnx_quarot::store(y + at, value);
     float lanes[Isa::lanes];
     onnx_quarot::store(lanes, value);
@@ -167,7 +169,7 @@ __attribute__((noinline)) void tile8(const Tile& tile) {
   const std::uint8_t* starts[triples];
   ONNX_QUAROT_UNROLL for (std::size_t t = 0; t < triples; ++t) starts[t] = tile.values + 3 * t * tile.row_bytes;
   const std::uint8_t* weights = tile.weights;
-  for (std::size_t step = 0; step < tile.steps; ++step) {
+  _Pragma("GCC unroll 2") for (std::size_t step = 0; step < tile.steps; ++step) {
     ONNX_QUAROT_UNROLL for (std::size_t half = 0; half < Isa::halves; ++half) {
       Isa::Weights operands[vectors];
       ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
