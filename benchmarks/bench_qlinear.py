@@ -90,6 +90,13 @@ def _save(model: onnx.ModelProto, constants: dict[str, Array], folder: Path) -> 
     (folder / "model.onnx").write_bytes(model.SerializeToString())
 
 
+def mapped(array: Array) -> Array:
+    """The same bytes as a session has them: mapped from a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        array.tofile(f"{folder}/weights")
+        return np.memmap(f"{folder}/weights", array.dtype, "r")
+
+
 class Layer:
     """A model of one node, and a call of it with bound input and output."""
 
@@ -226,7 +233,7 @@ def beside_onnxruntime(layers: tuple[Layer, Layer, Array], seconds: float) -> It
 def beside_limits(depth: int, columns: int, seconds: float) -> dict[str, float]:
     """8 bits: the share of the instructions' peak at 256 rows, and of a read of the weights at one."""
     weight, scales = int8_constants(depth, columns)
-    packed, layer, idle = pack(weight).ravel(), qlinear8(depth, columns), nothing(depth)
+    packed, layer, idle = mapped(pack(weight)), qlinear8(depth, columns), nothing(depth)
     found = {}
     for rows, cold in CALLS:
         if rows == 16:
