@@ -41,7 +41,7 @@ SIZES = [(2048, 2048), (2048, 8192), (8192, 2048), (576, 1536), (4096, 14336)]
 # (rows, cold), in the order of the floors below.
 CALLS = [(256, False), (16, False), (16, True), (1, False), (1, True)]
 # The least a figure should be: for the calls above, where there is one.
-FLOORS = {
+FLOORS: dict[str, list[float | None]] = {
     "int8": [1.05, 1.1, 1.3, 1.2, 1.4],
     "int4 block 64": [2.6, 2.5, None, 1.9, 1.2],
     "int4 block 128": [2.1, 2.0, None, 1.5, 1.15],
@@ -90,13 +90,6 @@ def _save(model: onnx.ModelProto, constants: dict[str, Array], folder: Path) -> 
     (folder / "model.onnx").write_bytes(model.SerializeToString())
 
 
-def mapped(array: Array) -> Array:
-    """The same bytes as a session has them: mapped from a file."""
-    with tempfile.TemporaryDirectory() as folder:
-        array.tofile(f"{folder}/weights")
-        return np.memmap(f"{folder}/weights", array.dtype, "r")
-
-
 class Layer:
     """A model of one node, and a call of it with bound input and output."""
 
@@ -126,6 +119,9 @@ class Layer:
             _save(model, dict(zip(names, constants, strict=True)), Path(folder))
             path = f"{folder}/model.onnx"
             self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            # The same memory as the session's: both map the file.
+            first = constants[0].nbytes if constants else 0
+            self.weights = np.memmap(f"{folder}/weights", np.uint8, "r", shape=first) if first else None
         self.columns = columns
 
     def call(self, x: Array) -> tuple[Callable[[], None], Array]:
@@ -162,7 +158,7 @@ def int8_layers(depth: int, columns: int, threads: int = 1, **attributes: Any) -
 
 def qlinear8(depth: int, columns: int, threads: int = 1, **attributes: Any) -> Layer:
     weight, scales = int8_constants(depth, columns)
-    shape = {"K": depth, "N": columns, "layout_version": 1}
+    shape: dict[str, Any] = {"K": depth, "N": columns, "layout_version": 1}
     return Layer("QLinear", depth, columns, [pack(weight), scales], threads=threads, **shape, **attributes)
 
 
@@ -175,10 +171,10 @@ def int4_layers(depth: int, columns: int, block: int) -> tuple[Layer, Layer, Arr
     padded = np.pad(codes + 8, ((0, blocks * block - depth), (0, 0)), constant_values=8).astype(np.uint8).T
     nibbles = padded.reshape(columns, blocks, block)
     packed = np.ascontiguousarray(nibbles[..., ::2] | (nibbles[..., 1::2] << 4))
-    shape = {"K": depth, "N": columns, "bits": 4}
-    nbits = [packed, np.ascontiguousarray(factors.T)]
+    shape: dict[str, Any] = {"K": depth, "N": columns, "bits": 4}
+    nbits: list[Array] = [packed, np.ascontiguousarray(factors.T)]
     theirs = Layer("MatMulNBits", depth, columns, nbits, _MS, block_size=block, accuracy_level=4, **shape)
-    mine = [pack(codes, block), pack_scales(factors)]
+    mine: list[Array] = [pack(codes, block), pack_scales(factors)]
     ours = Layer("QLinear", depth, columns, mine, block=block, layout_version=1, **shape)
     return theirs, ours, codes.astype(np.float32) * np.repeat(factors, block, axis=0)[:depth]
 
@@ -233,7 +229,8 @@ def beside_onnxruntime(layers: tuple[Layer, Layer, Array], seconds: float) -> It
 def beside_limits(depth: int, columns: int, seconds: float) -> dict[str, float]:
     """8 bits: the share of the instructions' peak at 256 rows, and of a read of the weights at one."""
     weight, scales = int8_constants(depth, columns)
-    packed, layer, idle = mapped(pack(weight)), qlinear8(depth, columns), nothing(depth)
+    layer, idle = qlinear8(depth, columns), nothing(depth)
+    assert layer.weights is not None
     found = {}
     for rows, cold in CALLS:
         if rows == 16:
@@ -242,7 +239,7 @@ def beside_limits(depth: int, columns: int, seconds: float) -> dict[str, float]:
         call, y = layer.call(x)
         rest, _ = idle.call(x[:1])
         if rows == 1:
-            read = functools.partial(limits().read_seconds, packed.ctypes.data, packed.nbytes)
+            read = functools.partial(limits().read_seconds, layer.weights.ctypes.data, layer.weights.nbytes)
             found[f"M=1{' cold' if cold else ''}: of a read"] = ratio(race([read, call, rest], cold, seconds), 0, 1, 2)
         else:
             times, peaks = race([call, rest], cold, seconds), [limits().dot_rate() for _ in range(50)]
