@@ -120,8 +120,7 @@ class Layer:
             path = f"{folder}/model.onnx"
             self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
             # The same memory as the session's: both map the file.
-            first = constants[0].nbytes if constants else 0
-            self.weights = np.memmap(f"{folder}/weights", np.uint8, "r", shape=first) if first else None
+            self.constants = np.memmap(f"{folder}/weights", np.uint8, "r") if constants else None
         self.columns = columns
 
     def call(self, x: Array) -> tuple[Callable[[], None], Array]:
@@ -226,12 +225,12 @@ def beside_onnxruntime(layers: tuple[Layer, Layer, Array], seconds: float) -> It
         yield f"M={rows}{' cold' if cold else ''}", ratio(times, 0, 1)
 
 
-def beside_limits(depth: int, columns: int, seconds: float) -> dict[str, float]:
-    """8 bits: the share of the instructions' peak at 256 rows, and of a read of the weights at one."""
-    weight, scales = int8_constants(depth, columns)
-    layer, idle = qlinear8(depth, columns), nothing(depth)
-    assert layer.weights is not None
-    found = {}
+def beside_limits(layers: tuple[Layer, Layer, Array], seconds: float) -> Iterator[tuple[str, float]]:
+    """The share of the instructions' peak at 256 rows, and of a read of weights and scales at one."""
+    _, layer, matrix = layers
+    depth, columns = matrix.shape
+    idle, constants = nothing(depth), layer.constants
+    assert constants is not None
     for rows, cold in CALLS:
         if rows == 16:
             continue
@@ -239,14 +238,13 @@ def beside_limits(depth: int, columns: int, seconds: float) -> dict[str, float]:
         call, y = layer.call(x)
         rest, _ = idle.call(x[:1])
         if rows == 1:
-            read = functools.partial(limits().read_seconds, layer.weights.ctypes.data, layer.weights.nbytes)
-            found[f"M=1{' cold' if cold else ''}: of a read"] = ratio(race([read, call, rest], cold, seconds), 0, 1, 2)
+            read = functools.partial(limits().read_seconds, constants.ctypes.data, constants.nbytes)
+            yield f"M=1{' cold' if cold else ''}: of a read", ratio(race([read, call, rest], cold, seconds), 0, 1, 2)
         else:
             times, peaks = race([call, rest], cold, seconds), [limits().dot_rate() for _ in range(50)]
             free = float(np.median(times[:, 0]) - np.median(times[:, 1]))
-            found[f"M={rows}: of the peak"] = 2.0 * rows * depth * columns / free / max(peaks)
-        check(y, x, weight.astype(np.float32) * scales)
-    return found
+            yield f"M={rows}: of the peak", 2.0 * rows * depth * columns / free / max(peaks)
+        check(y, x, matrix)
 
 
 def rotated(depth: int, columns: int, seconds: float) -> float:
@@ -305,8 +303,8 @@ def figures(depth: int, columns: int, seconds: float) -> dict[str, float]:
     for kind, layers in kinds.items():
         for name, value in beside_onnxruntime(layers, seconds):
             found[f"{kind}, {name}"] = value
-    for name, value in beside_limits(depth, columns, seconds).items():
-        found[f"int8, {name}"] = value
+        for name, value in beside_limits(layers, seconds):
+            found[f"{kind}, {name}"] = value
     for name, value in without_vnni(depth, columns, seconds).items():
         found[f"AVX2 by the best, {name}"] = value
     if depth == 8192:
@@ -339,6 +337,8 @@ def floor_of(name: str) -> float | None:
     calls = [f"M={rows}{' cold' if cold else ''}" for rows, cold in CALLS]
     if kind in FLOORS and call in calls:
         return FLOORS[kind][calls.index(call)]
+    if kind != "int8":
+        return None
     return 0.88 if call.endswith("of the peak") else 0.9 if call.endswith("of a read") else None
 
 
