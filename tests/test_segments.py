@@ -41,10 +41,14 @@ def test_pieces_of_any_size_agree_with_the_whole(tmp_path: Path, limit: int, ext
 def test_bfloat16_models_are_run_in_float32(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     weight = rng.standard_normal((8, 8)).astype(ml_dtypes.bfloat16)
+    two = np.full(1, 2, ml_dtypes.bfloat16)
     graph = helper.make_graph(
         [
             helper.make_node("Cast", ["x"], ["h"], to=onnx.TensorProto.BFLOAT16),
-            helper.make_node("MatMul", ["h", "w"], ["y"], "product"),
+            helper.make_node("MatMul", ["h", "w"], ["k"], "product"),
+            helper.make_node("Shape", ["k"], ["s"]),
+            helper.make_node("ConstantOfShape", ["s"], ["two"], value=numpy_helper.from_array(two)),
+            helper.make_node("Add", ["k", "two"], ["y"]),
         ],
         "g",
         [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 8])],
@@ -55,7 +59,7 @@ def test_bfloat16_models_are_run_in_float32(tmp_path: Path) -> None:
     x = rng.standard_normal((3, 8)).astype(np.float32)
     (y,) = segments.run_in_segments(tmp_path / "m.onnx", {"x": x}, ["y"])
     assert y.dtype == np.float32
-    np.testing.assert_allclose(y, x @ weight.astype(np.float32), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(y, x @ weight.astype(np.float32) + 2, rtol=1e-5, atol=1e-5)
 
 
 def test_what_a_subgraph_reads_is_kept_for_it(tmp_path: Path) -> None:

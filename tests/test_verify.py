@@ -72,3 +72,38 @@ def test_a_model_that_makes_no_numbers_is_told_apart_from_an_inexact_rewrite(tmp
     with pytest.raises(oq.VerificationError, match="weight that is not finite"):
         oq.rotate(two_layers(tmp_path / "m.onnx", weight), tmp_path / "r.onnx")
     assert not (tmp_path / "r.onnx").exists()
+
+
+def test_a_cache_whose_dimensions_have_no_telling_names(tmp_path: Path) -> None:
+    """As torch names them: the mask has to be as long as the cache and the tokens together."""
+    nodes = [
+        helper.make_node("Gather", ["table", "tokens"], ["h"]),
+        helper.make_node("MatMul", ["h", "w"], ["k"]),
+        helper.make_node("Reshape", ["k", "heads"], ["k4"]),
+        helper.make_node("Transpose", ["k4"], ["kt"], perm=[0, 2, 1, 3]),
+        helper.make_node("Concat", ["past", "kt"], ["present"], axis=2),
+        helper.make_node("Cast", ["mask"], ["m"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["m", "axes"], ["m4"]),
+        helper.make_node("Mul", ["present", "m4"], ["masked"]),
+        helper.make_node("ReduceSum", ["masked", "length"], ["y"], keepdims=0),
+    ]
+    inputs = [
+        helper.make_tensor_value_info("tokens", TensorProto.INT64, ["s0", "s1"]),
+        helper.make_tensor_value_info("mask", TensorProto.INT64, ["s0", "s2"]),
+        helper.make_tensor_value_info("past", TensorProto.FLOAT, ["s0", 2, "s3", 8]),
+    ]
+    outputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in ("y", "present")]
+    rng = np.random.default_rng(0)
+    constants = {
+        "table": rng.standard_normal((20, 16)).astype(np.float32),
+        "w": rng.standard_normal((16, 16)).astype(np.float32),
+        "heads": np.array([0, 0, 2, 8]),
+        "axes": np.array([1, 3]),
+        "length": np.array([2]),
+    }
+    weights = [numpy_helper.from_array(a, n) for n, a in constants.items()]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
+    report = oq.rotate(tmp_path / "m.onnx", tmp_path / "r.onnx")
+    assert report.verification is not None
+    assert report.verification.worst < 1e-4

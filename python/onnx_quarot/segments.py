@@ -152,5 +152,8 @@ def _widen_casts(graph: onnx.GraphProto) -> None:
         for attribute in node.attribute:
             if attribute.name in ("to", "dtype") and attribute.i == onnx.TensorProto.BFLOAT16:
                 attribute.i = onnx.TensorProto.FLOAT
+            if attribute.type == onnx.AttributeProto.TENSOR and attribute.t.data_type == onnx.TensorProto.BFLOAT16:
+                wide = onnx.numpy_helper.to_array(attribute.t).astype(np.float32)  # ConstantOfShape
+                attribute.t.CopyFrom(onnx.numpy_helper.from_array(wide))
             if attribute.type == onnx.AttributeProto.GRAPH:
                 _widen_casts(attribute.g)

@@ -7,7 +7,7 @@ their inner tensors exposed, and the error names the first one (in the order of 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from onnx_quarot.custom_op import session
-from onnx_quarot.data import InputSpec, input_specs
+from onnx_quarot.data import Dim, InputSpec, input_specs
 from onnx_quarot.discovery.constants import constant
 from onnx_quarot.errors import ModelError, VerificationError
 from onnx_quarot.load import load, total_bytes
@@ -79,18 +79,45 @@ def _weight_tolerance(path: Path) -> float:
 
 
 def _reference(original: Path, specs: Iterable[InputSpec], names: list[str]) -> tuple[dict[str, Array], list[Array]]:
-    """Inputs that the original accepts, and what it makes of them: behind a cache, or, where a model does not take a
-    prompt behind one, with an empty cache.
+    """Inputs that the original accepts, and what it makes of them: with lengths by the names of dimensions, behind a
+    cache or behind an empty one (not every model takes a prompt behind a cache), or by their places.
     """
     specs, model = list(specs), load(original)
-    feeds = random_feeds(model, specs)
-    try:
-        return feeds, _run(original, feeds, names)
-    except (VerificationError, ModelError):
-        if not any("past" in str(d).lower() for spec in specs for d in spec.shape or ()):
-            raise
-        feeds = random_feeds(model, specs, past=0)
-        return feeds, _run(original, feeds, names)
+    attempts = [random_feeds(model, specs)]
+    if any("past" in str(d).lower() for spec in specs for d in spec.shape or ()):
+        attempts.append(random_feeds(model, specs, past=0))
+    if any(not isinstance(d, int) for spec in specs for d in spec.shape or ()):
+        attempts.append(random_feeds(model, _by_place(specs)))
+    refused: VerificationError | ModelError | None = None
+    for feeds in attempts:
+        try:
+            return feeds, _run(original, feeds, names)
+        except (VerificationError, ModelError) as error:
+            refused = refused or error
+    assert refused is not None
+    raise refused
+
+
+def _by_place(specs: list[InputSpec]) -> list[InputSpec]:
+    """Symbols that say nothing ("s43") get names by where they stand: the batch comes first, a cache is a float tensor
+    of rank 4 that grows along axis 2, and a mask is as long as the cache and the tokens, which are the first input.
+    """
+    tokens = next((s.shape[1] for s in specs if s.shape is not None and len(s.shape) == 2), None)
+    cached = any(s.shape is not None and len(s.shape) == 4 and not isinstance(s.shape[2], int) for s in specs)
+
+    def named(spec: InputSpec, axis: int, dim: Dim) -> Dim:
+        rank = len(spec.shape or ())
+        if isinstance(dim, int):
+            return dim
+        if axis == 0:
+            return "batch"
+        if rank == 4 and axis == 2 and spec.dtype.kind not in "iu":
+            return "past"
+        if rank == 2 and axis == 1 and cached and dim != tokens:
+            return "total"
+        return "length"
+
+    return [replace(s, shape=s.shape and tuple(named(s, axis, d) for axis, d in enumerate(s.shape))) for s in specs]
 
 
 def relative_error(a: Array, b: Array) -> float:

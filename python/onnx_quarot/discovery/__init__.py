@@ -17,7 +17,7 @@ from onnx_quarot.discovery.prepare import prepare
 from onnx_quarot.discovery.rules import apply_rules
 from onnx_quarot.discovery.shapes import Shapes
 from onnx_quarot.discovery.tied import TiedHead, agree, keep_basis, share_basis, tied_heads
-from onnx_quarot.discovery.typing import Typing
+from onnx_quarot.discovery.typing import Slot, Typing
 from onnx_quarot.errors import ConfigError, ModelError
 from onnx_quarot.plan import DEFAULT_ROTATIONS, ROTATIONS, Plan
 from onnx_quarot.transform import has_order
@@ -73,8 +73,11 @@ def discover_model(
             )
         raise ModelError("the model has no linear layer (MatMul or Gemm with a constant matrix): nothing to rotate")
     labels, heads = _labels(typing, wanted, tied)
+    if torn := labels.torn():
+        typing = _typed(model, torn)
+        labels, heads = _labels(typing, wanted, tied)
     if not agree(typing, labels, heads):
-        typing = _typed(model)
+        typing = _typed(model, torn)
         labels, heads = _labels(typing, wanted, tied, apart=True)
     builder = Builder(model, typing, labels, block_size, seed)
     if quantized:
@@ -91,8 +94,8 @@ def discover_model(
     return builder.plan(wanted, fingerprint(model), keys=keys)
 
 
-def _typed(model: ir.Model) -> Typing:
-    typing = Typing(model.graph, Shapes(model))
+def _typed(model: ir.Model, apart: frozenset[Slot] = frozenset()) -> Typing:
+    typing = Typing(model.graph, Shapes(model), apart=apart)
     apply_rules(typing)
     return typing
 

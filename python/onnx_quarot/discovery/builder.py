@@ -11,7 +11,7 @@ from onnx_quarot.discovery.basis import Segment
 from onnx_quarot.discovery.constants import constant
 from onnx_quarot.discovery.folds import Folds
 from onnx_quarot.discovery.labels import Labels
-from onnx_quarot.discovery.typing import Def, Expansion, Out, Port, Slot, Typing, Use
+from onnx_quarot.discovery.typing import Def, Expansion, Out, Port, Read, Slot, Typing, Use
 from onnx_quarot.plan import AxisChange, NewBias, Online, Placement, Plan, Rebase, Site, State
 from onnx_quarot.transform import Rotation, largest_block
 
@@ -142,30 +142,37 @@ class Builder:
         return tuple(result)
 
     def _online(self) -> tuple[Online, ...]:
-        jobs: dict[tuple[ir.Value, bool], list[tuple[int, int]]] = {}
-        leaf_of: dict[ir.Value, Segment] = {}
+        jobs: dict[tuple[ir.Value, bool, Segment], list[tuple[int, int]]] = {}
         centre: set[ir.Value] = set()
         for value, axis, source, ends in self.labels.boundaries():
             for leaf in set(self.labels.leaves(value, axis)):
                 before = self.labels.rotated(source, axis, leaf)
                 for end in ends:
                     if self.labels.rotated(end, axis, leaf) != before:
-                        leaf_of[value] = leaf
-                        jobs.setdefault((value, before), []).append(self._consumer(end))
+                        jobs.setdefault((value, before, leaf), []).append(self._consumer(end))
                         if not before and self.labels.centred(end, axis):
                             centre.add(value)
+        for read in self.t.reads:
+            if read.slot in self.t.apart:
+                (leaf,) = self.labels.leaves(self._basis(read)[0].value, self._basis(read)[1])
+                jobs.setdefault((read.port.value, False, leaf), []).append(self._consumer(read.port))
         return tuple(
             Online(
                 value=str(value.name),
-                rotation=self.ids[leaf_of[value]],
+                rotation=self.ids[leaf],
                 inverse=inverse,
                 consumers=tuple(ends),
                 width=self.t.size(Def(value), -1),
                 dtype=self.t.shapes.dtype[value].name,
                 centre=value in centre,
             )
-            for (value, inverse), ends in jobs.items()
+            for (value, inverse, leaf), ends in jobs.items()
         )
+
+    def _basis(self, read: Read) -> tuple[Use, int]:
+        """Where the basis a layer reads shows: at its input, or at its weight if it has a transform of its own."""
+        slot = read.slot
+        return (Use(slot.node, slot.weight), slot.axis) if slot in self.t.apart else (read.port, read.axis)
 
     def _consumer(self, end: Use | Out) -> tuple[int, int]:
         if isinstance(end, Out):
@@ -176,7 +183,7 @@ class Builder:
         paid = {consumer for o in online for consumer in o.consumers}
         sites = []
         for read in self.t.reads:
-            placements = self._placements(read.port, read.axis)
+            placements = self._placements(*self._basis(read))
             spent = (self.index[read.slot.node], read.slot.input) in paid
             how = "none" if not placements else "online" if spent else "offline"
             reason = None if placements else self.labels.why(read.port, read.axis)

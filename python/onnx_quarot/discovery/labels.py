@@ -18,7 +18,8 @@ from networkx.algorithms.flow import preflow_push
 from onnx_quarot.discovery.basis import DisjointSets, Segment
 from onnx_quarot.discovery.centre import Centring
 from onnx_quarot.discovery.constants import constant
-from onnx_quarot.discovery.typing import Def, Out, Port, Typing, Use
+from onnx_quarot.discovery.rules.readers import is_matmul
+from onnx_quarot.discovery.typing import Def, Out, Port, Slot, Typing, Use
 
 Variable = tuple[Port, int, Segment]
 _REWARD = 1 << 40  # of a rotated linear layer or key cache: any number of online transforms in front of it is worth it
@@ -80,11 +81,14 @@ class Labels:
         for leaf in leaves:
             if (kind := self.kind(leaf)) not in self._enabled:
                 return f"{kind} was not asked for"
+        place = ""
+        if axis % self.typing.rank(port) != self.typing.rank(port) - 1:
+            place = "its features are not the last axis, where an online rotation works"
         for leaf in leaves:
             if (reason := self._reasons.get(self._sets.find((port, axis, leaf)))) is not None:
-                return reason
-        if axis % self.typing.rank(port) != self.typing.rank(port) - 1:
-            return "its features are not the last axis, where an online rotation works"
+                return f"{reason}; {place}" if place else reason
+        if place:
+            return place
         return "no online rotation is possible here"
 
     def boundaries(self) -> Iterator[tuple[ir.Value, int, Def, list[Use | Out]]]:
@@ -96,6 +100,24 @@ class Labels:
                 if value in outputs:
                     ends.append(Out(value))
                 yield value, axis, Def(value), ends
+
+    def torn(self) -> frozenset[Slot]:
+        """Linear layers left alone whose input comes in pieces that cannot be rotated one by one, but could be all
+        together, by one transform in front of the layer.
+        """
+        t, found = self.typing, []
+        if "R4" not in self._enabled:
+            return frozenset()
+        for read in t.reads:
+            slot, port = read.slot, read.port
+            if read.axis != t.rank(port) - 1 or not t.size(port, read.axis) >= _MIN_LEAF or not is_matmul(slot.node):
+                continue
+            pieces = set(self.leaves(port.value, read.axis))
+            small = len(pieces) > 1 or min(p.length for p in pieces) < _MIN_LEAF
+            alone = len(Use(slot.node, slot.weight).value.uses()) == 1
+            if small and alone and not self.any_rotated(port, read.axis):
+                found.append(slot)
+        return frozenset(found)
 
     # -- building ------------------------------------------------------------------------------------------------------
     def _of(self, port: Port, axis: int) -> dict[Segment, Variable]:
@@ -198,6 +220,9 @@ class Labels:
             add(node(self._sets.find(root)), "sink", None)
         for read in self.typing.reads:
             for variable in self._of(read.port, read.axis).values():
+                add("source", node(self._sets.find(variable)), _REWARD)
+        for slot in self.typing.apart:
+            for variable in self._of(Use(slot.node, slot.weight), slot.axis).values():
                 add("source", node(self._sets.find(variable)), _REWARD)
         for root, reward in self._keys().items():
             add("source", node(root), reward)

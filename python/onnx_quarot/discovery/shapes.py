@@ -23,6 +23,8 @@ Shape = tuple[int, ...]
 Array = np.ndarray[Any, Any]
 FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
 _MAX_TRACKED_ELEMENTS = 4096  # integer constants up to this size may be shapes, axes or bounds; larger ones are data
+_MAX_TRACKED_FLOATS = 4  # sizes are scaled in floating point (the side of a square of patches)
+_TRACKED_FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE})
 # Small ones first: a length beyond a model's table of positions would be cut.
 _PRIMES = ((3, 7, 13, 19, 29, 37, 43, 53, 61, 71, 79, 89), (5, 11, 17, 23, 31, 41, 47, 59, 67, 73, 83, 97))
 
@@ -146,7 +148,7 @@ class _Walk:
                 continue
             st.shape[value] = tensor_shape(tensor)
             st.dtype[value] = tensor.dtype
-            if tensor.dtype not in FLOATS and tensor.size <= _MAX_TRACKED_ELEMENTS:
+            if _may_be_a_size(tensor.dtype, tensor.size):
                 st.values[value] = tensor.numpy()
         for node in self.graph:
             self._node(node)
@@ -213,7 +215,7 @@ class _Walk:
         st = self.state
         st.shape[value] = tuple(int(d) for d in array.shape)
         st.dtype[value] = ir.DataType.from_numpy(array.dtype)
-        if st.dtype[value] not in FLOATS and array.size <= _MAX_TRACKED_ELEMENTS:
+        if _may_be_a_size(st.dtype[value], array.size):
             st.values[value] = array
 
     def _evaluate(self, node: ir.Node, inputs: Sequence[ir.Value]) -> bool:
@@ -298,6 +300,12 @@ class _Walk:
                     if joins and x in by_prime and all(y % prime for prime in by_prime):
                         self.merged.bound[by_prime[x]] = y
                         raise _Conflict
+
+
+def _may_be_a_size(dtype: ir.DataType, elements: int) -> bool:
+    if dtype in FLOATS:
+        return dtype in _TRACKED_FLOATS and elements <= _MAX_TRACKED_FLOATS
+    return elements <= _MAX_TRACKED_ELEMENTS
 
 
 def _prime_stream(first: Sequence[int]) -> Iterator[int]:

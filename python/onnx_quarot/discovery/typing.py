@@ -155,6 +155,8 @@ class Typing:
     converted: list[ir.Node] = field(default_factory=list)  # LayerNorms that become RMS norms where rotated
     folded_biases: set[ir.Node] = field(default_factory=set)  # Adds of a bias that a Scale folds
     unknown: list[Slot] = field(default_factory=list)  # linear layers of unknown shape
+    _whole: dict[ir.Value, tuple[Use, int]] = field(default_factory=dict)
+    apart: frozenset[Slot] = frozenset()  # linear layers to be read in a basis of their own, made in front of them
 
     # -- looking -----------------------------------------------------------------------------------------------------
     def rank(self, port: Port) -> int:
@@ -222,8 +224,19 @@ class Typing:
         for port in ports(node):
             self.block_port(port, reason)
 
+    def contract(self, a: Use, axis_a: int, b: Use, axis_b: int, slot: Slot | None) -> None:
+        """Both axes are summed over, one against the other; ``slot`` names the linear layer, if it is one."""
+        if slot is not None and slot in self.apart:
+            self.block(a, axis_a, "rotated in front of the layer, all features together")
+            first, axis = self._whole.setdefault(a.value, (b, axis_b))  # layers share a transform
+            self.tie(b, axis_b, first, axis, Kind.SHARED)
+        else:
+            self.tie(a, axis_a, b, axis_b, Kind.CONTRACT)
+
     def read(self, slot: Slot, axis: int) -> None:
         port = Use(slot.node, slot.input)
+        if self.known(port) and self.size(port, axis) == 1:
+            return  # a table of frequencies times positions, not a layer
         if self.segment(port, axis) is not None:
             self.reads.append(Read(slot, axis % self.rank(port)))
         else:

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from onnx_quarot.discovery.constants import Constant, constant, uniform
 from onnx_quarot.discovery.rules.readers import absorb
-from onnx_quarot.discovery.rules.registry import along, describe, rule
+from onnx_quarot.discovery.rules.registry import MICROSOFT, along, describe, rule
 from onnx_quarot.discovery.typing import Def, Expansion, Kind, Scale, Typing, Use, has_input, uses
 
 _REDUCTIONS = ("ReduceMean", "ReduceSum")
@@ -207,3 +207,11 @@ def _centring(t: Typing, n: ir.Node) -> None:
     t.tie(x, last, Use(made, 0), last, Kind.CENTRE)
     t.tie(x, last, y, last, Kind.CENTRE)
     t.centres.append(x)
+
+
+@rule("Relu", "LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "ThresholdedRelu", "Gelu", "Swish", "Mish", "Softplus")
+@rule("Softsign", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh", "Erf", "Exp", "Log", "Sqrt", "Reciprocal", "Abs")
+@rule("Clip", "Min", "Max", "Sin", "Cos", "Floor", "Ceil", "Round", "Sign", "Where", "MaxPool", "GlobalMaxPool")
+@rule("Gelu", "FastGelu", "BiasGelu", "QuickGelu", domain=MICROSOFT)
+def _not_linear(t: Typing, n: ir.Node) -> None:
+    t.block_node(n, describe(n, "not linear"))

@@ -21,7 +21,8 @@ def _matmul(t: Typing, n: ir.Node) -> None:
         return
     rows, inner_a = (-1, -2) if n.attributes.get_int("transA", 0) else (-2, -1)
     inner_b, columns = (-1, -2) if n.attributes.get_int("transB", 0) else (-2, -1)
-    t.tie(a, inner_a, b, inner_b, Kind.CONTRACT)
+    slot = linear_slot(n)
+    t.contract(a, inner_a, b, inner_b, slot)
     t.tie(b, columns, y, -1)
     t.tie(a, rows, y, -2)
     for port in (a, b, y):
@@ -31,7 +32,7 @@ def _matmul(t: Typing, n: ir.Node) -> None:
             t.mark(segment, "R2")  # weighted values; for scores this is the axis of the keys' positions
         if (segment := t.segment(a, inner_a)) is not None:
             t.mark(segment, "R3")
-    if (slot := linear_slot(n)) is not None:
+    if slot is not None:
         t.read(slot, inner_a)
 
 
@@ -39,7 +40,8 @@ def _matmul(t: Typing, n: ir.Node) -> None:
 def _gemm(t: Typing, n: ir.Node) -> None:
     a, b, y = Use(n, 0), Use(n, 1), Def(n.outputs[0])
     trans_a, trans_b = n.attributes.get_int("transA", 0), n.attributes.get_int("transB", 0)
-    t.tie(a, 0 if trans_a else 1, b, 1 if trans_b else 0, Kind.CONTRACT)
+    slot = linear_slot(n)
+    t.contract(a, 0 if trans_a else 1, b, 1 if trans_b else 0, slot)
     t.tie(b, 0 if trans_b else 1, y, 1)
     t.tie(a, 1 if trans_a else 0, y, 0)
     if has_input(n, 2):
@@ -54,7 +56,7 @@ def _gemm(t: Typing, n: ir.Node) -> None:
         t.block(y, 0, describe(n, "rows of a Gemm with C"))
         if rank == 2:
             t.block(c, 0, describe(n, "rows of a Gemm with C"))
-    if (slot := linear_slot(n)) is not None:
+    if slot is not None:
         t.read(slot, 1)
 
 

@@ -33,6 +33,11 @@ def linear_slot(node: ir.Node, index: int = 0) -> Slot | None:
     return None
 
 
+def is_matmul(node: ir.Node) -> bool:
+    """One matrix product and nothing else inside, at least in front of it."""
+    return (node.domain, node.op_type) in _LINEAR
+
+
 def is_linear(node: ir.Node) -> bool:
     """A MatMul or Gemm with a constant matrix."""
     weight = constant(node.inputs[1]) if node.op_type in ("MatMul", "Gemm") and node.domain == "" else None
@@ -81,6 +86,9 @@ def _keeps_last_axis(t: Typing, node: ir.Node) -> bool:
         return False
     if node.op_type == "Gather":
         return node.attributes.get_int("axis", 0) % len(before) != len(before) - 1
+    if node.op_type == "GatherND":
+        width = t.shapes.shape[node.inputs[1]][-1] if node.inputs[1] in t.shapes.shape else len(before)
+        return node.attributes.get_int("batch_dims", 0) + width < len(before)
     if node.op_type == "Transpose":
         return node.attributes.get_ints("perm", [0])[-1] == len(before) - 1
     return node.op_type in ("Identity", "Cast", "Dropout", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice")

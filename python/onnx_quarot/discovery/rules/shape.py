@@ -7,6 +7,7 @@ from math import prod
 
 import onnx_ir as ir
 
+from onnx_quarot.discovery.constants import constant
 from onnx_quarot.discovery.rules.registry import describe, rule
 from onnx_quarot.discovery.typing import Def, StatePair, Typing, Use, defs, has_input, ports, uses
 
@@ -86,6 +87,26 @@ def _expand(t: Typing, n: ir.Node) -> None:
             t.tie(x, axis - lead, y, axis)
         else:
             t.block(y, axis, describe(n, "broadcasts over this axis"))
+
+
+@rule("Pad")
+def _pad(t: Typing, n: ir.Node) -> None:
+    """Zeros (or copies) beside the axes it pads; the others keep their basis."""
+    x, y = Use(n, 0), Def(n.outputs[0])
+    pads = _integers(t, n, 1)
+    axes = _integers(t, n, 3) if has_input(n, 3) else list(range(t.rank(x)))
+    filled = constant(n.inputs[2]) if has_input(n, 2) else None
+    zeros = not has_input(n, 2) or (filled is not None and float(filled.numpy().flat[0]) == 0.0)
+    if pads is None or axes is None or (n.attributes.get_string("mode", "constant") == "constant" and not zeros):
+        t.block_node(n, describe(n, "what it adds is not known to be zero"))
+        return
+    padded = {a % t.rank(x) for i, a in enumerate(axes) if pads[i] or pads[i + len(axes)]}
+    for a in range(t.rank(x)):
+        if a in padded:
+            t.block(x, a, describe(n, "pads this axis"))
+            t.block(y, a, describe(n, "pads this axis"))
+        else:
+            t.tie(x, a, y, a)
 
 
 @rule("Gather")
