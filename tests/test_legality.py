@@ -83,6 +83,22 @@ CASES: dict[str, tuple[Nodes, dict[str, np.ndarray], bool]] = {
     "factor a feature, absorbed": ([node("Mul", "h c", "m")], {"c": W32}, True),
     "factor a feature, then a nonlinearity": ([node("Mul", "h c", "k"), node("Tanh", "k", "m")], {"c": W32}, False),
     "factor and bias a feature": ([node("Mul", "h c", "k"), node("Add", "k d", "m")], {"c": W32, "d": W32 - 1}, True),
+    "factor a feature behind a layer": (
+        [node("MatMul", "x d", "k"), node("Add", "k e", "q"), node("Mul", "q c", "r"), node("Add", "h r", "m")],
+        {"d": rand(16, 32), "e": W32 - 1, "c": W32},
+        True,
+    ),
+    "factor a feature behind a layer that takes a bias in": (
+        [node("Mul", "h c", "k"), node("Add", "k d", "q"), node("MatMul", "q e", "r"), node("Mul", "r f", "s"),
+         node("MatMul", "x i", "j"), node("Add", "j s", "m")],
+        {"c": W32, "d": W32 - 1, "e": rand(32, 32), "f": W32[::-1].copy(), "i": rand(16, 32)},
+        True,
+    ),
+    "factor a feature behind a layer that is also read elsewhere": (
+        [node("MatMul", "x d", "k"), node("Mul", "k c", "r"), node("Tanh", "k", "u"), node("Add", "r u", "m")],
+        {"d": rand(16, 32), "c": W32},
+        False,
+    ),
     "product of two streams": ([node("MatMul", "x d", "k"), node("Mul", "h k", "m")], {"d": rand(16, 32)}, False),
     "negate": ([node("Neg", "h", "m")], {}, True),
     "clip": ([node("Clip", "h lo", "m")], {"lo": np.float32(-0.1)}, False),

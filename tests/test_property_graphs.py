@@ -18,6 +18,8 @@ from test_legality import CASES, node, save
 _LENGTHS = (
     "gather positions",
     "mean over positions",
+    "pad positions",
+    "pad positions with a number",
     "pad with a constant position",
     "reshape that keeps the features",
 )

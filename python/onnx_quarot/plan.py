@@ -67,12 +67,13 @@ class Rebase:
 
 @dataclass(frozen=True)
 class NewBias:
-    """A bias behind output 0 of ``node``, which had none, in the basis of that output."""
+    """A bias behind output 0 of ``node``, which had none, in the basis of that output; ``scales`` as in Rebase."""
 
     node: int
     adds: tuple[Addition, ...]
     placements: tuple[Placement, ...]
     centre: bool = False
+    scales: tuple[tuple[int, tuple[int, int]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,13 @@ class Plan:
                 norms=tuple(d["norms"]),
                 bypassed=tuple((a, b) for a, b in d["bypassed"]),
                 biases=tuple(
-                    NewBias(b["node"], _additions(b["adds"]), _placements(b["placements"]), b["centre"])
+                    NewBias(
+                        b["node"],
+                        _additions(b["adds"]),
+                        _placements(b["placements"]),
+                        b["centre"],
+                        _scales(b.get("scales", [])),
+                    )
                     for b in d["biases"]
                 ),
                 online=tuple(
@@ -200,10 +207,14 @@ def _rebase(d: dict[str, Any]) -> Rebase:
         node=d["node"],
         input=d["input"],
         changes=tuple(AxisChange(c["axis"], _placements(c["placements"]), c["centre"]) for c in d["changes"]),
-        scales=tuple((axis, (source[0], source[1])) for axis, source in d["scales"]),
+        scales=_scales(d["scales"]),
         expand=None if d["expand"] is None else (d["expand"][0], d["expand"][1]),
         adds=_additions(d["adds"]),
     )
+
+
+def _scales(items: list[Any]) -> tuple[tuple[int, tuple[int, int]], ...]:
+    return tuple((axis, (source[0], source[1])) for axis, source in items)
 
 
 def _placements(items: list[dict[str, Any]]) -> tuple[Placement, ...]:

@@ -82,7 +82,7 @@ class _Weights:
         assert weight is not None
         width = weight.shape[1 - new.adds[0].axis]
         changes = (AxisChange(0, new.placements, new.centre),) if new.placements else ()
-        job = Rebase(new.node, -1, changes, adds=new.adds)
+        job = Rebase(new.node, -1, changes, new.scales, adds=new.adds)
         name = _fresh_name(self.graph, f"{self.nodes[new.node].outputs[0].name}.bias")
         recipe = _Recipe(job, self.plan.rotations, folded, None)
         zeros = ir.tensor(np.zeros(width, weight.dtype.numpy()), name=name)
@@ -165,7 +165,8 @@ class _Folded:
         self.factors: dict[tuple[int, int], Array] = {}
         self._matrices: dict[tuple[int, int], tuple[ir.TensorProtocol, tuple[int, ...]]] = {}
         additions = [a for job in plan.rebases for a in job.adds] + [a for new in plan.biases for a in new.adds]
-        vectors = [source for job in plan.rebases for _, source in job.scales]
+        scales = [*(job.scales for job in plan.rebases), *(new.scales for new in plan.biases)]
+        vectors = [source for pairs in scales for _, source in pairs]
         for source in [*vectors, *(a.vector for a in additions)]:
             self.factors[source] = _view(nodes, source).numpy().astype(np.float64).ravel()
         for source in (a.matrix for a in additions):

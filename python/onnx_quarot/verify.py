@@ -246,11 +246,21 @@ def _first_difference(original: Path, candidate: Path, feeds: dict[str, Array], 
     graph_outputs = {str(v.name) for v in a.graph.outputs}
     # Outputs that lost their scale or mean on purpose.
     folded = {number for number, _ in (*plan.ones, *plan.bypassed)} | set(plan.norms)
+    # And what a factor was taken over in front of: a layer and its biases.
+    nodes = list(a.graph)
+    scaled: set[str] = set()
+    pending = [nodes[number].inputs[index] for number, index in plan.bypassed]
+    while pending:
+        value = pending.pop()
+        if value is not None and value.producer() is not None:
+            scaled.add(str(value.name))
+            if value.producer().op_type == "Add":  # type: ignore[union-attr]
+                pending += value.producer().inputs  # type: ignore[union-attr]
     makers = {
         str(value.name): node
-        for number, node in enumerate(a.graph)
+        for number, node in enumerate(nodes)
         for value in node.outputs[1 if number in folded else 0 :]
-        if value.name and value.name in there and value.name not in graph_outputs
+        if value.name and str(value.name) not in scaled and value.name in there and value.name not in graph_outputs
     }
     names = list(makers)
     try:

@@ -136,9 +136,9 @@ class Builder:
         for node, adds in folds.new_biases.items():
             out = Def(node.outputs[0])
             axis = self.t.rank(out) - 1
-            result.append(
-                NewBias(self.index[node], tuple(adds), self._placements(out, axis), self.labels.centred(out, axis))
-            )
+            scales = tuple((0, factor) for factor in folds.behind[node])
+            placements, centre = self._placements(out, axis), self.labels.centred(out, axis)
+            result.append(NewBias(self.index[node], tuple(adds), placements, centre, scales))
         return tuple(result)
 
     def _online(self) -> tuple[Online, ...]:
@@ -197,8 +197,9 @@ class Builder:
         weight = constant(node.inputs[slot.weight])
         assert weight is not None
         rank = len(weight.shape)
-        columns = 0 if node.op_type == "Conv" or slot.axis == rank - 1 else rank - 1
-        if slot.axis == rank - 1 and rank > 2 and node.op_type != "Conv":
+        convolves = node.op_type in ("Conv", "FusedConv")
+        columns = 0 if convolves or slot.axis == rank - 1 else rank - 1
+        if slot.axis == rank - 1 and rank > 2 and not convolves:
             columns = rank - 2
         return Site(
             node=self.index[node],

@@ -28,12 +28,19 @@ class Folds:
         self.scales: dict[Key, list[tuple[int, Key]]] = defaultdict(list)
         self.adds: dict[Key, list[Addition]] = defaultdict(list)
         self.new_biases: dict[ir.Node, list[Addition]] = defaultdict(list)
+        self.behind: dict[ir.Node, list[Key]] = defaultdict(list)  # factors a new bias takes over with its layer
         self.ones: list[Key] = []
         self.norms: list[int] = []
         self.bypassed: list[Key] = []
         for scale in t.scales:
             if labels.any_rotated(scale.out, t.rank(scale.out) - 1):
                 self._scale(scale)
+        for written in t.written:
+            if labels.any_rotated(written.out, t.rank(written.out) - 1):
+                self.bypassed.append(self._key(written.data))
+                self.behind[written.node].append(self._key(written.factor))
+                for use, axis in written.constants:
+                    self.scales[self._key(use)].append((axis, self._key(written.factor)))
         for use in t.centres:
             if not labels.any_rotated(use, t.rank(use) - 1):
                 continue

@@ -335,6 +335,13 @@ def _input(node: ir.Node, shapes: dict[ir.Value, Shape], index: int) -> Shape | 
     return None if value is None else shapes.get(value)
 
 
+def _set_head_size(node: ir.Node, shapes: dict[ir.Value, Shape], index: int, size: int) -> None:
+    """Caches are exported with a symbol for the head size."""
+    cache = node.inputs[index] if index < len(node.inputs) else None
+    if cache is not None and cache in shapes:
+        shapes[cache] = (*shapes[cache][:3], size)
+
+
 def _same_as_first(node: ir.Node, shapes: dict[ir.Value, Shape]) -> list[Shape | None]:
     return [_input(node, shapes, 0)]
 
@@ -367,6 +374,8 @@ def _multi_head_attention(node: ir.Node, shapes: dict[ir.Value, Shape]) -> list[
     length = k[1] if len(k) == 3 else k[2]
     past = _input(node, shapes, 6)
     total = length + (past[2] if past is not None else 0)
+    for index, size in ((6, q[2] // heads), (7, width // heads)):
+        _set_head_size(node, shapes, index, size)
     return [(q[0], q[1], width), (q[0], heads, total, q[2] // heads), (q[0], heads, total, width // heads)]
 
 
@@ -397,9 +406,8 @@ def _group_query_attention(node: ir.Node, shapes: dict[ir.Value, Shape]) -> list
     total = length
     if past is not None and past in shapes:
         total += shapes[past][2]
-        for cache in (node.inputs[3], node.inputs[4]):
-            if cache is not None and cache in shapes:
-                shapes[cache] = (*shapes[cache][:3], size)  # exported with a symbol for the head size
+        for index in (3, 4):
+            _set_head_size(node, shapes, index, size)
     present = (batch, kv_heads, total, size)
     return [(batch, length, heads * size), present, present]
 

@@ -119,6 +119,19 @@ class Scale:
 
 
 @dataclass(frozen=True)
+class Written:
+    """A factor a feature behind a linear layer ``node``, which takes it over: into ``constants`` (use, axis), its
+    weight and biases. ``data`` is the other operand of the Mul, which is then left out.
+    """
+
+    factor: Use
+    out: Def
+    data: Use
+    node: ir.Node
+    constants: tuple[tuple[Use, int], ...]
+
+
+@dataclass(frozen=True)
 class Expansion:
     """A constant that is broadcast over a feature axis: written out in full when that axis is rotated."""
 
@@ -147,6 +160,7 @@ class Typing:
     blocks: list[Block] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
     scales: list[Scale] = field(default_factory=list)
+    written: list[Written] = field(default_factory=list)
     expansions: list[Expansion] = field(default_factory=list)
     states: list[StatePair] = field(default_factory=list)
     kinds: list[tuple[Segment, str]] = field(default_factory=list)

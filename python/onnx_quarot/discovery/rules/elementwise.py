@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from onnx_quarot.discovery.constants import Constant, constant, uniform
-from onnx_quarot.discovery.rules.readers import absorb
+from onnx_quarot.discovery.rules.readers import absorb, writer
 from onnx_quarot.discovery.rules.registry import MICROSOFT, along, describe, rule
-from onnx_quarot.discovery.typing import Def, Expansion, Kind, Scale, Typing, Use, has_input, uses
+from onnx_quarot.discovery.typing import Def, Expansion, Kind, Scale, Typing, Use, Written, has_input, uses
 
 _REDUCTIONS = ("ReduceMean", "ReduceSum")
 
@@ -76,7 +76,9 @@ def _mul(t: Typing, n: ir.Node) -> None:
                 t.tie(data, data_axis, y, o)
                 t.block(factor, factor_axis, describe(n, "a uniform factor"))
                 continue
-            if o == t.rank(y) - 1 and _fold(t, n, factor, data, data_axis, view):
+            if o == t.rank(y) - 1 and (
+                _fold(t, n, factor, data, data_axis, view) or _fold_back(t, n, factor, data, data_axis, view)
+            ):
                 continue
             why = "a factor a feature that not every reader absorbs"
         for p, axis in full:
@@ -97,6 +99,20 @@ def _fold(t: Typing, n: ir.Node, factor: Use, data: Use, axis: int, view: Consta
     if found.bias is not None:
         t.folded_biases.add(found.bias.node)
     t.scales.append(Scale(factor, Def(found.out), found.readers, found.bias, data))
+    return True
+
+
+def _fold_back(t: Typing, n: ir.Node, factor: Use, data: Use, axis: int, view: Constant) -> bool:
+    """A factor a feature (LayerScale, arXiv:2103.17239) that the linear layer in front of it takes over."""
+    y = Def(n.outputs[0])
+    if n.op_type != "Mul" or not along(view, t.rank(y), t.rank(y) - 1) or view.size != t.size(data, axis):
+        return False
+    found = writer(t, data.value)
+    if found is None:
+        return False
+    t.tie(data, axis, y, t.rank(y) - 1)
+    t.block_port(factor, describe(n, "a factor that is folded"))
+    t.written.append(Written(factor, y, data, found.node, found.constants))
     return True
 
 

@@ -139,6 +139,51 @@ def takes_bias(slot: Slot) -> bool:
     return (node.domain, node.op_type) in _LINEAR
 
 
+@dataclass(frozen=True)
+class Writer:
+    """The linear layer that alone makes a value, and the constants (use, axis) that hold its output features."""
+
+    node: ir.Node
+    constants: tuple[tuple[Use, int], ...]
+
+
+def writer(t: Typing, value: ir.Value) -> Writer | None:
+    """The layer behind ``value``, seen through biases and operators that keep the last axis; None if there is none or
+    somebody else reads what it makes.
+    """
+    node = value.producer()
+    if node is None or value.is_graph_output() or not t.shapes.known(value):
+        return None
+    if sum(u.node.op_type not in ("Shape", "Size") for u in value.uses()) != 1:
+        return None
+    width = t.shapes.shape[value][-1]
+    if (slot := linear_slot(node)) is not None and is_matmul(node) and node.op_type != "FusedGemm":
+        rank = len(t.shapes.shape[node.inputs[1]])  # type: ignore[index]
+        columns = rank - 2 if slot.axis == rank - 1 else rank - 1
+        held = [(Use(node, 1), columns)]
+        if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
+            if (bias := _vector(Use(node, 2), width)) is None:
+                return None
+            held.append(bias)
+        return Writer(node, tuple(held))
+    if node.op_type == "Add" and node.domain == "" and node not in t.folded_biases:
+        for index in (0, 1):
+            bias, other = _vector(Use(node, index), width), node.inputs[1 - index]
+            found = writer(t, other) if bias is not None and other is not None else None
+            if bias is not None and found is not None:
+                return Writer(found.node, (*found.constants, bias))
+        return None
+    inner = node.inputs[0]
+    return writer(t, inner) if inner is not None and _keeps_last_axis(t, node) else None
+
+
+def _vector(use: Use, width: int) -> tuple[Use, int] | None:
+    """A constant with a number a feature, and its last axis."""
+    view = constant(use.value)
+    fits = view is not None and view.shape[-1:] == (width,) and view.size == width
+    return (use, len(view.shape) - 1) if fits and view is not None else None
+
+
 def is_uniform(value: ir.Value | None) -> bool:
     view = constant(value)
     return view is not None and uniform(view)
