@@ -313,12 +313,13 @@ void multiply8(const MultiplyJob& whole) {
 }
 
 // 4 bits: sums of a block become floats at its end. Register files that are too small spill the floats, which are
-// touched once a block.
-template <std::size_t Rows, std::size_t Panels, bool Ahead>
+// touched once a block. BlockSteps: the job's, where it pays to know them beforehand, else 0.
+template <std::size_t Rows, std::size_t Panels, bool Ahead, std::size_t BlockSteps = 0>
 __attribute__((noinline)) void tile4(const MultiplyJob& job, std::size_t first_row, std::size_t column,
                                      const std::uint8_t* ahead) {
   constexpr std::size_t vectors = kVectors * Panels;
-  const std::size_t blocks = job.steps / job.block_steps;
+  const std::size_t block_steps = BlockSteps != 0 ? BlockSteps : job.block_steps;
+  const std::size_t blocks = job.steps / block_steps;
   const std::uint8_t* weights = job.weights + column / kPanelColumns * job.panel_bytes;
   const float* scales = job.scales + column * blocks;
   constexpr std::size_t triples = (Rows + 2) / 3;
@@ -336,7 +337,7 @@ __attribute__((noinline)) void tile4(const MultiplyJob& job, std::size_t first_r
       const Isa::Int start = splat(corrections[r * blocks + block]);
       ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) sums[0][r][v] = start;
     }
-    for (std::size_t step = 0; step < job.block_steps; step += 8) {
+    for (std::size_t step = 0; step < block_steps; step += 8) {
       Isa::Part parts[chains][Rows][vectors];
       ONNX_QUAROT_UNROLL for (std::size_t c = 0; c < chains; ++c) {
         ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
@@ -420,19 +421,25 @@ void panels4(const MultiplyJob& job, std::size_t column) {
 // One row: caches fetch several panels of this size faster than one, and shorter ones faster one after the other.
 constexpr std::size_t kLongPanel = 32768;
 
-void multiply4(const MultiplyJob& job) {
+template <std::size_t BlockSteps>
+void row4(const MultiplyJob& job) {
   std::size_t column = 0;
-  if (job.rows == 1) {
-    if constexpr (Isa::panels4 > 1) {
-      constexpr std::size_t width = 4 * kPanelColumns;
-      if (job.panel_bytes >= kLongPanel) {
-        for (; column + width <= job.columns; column += width) tile4<1, 4, false>(job, 0, column, nullptr);
-      }
+  if constexpr (Isa::panels4 > 1) {
+    constexpr std::size_t width = 4 * kPanelColumns;
+    if (job.panel_bytes >= kLongPanel) {
+      for (; column + width <= job.columns; column += width) tile4<1, 4, false>(job, 0, column, nullptr);
     }
-  } else {
-    constexpr std::size_t width = Isa::panels4 * kPanelColumns;
-    for (; column + width <= job.columns; column += width) panels4<Isa::panels4>(job, column);
   }
+  for (; column < job.columns; column += kPanelColumns) tile4<1, 1, false, BlockSteps>(job, 0, column, nullptr);
+}
+
+void multiply4(const MultiplyJob& job) {
+  if (job.rows == 1) {
+    return job.block_steps == 8 ? row4<8>(job) : job.block_steps == 16 ? row4<16>(job) : row4<32>(job);
+  }
+  constexpr std::size_t width = Isa::panels4 * kPanelColumns;
+  std::size_t column = 0;
+  for (; column + width <= job.columns; column += width) panels4<Isa::panels4>(job, column);
   for (; column < job.columns; column += kPanelColumns) panels4<1>(job, column);
 }
 
