@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import onnx_quarot as oq
 import small_llama
+from onnx_quarot.verify import relative_error
 from small_llama import Config
 
 
@@ -107,3 +108,11 @@ def test_a_cache_whose_dimensions_have_no_telling_names(tmp_path: Path) -> None:
     report = oq.rotate(tmp_path / "m.onnx", tmp_path / "r.onnx")
     assert report.verification is not None
     assert report.verification.worst < 1e-4
+
+
+def test_masks_of_infinity_do_not_hide_the_rest() -> None:
+    a = np.array([1.0, -np.inf, 2.0])
+    assert relative_error(a, np.array([1.0, -np.inf, 2.0 + 2e-7])) < 1e-6
+    assert relative_error(a, np.array([1.0, -np.inf, 2.5])) == 0.25
+    assert relative_error(a, np.array([1.0, 5.0, 2.0])) == np.inf
+    assert relative_error(np.ones(3), np.array([1.0, np.nan, 1.0])) == np.inf

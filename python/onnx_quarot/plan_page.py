@@ -6,6 +6,7 @@ write rotated features and ends where the last weights read them. Blocks of rows
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from onnx_quarot.plan import Plan
 
 _COLOURS = {"R1": "#2563eb", "R2": "#059669", "R3": "#7c3aed", "R4": "#d97706"}
 _OTHER = "#64748b"
+_PLACES = {"R1": "residual stream", "R2": "attention values", "R3": "queries and keys", "R4": "inputs of layers"}
+_NAMES = re.compile(r" '[^']*'")  # of nodes, which would make every reason one of its own
 _STEP, _HEIGHT = 14, 30  # of a rail and of a row, in pixels
 _LONGEST_PERIOD = 400  # rows of a repeated block
 
@@ -89,6 +92,8 @@ def _rows(model: ir.Model, plan: Plan) -> list[_Row]:
                     row(job.node).writes.append(rotation)
                 elif reads and rotation not in known:
                     row(job.node).reads.append((rotation, False))
+        if job.adds and not job.changes:
+            row(job.node).notes.append("takes in a norm's bias")
     for number, _ in plan.ones:
         row(number).notes.append("scale folded into its readers")
     before: dict[int, list[_Row]] = defaultdict(list)
@@ -109,6 +114,8 @@ def _rows(model: ir.Model, plan: Plan) -> list[_Row]:
 
 
 def _contracted(node: ir.Node) -> int:
+    if node.op_type in ("Conv", "FusedConv"):
+        return 1
     return 1 if node.attributes.get_int("transB", 0) else 0
 
 
@@ -232,7 +239,8 @@ def _cells(row: _Row, plan: Plan) -> str:
     else:
         chips += [f'<span class="note">{escape(note)}</span>' for note in row.notes]
     if row.declined is not None:
-        chips.append(f'<span class="declined">not rotated: {escape(row.declined)}</span>')
+        why = escape(row.declined)
+        chips.append(f'<span class="declined" title="{why}">not rotated: {why}</span>')
     kind = " online" if row.online is not None else ""
     name = escape(row.name)
     return (
@@ -269,13 +277,16 @@ def _legend(plan: Plan) -> str:
     for name, rotation in plan.rotations.items():
         blocks = "" if rotation.block_size == rotation.size else f" in blocks of {rotation.block_size}"
         sizes[plan.kinds[name]].add(f"{rotation.size}{blocks}")
-    return "".join(_chip(kind, ", ".join(sorted(found))) for kind, found in sorted(sizes.items()))
+    return "".join(
+        _chip(kind, f"{_PLACES.get(kind, '')} {', '.join(sorted(found))}".strip())
+        for kind, found in sorted(sizes.items())
+    )
 
 
 def _declined(plan: Plan) -> str:
     groups: dict[str, list[str]] = defaultdict(list)
     for site in plan.declined:
-        groups[site.reason or ""].append(site.name)
+        groups[_NAMES.sub("", site.reason or "")].append(site.name)
     lines = [
         f"<li><b>{len(names)}</b> linear layer{'s' * (len(names) > 1)} left alone: {escape(reason)} "
         f"<small>({escape(names[0])}{', ...' * (len(names) > 1)})</small></li>"
@@ -299,6 +310,7 @@ _PAGE = """<!doctype html>
  .row:hover {{ background: #f1f5f9 }}
  .op {{ font-weight: 600; overflow: hidden; text-overflow: ellipsis }} .op.online {{ font-style: italic }}
  .shape, .name {{ color: #475569; overflow: hidden; text-overflow: ellipsis }} .name {{ font-size: 12px }}
+ .chips {{ overflow: hidden; text-overflow: ellipsis }}
  .chip {{ border: 1px solid; border-radius: 999px; padding: 1px 8px; font-size: 12px; margin-right: .4rem }}
  .note {{ color: #475569; font-size: 12px }}
  .declined {{ color: #b91c1c; font-size: 12px }}

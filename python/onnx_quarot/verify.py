@@ -121,14 +121,20 @@ def _by_place(specs: list[InputSpec]) -> list[InputSpec]:
 
 
 def relative_error(a: Array, b: Array) -> float:
-    """max |a - b| / max |a|; 0 for equal, inf for different shapes or values that are not finite in one only."""
+    """max |a - b| / max |a|; inf for different shapes or values that are not finite in one only. Where both are
+    infinite alike (masks), the rest is compared.
+    """
     if a.shape != b.shape:
         return float("inf")
     if a.size == 0:
         return 0.0
     x, y = a.astype(np.float64), b.astype(np.float64)
-    if not np.isfinite(x).all() or not np.isfinite(y).all():
-        return 0.0 if np.array_equal(x, y, equal_nan=True) else float("inf")
+    if np.array_equal(x, y, equal_nan=True):
+        return 0.0
+    finite = np.isfinite(x)
+    if np.isnan(x).any() or not np.array_equal(x[~finite], y[~finite]) or not np.isfinite(y[finite]).all():
+        return float("inf")
+    x, y = x[finite], y[finite]
     return float(np.abs(x - y).max() / max(np.abs(x).max(), np.finfo(np.float64).tiny))
 
 

@@ -83,7 +83,7 @@ class Labels:
                 return f"{kind} was not asked for"
         place = ""
         if axis % self.typing.rank(port) != self.typing.rank(port) - 1:
-            place = "its features are not the last axis, where an online rotation works"
+            place = "online rotations need the last axis"
         for leaf in leaves:
             if (reason := self._reasons.get(self._sets.find((port, axis, leaf)))) is not None:
                 return f"{reason}; {place}" if place else reason
