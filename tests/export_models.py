@@ -226,6 +226,20 @@ def vit(scale: int) -> Any:
     return Wrapped(model, "pixel_values"), (pixels,), ["pixel_values"]
 
 
+def dinov2(scale: int) -> Any:
+    config = hf.Dinov2Config(hidden_size=32 * scale, num_hidden_layers=2, num_attention_heads=4, mlp_ratio=2,
+                             image_size=16, patch_size=4)  # fmt: skip
+    model = randomize(hf.AutoModel.from_config(config, attn_implementation="eager"))
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    return Wrapped(model, "pixel_values"), (pixels,), ["pixel_values"]
+
+
+def falcon(scale: int) -> Any:
+    return hf.FalconConfig(hidden_size=32 * scale, ffn_hidden_size=48 * scale, num_hidden_layers=2,
+                           num_attention_heads=4, multi_query=True, parallel_attn=True, bias=False, vocab_size=VOCAB,
+                           bos_token_id=1, eos_token_id=2, pad_token_id=0)  # fmt: skip
+
+
 def whisper(scale: int) -> Any:
     config = hf.WhisperConfig(d_model=32 * scale, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
                               decoder_attention_heads=4, encoder_ffn_dim=48 * scale, decoder_ffn_dim=48 * scale,
@@ -312,6 +326,10 @@ for dynamo in (False, True):
         f"whisper_decoder_{suffix}": exported(whisper_decoder, dynamo),
         f"convnet_{suffix}": exported(convnet, dynamo),
     }
+MODELS |= {
+    "dinov2_dynamo": exported(dinov2, dynamo=True),
+    "falcon_dynamo": exported(decoder(falcon), dynamo=True),  # the other exporter does not take it
+}
 
 
 def main() -> None:

@@ -38,6 +38,8 @@ EXPECTED = {
     "olmo2": (3 * LAYERS, 0),
     "bert": (3 * LAYERS, 0),
     "vit": (LAYERS, 1),  # pixels have three channels
+    "dinov2": (LAYERS + 1, 1),  # the stream is also the last LayerNorm's, whose output leaves the graph
+    "falcon": (2 * LAYERS, 0),  # queries, keys and values share a reshape: attention's output is rotated online
     "whisper_encoder": (LAYERS + 2, 2),  # into and out of the stream; the convolutions read audio and activations
     "whisper_decoder": (LAYERS + 1, 0),  # the encoder's states, shared by all cross-attentions
     "convnet": (2, 2),

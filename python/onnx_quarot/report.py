@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -144,12 +145,12 @@ def plan_table(plan: Plan) -> RenderableType:
     facts = Table(show_header=False, box=None, pad_edge=False)
     facts.add_column(style="bold")
     facts.add_column()
+    sizes: dict[str, Counter[str]] = defaultdict(Counter)
     for name, rotation in plan.rotations.items():
-        if name.endswith(".0"):
-            kind = plan.kinds[name]
-            count = sum(k == kind for k in plan.kinds.values())
-            blocks = "" if rotation.block_size == rotation.size else f" in blocks of {rotation.block_size}"
-            facts.add_row(kind, f"{count} x {rotation.size}{blocks}" if count > 1 else f"{rotation.size}{blocks}")
+        blocks = "" if rotation.block_size == rotation.size else f" in blocks of {rotation.block_size}"
+        sizes[plan.kinds[name]][f"{rotation.size}{blocks}"] += 1
+    for kind, found in sizes.items():
+        facts.add_row(kind, ", ".join(f"{n} x {size}" if n > 1 else size for size, n in found.items()))
     facts.add_row("online", f"{len(plan.online)} transforms, {plan.online_cost():,} additions a token")
     for note in plan.notes:
         facts.add_row("note", note)
