@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from onnx_quarot.load import load
@@ -72,3 +73,20 @@ def test_the_c_of_a_gemm(tmp_path: Path) -> None:
         nodes = [node("Gemm", "x a c", "h"), node("Gemm", "h b", "y")]
         path = save(tmp_path / "m.onnx", nodes, [5, 16], a=rand(16, 32), b=rand(32, 8), c=rand(*shape))
         assert how(decide(path), "y") == how_last, shape
+
+
+def test_experts_chosen_from_a_table_are_no_keys(tmp_path: Path) -> None:
+    """The router beside them is rotated where queries and keys were not asked for (R3)."""
+    nodes = [
+        node("MatMul", "x a", "h"),
+        node("MatMul", "h r", "scores"),
+        node("ArgMax", "scores", "chosen", axis=-1, keepdims=0),
+        node("Gather", "experts chosen", "e", axis=0),
+        node("Unsqueeze", "h ax", "h1"),
+        node("MatMul", "h1 e", "y1"),
+        node("Squeeze", "y1 ax", "y"),
+    ]
+    weights = {"a": rand(16, 32), "r": rand(32, 4), "experts": rand(4, 32, 8), "ax": np.array([1])}
+    plan = decide(save(tmp_path / "m.onnx", nodes, [5, 16], **weights))
+    assert how(plan, "scores") == "offline"
+    assert len(plan.online) == 1  # the input of the graph

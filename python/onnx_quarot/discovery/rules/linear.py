@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from onnx_quarot.discovery.constants import constant
 from onnx_quarot.discovery.rules.readers import linear_slot
 from onnx_quarot.discovery.rules.registry import MICROSOFT, describe, rule
 from onnx_quarot.discovery.typing import Def, Expansion, Kind, Slot, Typing, Use, has_input
+
+_MOVES = ("Gather", "GatherND", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Slice", "Identity", "Cast")
 
 
 @rule("MatMul")
@@ -27,13 +30,21 @@ def _matmul(t: Typing, n: ir.Node) -> None:
     t.tie(a, rows, y, -2)
     for port in (a, b, y):
         t.block_port(port, describe(n, "a batch axis"), except_axes=[-1, -2])
-    if t.constant(a) is None and t.constant(b) is None:
+    if not _is_weight(a.value) and not _is_weight(b.value):
         if (segment := t.segment(b, columns)) is not None:
             t.mark(segment, "R2")  # weighted values; for scores this is the axis of the keys' positions
         if (segment := t.segment(a, inner_a)) is not None:
             t.mark(segment, "R3")
     if slot is not None:
         t.read(slot, inner_a)
+
+
+def _is_weight(value: ir.Value | None) -> bool:
+    """A constant, or what is selected from one (the matrices of the experts a token goes to)."""
+    if constant(value) is not None:
+        return True
+    node = None if value is None else value.producer()
+    return node is not None and node.domain == "" and node.op_type in _MOVES and _is_weight(node.inputs[0])
 
 
 @rule("Gemm")
