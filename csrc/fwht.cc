@@ -124,6 +124,18 @@ void Transform::rows(const void* in, void* out, std::size_t rows, std::ptrdiff_t
     throw std::invalid_argument("signs: given if and only if the transform was made with a signs_length");
   }
   if (rows == 0) return;
+  const auto row = static_cast<std::ptrdiff_t>(size_);
+  if (dtype_ == DType::float32 && order_ == nullptr && block_ == size_ && signs == nullptr &&
+      power_ * sizeof(float) >= kernels_->vector_bytes && (rows == 1 || (in_stride == row && out_stride == row))) {
+    return kernels_->float32_powers(static_cast<const float*>(in), static_cast<float*>(out), rows, size_,
+                                    static_cast<float>(scale_));
+  }
+  run(in, out, rows, in_stride, out_stride, signs);
+}
+
+// Any call: in a function of its own, whose stack frame is large.
+void Transform::run(const void* in, void* out, std::size_t rows, std::ptrdiff_t in_stride, std::ptrdiff_t out_stride,
+                    const float* signs) const {
   Job job{};
   job.in = in;
   job.out = out;

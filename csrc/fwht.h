@@ -79,6 +79,8 @@ class Transform {
   std::size_t signs_length() const { return signs_length_; }
 
  private:
+  void run(const void* in, void* out, std::size_t rows, std::ptrdiff_t in_stride, std::ptrdiff_t out_stride,
+           const float* signs) const;
   template <class Batch>
   void in_batches(const float* in, std::size_t first, std::size_t count, const float* signs, Batch batch) const;
 

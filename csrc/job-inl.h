@@ -133,6 +133,12 @@ void run(const Job& job) {
   return job.power < kLanes<T> ? narrow_blocks<T, SignIn, SignOut>(job) : wide_blocks<T, SignIn, SignOut>(job);
 }
 
+void run_powers(const float* in, float* out, std::size_t count, std::size_t n, float scale) {
+  const Floats one = opaque<Floats>(1.0f);
+  power_rows(Source<float, false>{in, nullptr}, Rows<float>{out, n, kEveryRow},
+             Sink<float, Finish::scale>{out, nullptr, Floats{} + scale}, count, 0, n, one);
+}
+
 template <class T>
 void run(const Job& job) {
   if (job.signs == nullptr) return run<T, false, false>(job);
@@ -143,7 +149,8 @@ void run(const Job& job) {
 }  // namespace onnx_quarot
 
 // Defines the table `variable` of this file's kernels.
-#define ONNX_QUAROT_KERNELS(variable, name)                                                                          \
-  namespace onnx_quarot {                                                                                            \
-  const Kernels variable = {name, kVectorBytes, run<float>, run<Half>, run<BFloat>, run<double>, quantize, largest}; \
+#define ONNX_QUAROT_KERNELS(variable, name)                                               \
+  namespace onnx_quarot {                                                                 \
+  const Kernels variable = {name,        kVectorBytes, run<float>, run_powers, run<Half>, \
+                            run<BFloat>, run<double>,  quantize,   largest};              \
   }

@@ -48,6 +48,8 @@ struct Kernels {
   const char* name;
   std::size_t vector_bytes;
   void (*float32)(const Job&);
+  // `count` adjacent rows of n = 2^m float32, at least a vector: what short calls are made of, without a Job's cost.
+  void (*float32_powers)(const float* in, float* out, std::size_t count, std::size_t n, float scale);
   void (*float16)(const Job&);
   void (*bfloat16)(const Job&);
   void (*float64)(const Job&);

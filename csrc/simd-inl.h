@@ -243,7 +243,14 @@ ONNX_QUAROT_INLINE V lane_stages_below(V x, std::size_t width) {
 // which some CPUs run beside the additions instead of after them.
 template <class V>
 ONNX_QUAROT_INLINE V opaque(typename Compute<float>::Scalar value) {
+  // Through a register where that can be said: memory would cost the start of every call a round trip.
+#if defined(__x86_64__)
+  __asm__("" : "+x"(value));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(value));
+#else
   __asm__("" : "+m"(value));
+#endif
   V v{};
   return v + static_cast<decltype(V{}[0] + 0)>(value);
 }
