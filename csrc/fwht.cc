@@ -125,10 +125,11 @@ void Transform::rows(const void* in, void* out, std::size_t rows, std::ptrdiff_t
   }
   if (rows == 0) return;
   const auto row = static_cast<std::ptrdiff_t>(size_);
-  if (dtype_ == DType::float32 && order_ == nullptr && block_ == size_ && signs == nullptr &&
-      power_ * sizeof(float) >= kernels_->vector_bytes && (rows == 1 || (in_stride == row && out_stride == row))) {
-    return kernels_->float32_powers(static_cast<const float*>(in), static_cast<float*>(out), rows, size_,
-                                    static_cast<float>(scale_));
+  const std::size_t compute_bytes = size_ * compute_size();
+  if (order_ == nullptr && block_ == size_ && signs == nullptr && compute_bytes >= kernels_->vector_bytes &&
+      (compute_bytes <= kTwoRowsBytes || compute_size() == element_size(dtype_)) &&
+      (rows == 1 || (in_stride == row && out_stride == row))) {
+    return kernels_->types[static_cast<std::size_t>(dtype_)].powers(in, out, rows, size_, scale_);
   }
   run(in, out, rows, in_stride, out_stride, signs);
 }
@@ -154,8 +155,7 @@ void Transform::run(const void* in, void* out, std::size_t rows, std::ptrdiff_t 
   job.transpose = transpose_;
   job.scale = scale_;
 
-  const std::size_t compute_size = dtype_ == DType::float64 ? sizeof(double) : sizeof(float);
-  const std::size_t needed = scratch_layout(job, element_size(dtype_), compute_size, kernels_->vector_bytes).total;
+  const std::size_t needed = scratch_layout(job, element_size(dtype_), compute_size(), kernels_->vector_bytes).total;
   alignas(kScratchAlignment) unsigned char local[kStackScratch];
   std::unique_ptr<unsigned char[], AlignedDelete> heap;
   job.scratch = local;
@@ -163,16 +163,7 @@ void Transform::run(const void* in, void* out, std::size_t rows, std::ptrdiff_t 
     heap.reset(static_cast<unsigned char*>(::operator new[](needed, std::align_val_t{kScratchAlignment})));
     job.scratch = heap.get();
   }
-  switch (dtype_) {
-    case DType::float32:
-      return kernels_->float32(job);
-    case DType::float16:
-      return kernels_->float16(job);
-    case DType::bfloat16:
-      return kernels_->bfloat16(job);
-    case DType::float64:
-      return kernels_->float64(job);
-  }
+  kernels_->types[static_cast<std::size_t>(dtype_)].rows(job);
 }
 
 void Transform::range(const void* in, void* out, std::size_t first, std::size_t count, const float* signs) const {

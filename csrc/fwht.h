@@ -79,6 +79,7 @@ class Transform {
   std::size_t signs_length() const { return signs_length_; }
 
  private:
+  std::size_t compute_size() const { return dtype_ == DType::float64 ? sizeof(double) : sizeof(float); }
   void run(const void* in, void* out, std::size_t rows, std::ptrdiff_t in_stride, std::ptrdiff_t out_stride,
            const float* signs) const;
   template <class Batch>

@@ -133,10 +133,19 @@ void run(const Job& job) {
   return job.power < kLanes<T> ? narrow_blocks<T, SignIn, SignOut>(job) : wide_blocks<T, SignIn, SignOut>(job);
 }
 
-void run_powers(const float* in, float* out, std::size_t count, std::size_t n, float scale) {
-  const Floats one = opaque<Floats>(1.0f);
-  power_rows(Source<float, false>{in, nullptr}, Rows<float>{out, n, kEveryRow},
-             Sink<float, Finish::scale>{out, nullptr, Floats{} + scale}, count, 0, n, one);
+template <class T>
+void run_powers(const void* in, void* out, std::size_t count, std::size_t n, double scale) {
+  using C = typename Compute<T>::Scalar;
+  using V = typename Compute<T>::Vector;
+  const V one = opaque<V>(1.0f);
+  const Source<T, false> from{static_cast<const T*>(in), nullptr};
+  const Sink<T, Finish::scale> to{static_cast<T*>(out), nullptr, V{} + static_cast<C>(scale)};
+  if constexpr (sizeof(T) == sizeof(C)) {
+    power_rows(from, Rows<C>{static_cast<C*>(out), n, kEveryRow}, to, count, 0, n, one);
+  } else {
+    alignas(kScratchAlignment) C between[2 * kTwoRowsBytes / sizeof(C)];
+    power_rows(from, Rows<C>{between, n, kTwoRows}, to, count, 0, n, one);
+  }
 }
 
 template <class T>
@@ -149,8 +158,14 @@ void run(const Job& job) {
 }  // namespace onnx_quarot
 
 // Defines the table `variable` of this file's kernels.
-#define ONNX_QUAROT_KERNELS(variable, name)                                               \
-  namespace onnx_quarot {                                                                 \
-  const Kernels variable = {name,        kVectorBytes, run<float>, run_powers, run<Half>, \
-                            run<BFloat>, run<double>,  quantize,   largest};              \
+#define ONNX_QUAROT_KERNELS(variable, name)                      \
+  namespace onnx_quarot {                                        \
+  const Kernels variable = {name,                                \
+                            kVectorBytes,                        \
+                            {{run<float>, run_powers<float>},    \
+                             {run<Half>, run_powers<Half>},      \
+                             {run<BFloat>, run_powers<BFloat>},  \
+                             {run<double>, run_powers<double>}}, \
+                            quantize,                            \
+                            largest};                            \
   }

@@ -44,15 +44,17 @@ struct QuantizeJob {
   std::int32_t high;
 };
 
+struct TypeKernels {
+  void (*rows)(const Job&);
+  // `count` adjacent rows of n = 2^m elements, at least a vector and, computed in another type, at most kTwoRowsBytes
+  // of that: what short calls are made of, without a Job's cost.
+  void (*powers)(const void* in, void* out, std::size_t count, std::size_t n, double scale);
+};
+
 struct Kernels {
   const char* name;
   std::size_t vector_bytes;
-  void (*float32)(const Job&);
-  // `count` adjacent rows of n = 2^m float32, at least a vector: what short calls are made of, without a Job's cost.
-  void (*float32_powers)(const float* in, float* out, std::size_t count, std::size_t n, float scale);
-  void (*float16)(const Job&);
-  void (*bfloat16)(const Job&);
-  void (*float64)(const Job&);
+  TypeKernels types[4];  // by DType
   void (*quantize)(const QuantizeJob&);
   float (*largest)(const float* values, std::size_t count);  // largest magnitude; NaN if there is one
 };
