@@ -32,6 +32,25 @@ ONNX_QUAROT_INLINE void quantize_vectors(const Rounder& rounder, const float* in
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permutevar8x32_epi32(bytes, order));
 }
+#elif defined(__AVX512BW__) && ONNX_QUAROT_VECTOR_BYTES == 64
+// The same on 512 bits; the masked forms, all lanes on, for gcc's warnings.
+template <bool Scaled>
+ONNX_QUAROT_INLINE void quantize_vectors(const Rounder& rounder, const float* in, std::uint8_t* out) {
+  const __m512 most = _mm512_set1_ps(0x1p30f);
+  const __m512i zero_point = _mm512_set1_epi16(static_cast<std::int16_t>(rounder.zero_point));
+  const auto rounded_vector = [&](std::size_t i) {
+    Floats v = load(in + 16 * i);
+    if constexpr (Scaled) v *= rounder.factor;
+    return _mm512_maskz_cvtps_epi32(0xffff, _mm512_maskz_min_ps(0xffff, reinterpret_cast<__m512>(v), most));
+  };
+  const auto pair = [&](std::size_t i) {
+    return _mm512_adds_epi16(_mm512_packs_epi32(rounded_vector(i), rounded_vector(i + 1)), zero_point);
+  };
+  const __m512i a = pair(0), b = pair(2);
+  const __m512i bytes = rounder.low < 0 ? _mm512_packs_epi16(a, b) : _mm512_packus_epi16(a, b);
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  _mm512_storeu_si512(out, _mm512_maskz_permutexvar_epi32(0xffff, order, bytes));
+}
 #else
 // The nearest integer of each value of magnitude below 2^22 stands in the low bits of the sum with 1.5 * 2^23.
 constexpr float kRound = 12582912.0f;
@@ -74,6 +93,9 @@ void quantize(const QuantizeJob& job) { return job.factor == 1.0f ? quantize<fal
 ONNX_QUAROT_INLINE Ints larger(Ints a, Ints b) {
 #if defined(__AVX2__) && ONNX_QUAROT_VECTOR_BYTES == 32  // gcc compares and blends
   return reinterpret_cast<Ints>(_mm256_max_epi32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#elif defined(__AVX512F__) && ONNX_QUAROT_VECTOR_BYTES == 64
+  return reinterpret_cast<Ints>(
+      _mm512_maskz_max_epi32(0xffff, reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
 #else
   return a > b ? a : b;
 #endif
