@@ -95,7 +95,7 @@ def docs(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """The kernel on this machine."""
-    session.install(".[bench]", "fht-cpu")
+    session.install(".", "fht-cpu")
     session.run("onnx-quarot", "bench", *session.posargs)
 
 

@@ -107,7 +107,7 @@ def test_a_fork_after_import_works(tmp_path: Path) -> None:
 
 
 def test_the_same_bytes_every_time_and_on_any_number_of_cores(tmp_path: Path) -> None:
-    config = small_llama.Config(layers=1)
+    config = small_llama.Config(layers=1, heads=8, head_size=32, ffn=512, vocab=300)
     source = small_llama.save(tmp_path / "m.onnx", config)
     script = (
         "import os, sys, numpy as np, onnx_quarot as oq\n"
@@ -115,10 +115,11 @@ def test_the_same_bytes_every_time_and_on_any_number_of_cores(tmp_path: Path) ->
         "import small_llama\n"
         "if sys.argv[4] == '1' and hasattr(os, 'sched_setaffinity'):\n"
         "    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-        "config = small_llama.Config(layers=1)\n"
-        "feeds = [small_llama.decoder_feeds(config, np.random.default_rng(i)) for i in range(3)]\n"
-        "oq.rotate(sys.argv[2], sys.argv[3] + '/r.onnx', seed=3)\n"
-        "oq.quantize(sys.argv[2], sys.argv[3] + '/q.onnx', feeds, seed=3)\n"
+        f"config = small_llama.{config}\n"
+        "feeds = [small_llama.decoder_feeds(config, np.random.default_rng(i)) for i in range(20)]\n"
+        "oq.rotate(sys.argv[2], sys.argv[3] + '/rotated.onnx', seed=3)\n"
+        "for scheme in ('a8w8', 'a8w4-block', 'a8w8-dynamic'):\n"  # static ranges, GPTQ, packed panels
+        "    oq.quantize(sys.argv[2], f'{sys.argv[3]}/{scheme}.onnx', feeds, scheme=scheme, seed=3)\n"
     )
     digests = set()
     for number, cores in enumerate(("1", "all", "all")):
@@ -130,5 +131,6 @@ def test_the_same_bytes_every_time_and_on_any_number_of_cores(tmp_path: Path) ->
             check=True,
             env={**os.environ, "PYTHONHASHSEED": str(number)},
         )
-        digests.add(tuple(hashlib.sha256((out / n).read_bytes()).hexdigest() for n in ("r.onnx", "q.onnx")))
+        digests.add(tuple((p.name, hashlib.sha256(p.read_bytes()).hexdigest()) for p in sorted(out.iterdir())))
+        assert len(list(out.iterdir())) == 4
     assert len(digests) == 1

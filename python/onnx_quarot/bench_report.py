@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import threadpool_limits
 
 from . import _core
 from .errors import ConfigError, OnnxQuarotError, SaveError
@@ -55,20 +55,16 @@ class Bench:
     isa: str
     rows: list[Row] = field(default_factory=list)
     figures: dict[str, float] = field(default_factory=dict)
-    numpy_threads: str = "one"  # or "as many threads as it likes", where nothing limits it
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON values."""
         rows = [{"n": row.n, "rows": row.rows, "nanoseconds": row.nanoseconds} for row in self.rows]
-        known = {"cpu": self.cpu, "isa": self.isa, "numpy_threads": self.numpy_threads}
+        known = {"cpu": self.cpu, "isa": self.isa}
         return {**known, "rows": rows, "figures": self.figures}
 
     def table(self) -> str:
         """Both tables as text, ratios first."""
-        lines = [f"{self.cpu}, kernel {self.isa}, one thread, float32 in place"]
-        if self.numpy_threads != "one":
-            lines.append(f"numpy with {self.numpy_threads}; for one: pip install threadpoolctl")
-        lines.append("")
+        lines = [f"{self.cpu}, kernel {self.isa}, one thread, float32 in place", ""]
         lines.append(f"{'n':>9} {'rows':>5} {'fht-cpu':>9} {'numpy':>9} {'of memcpy':>10} {'ns a vector':>12}")
         for row in self.rows:
             ratios = [row.ratio(name) for name in ("fht-cpu", "numpy")]
@@ -87,10 +83,9 @@ def run_bench(*, largest: int = 2**20, seconds: float = 0.05, progress: Progress
     Errors: OnnxQuarotError if a contender's answer is wrong.
     """
     show = progress or NullProgress()
-    limit, threads = _numpy_in_one_thread()
-    bench = Bench(cpu_name(), _core.isa(), numpy_threads=threads)
+    bench = Bench(cpu_name(), _core.isa())
     sizes = [2**power for power in range(6, 23) if 2**power <= largest]
-    with show.task("measuring", None), limit:
+    with show.task("measuring", None), threadpool_limits(1):
         for n in sizes:
             bench.rows.append(_power_of_two(n, max(1, BATCH_BYTES // 4 // n), seconds))
         for n in (64, 128, 1024, 4096):
@@ -99,14 +94,6 @@ def run_bench(*, largest: int = 2**20, seconds: float = 0.05, progress: Progress
         per_element = {row.n: row.nanoseconds["onnx-quarot"] / row.n for row in bench.rows[: len(sizes)]}
         bench.figures |= _mixed(per_element, seconds) | _types(seconds) | _calls(seconds)
     return bench
-
-
-def _numpy_in_one_thread() -> tuple[AbstractContextManager[object], str]:
-    try:
-        from threadpoolctl import threadpool_limits
-    except ImportError:
-        return nullcontext(), "as many threads as it likes"
-    return threadpool_limits(1), "one"
 
 
 def fastest(calls: Calls, seconds: float) -> dict[str, float]:

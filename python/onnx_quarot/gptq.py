@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from .clipping import fit_rows
 from .errors import DataError
+from .products import product
 from .scheme import TensorSpec
 
 Array = npt.NDArray[Any]
@@ -56,7 +57,7 @@ def _invert_lower(lower: Array) -> Array:
     result = np.zeros_like(lower)
     result[:half, :half] = _invert_lower(lower[:half, :half])
     result[half:, half:] = _invert_lower(lower[half:, half:])
-    result[half:, :half] = -result[half:, half:] @ (lower[half:, :half] @ result[:half, :half])
+    result[half:, :half] = -product(result[half:, half:], product(lower[half:, :half], result[:half, :half]))
     return result
 
 
@@ -95,5 +96,5 @@ def solve(
             errors[row - start] = error
             # Outer product over the rows of this piece only; the others get all of the piece's errors at once.
             rest[row + 1 : stop] -= upper[row, row + 1 : stop, None] * error
-        rest[stop:] -= upper[start:stop, stop:].T @ errors
+        rest[stop:] -= product(upper[start:stop, stop:].T, errors)
     return codes, scales, zeros

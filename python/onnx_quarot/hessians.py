@@ -16,6 +16,7 @@ import numpy.typing as npt
 from .calibrate import observe
 from .errors import DataError
 from .gptq import inverse_factor, solve
+from .products import gram
 from .progress import Progress
 from .qparams import SolvedWeight
 from .replay import Replay
@@ -36,7 +37,7 @@ class Gram:
 
     def update(self, values: Array) -> None:
         rows = values.reshape(-1, values.shape[-1]).astype(np.float32, copy=False)
-        self.sum += rows.T @ rows
+        self.sum += gram(rows)
         self.rows += len(rows)
 
 
@@ -71,13 +72,13 @@ def solve_weights(
         observe(model_path, grams, data, threads=threads, progress=progress, task=task_name, readers=readers)
         with progress.task(f"solving weights{part}", sum(len(by_input[name]) for name in names)) as task:
             for name in names:
-                gram = grams.pop(name)
-                _enough(gram, by_input[name][0])
-                factor = inverse_factor(gram.sum, schemes[by_input[name][0].node_name].damping)
+                inputs = grams.pop(name)
+                _enough(inputs, by_input[name][0])
+                factor = inverse_factor(inputs.sum, schemes[by_input[name][0].node_name].damping)
                 for site in by_input[name]:
                     scheme = schemes[site.node_name]
                     source = WeightSource(site)
-                    codes, scale, zero = solve(source.read(), gram.sum, factor, scheme.weight, scheme.block)
+                    codes, scale, zero = solve(source.read(), inputs.sum, factor, scheme.weight, scheme.block)
                     source.close()
                     path = folder / f"codes.{len(solved)}.npy"
                     np.save(path, codes)
@@ -100,9 +101,9 @@ def _groups(by_input: Mapping[str, Sequence[LinearSite]], memory: int) -> Iterat
         yield group
 
 
-def _enough(gram: Gram, site: LinearSite) -> None:
-    if gram.rows * 10 < site.depth:
+def _enough(inputs: Gram, site: LinearSite) -> None:
+    if inputs.rows * 10 < site.depth:
         raise DataError(
-            f"calibration: {gram.rows} rows reach {site.node_name!r}, which has {site.depth} input features; "
+            f"calibration: {inputs.rows} rows reach {site.node_name!r}, which has {site.depth} input features; "
             f"gptq needs at least {-(-site.depth // 10)}, and gets better up to several times the features"
         )

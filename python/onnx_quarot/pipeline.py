@@ -17,6 +17,7 @@ from onnx_quarot.genai_folder import complete_folder
 from onnx_quarot.kv_cache import CacheReport, check_cache, quantize_cache
 from onnx_quarot.load import blamed_on, external_files, load
 from onnx_quarot.plan import DEFAULT_ROTATIONS, Plan
+from onnx_quarot.products import reproducible
 from onnx_quarot.progress import NullProgress, Progress
 from onnx_quarot.provenance import record
 from onnx_quarot.replay import Replay
@@ -54,6 +55,7 @@ def discover(
         return _plan(load(model), rotations, block_size, seed, config, matrix_dim)
 
 
+@reproducible
 def rotate(
     source: str | Path,
     target: str | Path,
@@ -89,6 +91,7 @@ def rotate(
 
 
 @searches_seeds
+@reproducible
 def quantize(
     source: str | Path,
     target: str | Path,
