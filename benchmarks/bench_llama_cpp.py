@@ -18,6 +18,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
@@ -25,7 +26,7 @@ from onnx_quarot import pipeline, session
 from onnx_quarot.data import as_batches, input_specs
 from onnx_quarot.demo import cached_smollm2, calibration_text, evaluation_text
 from onnx_quarot.demo.fetch import fetch_smollm2_gguf
-from onnx_quarot.generate import Decoder
+from onnx_quarot.generate import Decoder, extends_in_place
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 
@@ -65,9 +66,10 @@ class Onnx:
 
     def __init__(self, path: Path) -> None:
         self._session, self._specs = session(path, threads=1), input_specs(path)
+        assert extends_in_place(ir.load(path))
 
     def start(self) -> Feed:
-        decoder = Decoder(self._session, self._specs)
+        decoder = Decoder(self._session, self._specs, capacity=1024)  # the same room as llama.cpp's
         return lambda tokens: decoder.feed(tokens[None])[0]
 
 

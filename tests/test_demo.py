@@ -23,7 +23,7 @@ from onnx_quarot.demo import fetch
 from onnx_quarot.demo.gguf_model import GgufLlama
 from onnx_quarot.demo.tokenizer import tokenizer_json
 from onnx_quarot.errors import ConfigError, DataError, ModelError, SaveError
-from onnx_quarot.generate import Decoder, chat_prompt, generate, load_tokenizer, session_specs
+from onnx_quarot.generate import Decoder, chat_prompt, extends_in_place, generate, load_tokenizer, session_specs
 
 
 def open_session(folder: Path) -> ort.InferenceSession:
@@ -62,8 +62,10 @@ def test_model_computes_the_llama_in_the_file(tmp_path: Path, tied: bool, rope_f
     assert error < 1e-5
 
 
-def test_prefill_then_decode_equals_one_prefill(tiny: tiny_gguf.Tiny, folder: Path) -> None:
-    decoder = Decoder(open_session(folder))
+@pytest.mark.parametrize("capacity", [None, 40])
+def test_prefill_then_decode_equals_one_prefill(tiny: tiny_gguf.Tiny, folder: Path, capacity: int | None) -> None:
+    assert extends_in_place(ir.load(folder / "model.onnx"))
+    decoder = Decoder(open_session(folder), capacity=capacity)
     expected = tiny.logits(IDS)
     scale = np.abs(expected).max()
     assert np.abs(decoder.feed(IDS[None, :6])[0] - expected[5]).max() < 1e-5 * scale
@@ -72,6 +74,19 @@ def test_prefill_then_decode_equals_one_prefill(tiny: tiny_gguf.Tiny, folder: Pa
     assert decoder.length == len(IDS)
     decoder.reset()
     assert np.abs(decoder.feed(IDS[None, :1])[0] - expected[0]).max() < 1e-5 * scale
+    if capacity is not None:
+        with pytest.raises(ConfigError, match="capacity: is 40 tokens, too few for 41"):
+            decoder.feed(np.zeros((1, 40), np.int64))
+
+
+def test_a_cache_that_grows_by_concatenation_is_not_extended_in_place() -> None:
+    model = ir.from_onnx_text(
+        """<ir_version: 10, opset_import: ["" : 21]>
+        g (float[1, 2, p, 4] past_key_values_0_key, float[1, 2, n, 4] k) => (float[1, 2, t, 4] present_0_key) {
+            present_0_key = Concat<axis=2>(past_key_values_0_key, k)
+        }"""
+    )
+    assert not extends_in_place(model)
 
 
 def test_graph_is_the_one_of_onnxruntime_genai(folder: Path) -> None:

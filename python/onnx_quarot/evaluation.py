@@ -23,7 +23,7 @@ from onnx_quarot.comparison import Comparison, real_tokens, summed_loss
 from onnx_quarot.custom_op import session as open_session
 from onnx_quarot.data import Batch, InputSpec, as_batches, input_specs
 from onnx_quarot.errors import ConfigError, DataError, ModelError
-from onnx_quarot.generate import Decoder
+from onnx_quarot.generate import Decoder, extends_in_place
 from onnx_quarot.progress import NullProgress, Progress
 
 Array = npt.NDArray[Any]
@@ -200,7 +200,9 @@ class _Run:
 
     def __init__(self, path: ModelPath, threads: int) -> None:
         self.path = path
-        self.specs: list[InputSpec] = input_specs(path)
+        model = ir.load(path) if Path(path).is_file() else None
+        self.specs: list[InputSpec] = input_specs(path if model is None else model)
+        self.in_place = model is not None and extends_in_place(model)
         self.session = open_session(path, threads=threads)
         self.outputs = [output.name for output in self.session.get_outputs()]
         self.loss = 0.0
@@ -355,7 +357,8 @@ def _time_decoding(runs: Sequence[_Run], ids: Array) -> None:
     decoders: list[tuple[_Run, Decoder]] = []
     for run in runs:
         try:
-            decoders.append((run, Decoder(run.session, run.specs)))
+            room = ids.shape[1] + _DECODE_STEPS + 1 if run.in_place else None
+            decoders.append((run, Decoder(run.session, run.specs, capacity=room)))
         except ModelError:
             continue  # documented: its decode speed is None
     for _, decoder in decoders:

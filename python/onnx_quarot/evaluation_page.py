@@ -81,8 +81,15 @@ def render(metrics: Metrics, layers: Sequence[LayerFigures], times: Sequence[Map
         ("Where the time goes, in milliseconds a run", _times(times)),
     ]
     body = "\n".join(f"<h2>{escape(title)}</h2>\n{content}" for title, content in sections)
-    title = f"{Path(metrics.candidate.path).name} beside {Path(metrics.reference.path).name}"
+    title = " beside ".join(_told_apart(Path(metrics.candidate.path), Path(metrics.reference.path)))
     return _PAGE.format(title=escape(title), body=body, before=_BEFORE, after=_AFTER)
+
+
+def _told_apart(first: Path, second: Path) -> tuple[str, str]:
+    """As much of the ends of two paths as they differ in: folders often tell models apart, not names."""
+    ends = [path.resolve().parts for path in (first, second)]
+    shared = next((i for i, (a, b) in enumerate(zip(*map(reversed, ends), strict=False)) if a != b), 0)
+    return str(Path(*ends[0][-shared - 1 :])), str(Path(*ends[1][-shared - 1 :]))
 
 
 def _table(metrics: Metrics) -> str:
@@ -203,7 +210,8 @@ _PAGE = """<!doctype html>
  body {{ font: 14px/1.45 system-ui, sans-serif; color: #0f172a; margin: 2rem auto; max-width: 58rem; padding: 0 1rem }}
  h1 {{ font-size: 1.35rem }} h2 {{ font-size: 1.05rem; margin-top: 2rem }}
  table {{ border-collapse: collapse; margin: .6rem 0 }} td, th {{ padding: .2rem .8rem .2rem 0; text-align: left }}
- td + td, th + th {{ text-align: right; font-variant-numeric: tabular-nums }} td:has(.bar) {{ text-align: left }}
+ td + td, th + td, th + th {{ text-align: right; font-variant-numeric: tabular-nums }}
+ td:has(.bar) {{ text-align: left }}
  tr {{ border-bottom: 1px solid #e2e8f0 }}
  svg {{ width: 100%; height: auto }} svg text {{ font-size: 11px; fill: #475569 }} .grid {{ stroke: #e2e8f0 }}
  .key {{ margin-right: 1.2rem }} .key i {{ display: inline-block; width: .7rem; height: .7rem; border-radius: 50%;

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 import onnxruntime as ort
 
 from onnx_quarot.data import InputSpec
@@ -113,12 +114,20 @@ class Decoder:
 
     Cache inputs are those called past_key_values.*, each with an output called present.* (the convention of
     ONNX exporters and of onnxruntime-genai). The cache stays inside ONNX Runtime; only logits are copied out.
-    specs: use these input shapes instead of the session's own, which may leave the head size open. Raises
-    ModelError naming the input that keeps the session from being such a decoder.
+    specs: use these input shapes instead of the session's own, which may leave the head size open. capacity: keep the
+    cache in buffers for that many tokens, which the model writes new ones into, as onnxruntime-genai does, instead of
+    copying all of it at every token; for models of which :func:`extends_in_place` is true. Raises ModelError naming
+    the input that keeps the session from being such a decoder.
     """
 
-    def __init__(self, session: ort.InferenceSession, specs: Sequence[InputSpec] | None = None) -> None:
-        self._session = session
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        specs: Sequence[InputSpec] | None = None,
+        *,
+        capacity: int | None = None,
+    ) -> None:
+        self._session, self._capacity = session, capacity
         self._specs = {spec.name: spec for spec in (session_specs(session) if specs is None else specs)}
         outputs = [output.name for output in session.get_outputs()]
         self._present: dict[str, str] = {}
@@ -143,17 +152,18 @@ class Decoder:
     def reset(self) -> None:
         """Forget all tokens."""
         self.length = 0
-        self._cache: dict[str, ort.OrtValue] | None = None
+        self._binding = self._session.io_binding()
+        self._binding.bind_output(self._logits, "cpu")  # the first of the outputs, whichever is bound again
 
     def feed(self, ids: Array) -> Array:
         """Append tokens [batch, n] to those before; return the logits [batch, vocabulary] after the last."""
         batch, count = ids.shape
-        if self._cache is None:
-            self._cache = {name: self._empty(self._specs[name], batch) for name in self._present}
-        binding = self._session.io_binding()
-        for name, value in self._cache.items():
-            binding.bind_ortvalue_input(name, value)
         total = self.length + count
+        if self._capacity is not None and total > self._capacity:
+            raise ConfigError(f"capacity: is {self._capacity} tokens, too few for {total}")
+        binding = self._binding
+        if not self.length:
+            self._bind_cache({name: self._empty(self._specs[name], batch) for name in self._present})
         plain = {
             "input_ids": ids,
             "attention_mask": np.ones((batch, total)),
@@ -163,22 +173,39 @@ class Decoder:
             if name in self._specs:
                 fitting = np.ascontiguousarray(array, self._specs[name].dtype)
                 binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(fitting))
-        names = [self._logits, *self._present.values()]
-        for name in names:
-            binding.bind_output(name, "cpu")
+        binding.bind_output(self._logits, "cpu")
         self._session.run_with_iobinding(binding)
-        values = dict(zip(names, binding.get_outputs(), strict=True))
-        self._cache = {past: values[present] for past, present in self._present.items()}
+        logits = binding.get_outputs_as_ortvaluevector()[0].numpy()
+        if self._capacity is None:
+            self._bind_cache(dict(zip(self._present, binding.get_outputs()[1:], strict=True)))
         self.length = total
-        last: Array = values[self._logits].numpy()[:, -1].astype(np.float32, copy=False)
+        last: Array = logits[:, -1].astype(np.float32, copy=False)
         return last
 
-    @staticmethod
-    def _empty(spec: InputSpec, batch: int) -> ort.OrtValue:
+    def _bind_cache(self, values: Mapping[str, ort.OrtValue]) -> None:
+        for past, value in values.items():
+            self._binding.bind_ortvalue_input(past, value)
+            if self._capacity is None:
+                self._binding.bind_output(self._present[past], "cpu")
+            else:
+                self._binding.bind_ortvalue_output(self._present[past], value)
+
+    def _empty(self, spec: InputSpec, batch: int) -> ort.OrtValue:
         assert spec.shape is not None
-        dims = [dim if isinstance(dim, int) else 0 for dim in spec.shape]
+        dims = [dim if isinstance(dim, int) else self._capacity or 0 for dim in spec.shape]
         dims[0] = batch
         return ort.OrtValue.ortvalue_from_numpy(np.zeros(dims, spec.dtype))
+
+
+def extends_in_place(model: ir.Model) -> bool:
+    """Whether every cache input goes to GroupQueryAttention alone, which can write its output into the same buffer."""
+    caches = [value for value in model.graph.inputs if (value.name or "").startswith(_PAST)]
+    return bool(caches) and all(
+        len(uses := tuple(value.uses())) == 1
+        and uses[0].node.op_type == "GroupQueryAttention"
+        and uses[0].node.domain == "com.microsoft"
+        for value in caches
+    )
 
 
 def session_specs(session: ort.InferenceSession) -> list[InputSpec]:
