@@ -6,7 +6,9 @@ import pytest
 from onnx_quarot.clipping import fit_rows
 from onnx_quarot.errors import DataError
 from onnx_quarot.gptq import inverse_factor, solve
+from onnx_quarot.hessians import CoarseGram
 from onnx_quarot.scheme import TensorSpec
+from onnx_quarot.tokens import coarse
 
 SYMMETRIC = TensorSpec(bits=4, per_channel=True, method="mse")
 ASYMMETRIC = TensorSpec(bits=4, signed=False, symmetric=False, method="mse")
@@ -87,3 +89,22 @@ def test_dead_features_and_rank_deficient_data() -> None:
 def test_hopeless_data(value: float) -> None:
     with pytest.raises(DataError, match="gptq has nothing to go by"):
         inverse_factor(np.full((8, 8), value))
+
+
+def test_weights_answer_to_activations_of_four_bits() -> None:
+    """Fitted on half of the rows, and then of less error on the other half, integers or not."""
+    x = inputs(4000, 128)
+    w = np.random.default_rng(1).standard_normal((128, 48)).astype("f")
+    gram = CoarseGram(128, lambda rows: coarse(rows, ASYMMETRIC, 32))
+    for part in np.array_split(x[:2000], 3):
+        gram.update(part)
+    factor = inverse_factor(gram.sum)
+    seen, wanted = coarse(x[2000:], ASYMMETRIC, 32), x[2000:] @ w
+    answer = gram.answering(w, factor)
+
+    def error(v: np.ndarray) -> float:
+        return float(np.square(seen @ v - wanted).sum())
+
+    assert error(answer) < 0.7 * error(w)
+    rounded = [back(*solve(v, gram.sum, factor, ASYMMETRIC, 32), block=32) for v in (answer, w)]
+    assert error(rounded[0]) < 0.8 * error(rounded[1])

@@ -10,7 +10,7 @@ import forms_model
 from onnx_quarot.blocks import BlockWeight
 from onnx_quarot.errors import ConfigError, ModelError
 from onnx_quarot.scheme import Scheme, TensorSpec, parse_scheme
-from onnx_quarot.tokens import quantize_tokens
+from onnx_quarot.tokens import coarse, quantize_tokens
 
 A4W4 = replace(parse_scheme("a4w4"), weights="rtn")
 SIGNED = replace(A4W4, activation=TensorSpec(bits=4), block=16)
@@ -57,6 +57,13 @@ def test_the_saved_graph_computes_the_simulation(tmp_path: Path, scheme: Scheme)
     got = forms_model.run(model)
     assert forms_model.relative(simulated(path, scheme), got) < 0.02
     assert forms_model.relative(forms_model.run(path), got) < 0.4
+
+
+@pytest.mark.parametrize("spec", [A4W4.activation, SIGNED.activation], ids=["uint4", "int4"])
+def test_coarse_rows_are_those_of_the_graph(spec: TensorSpec) -> None:
+    x = np.random.default_rng(2).standard_normal((40, 96)).astype(np.float32)
+    x[3], x[4], x[5] = 0, np.abs(x[4]), 1e-3 * x[5]
+    np.testing.assert_allclose(coarse(x, spec, 32), rounded(x, spec, 32), rtol=1e-5, atol=1e-7)
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """GPTQ over a whole model: Hessians of the layers' inputs, gathered for a few layers at a time, and what is solved.
 
-The Hessians are those of the float (rotated) model. Only as many are held at once as fit the memory budget; the model
+The Hessians are those of the float (rotated) model; where activations have 4 bits, of its activations so quantized,
+and weights are first made ones that answer to those. Only as many are held at once as fit the memory budget; the model
 is run on the calibration data once for each such group of layers, no further than the group needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ import numpy.typing as npt
 from .calibrate import observe
 from .errors import DataError
 from .gptq import inverse_factor, solve
-from .products import gram
+from .products import gram, product
 from .progress import Progress
 from .qparams import SolvedWeight
 from .replay import Replay
 from .scheme import Scheme
 from .sites import LinearSite, WeightSource
+from .tokens import coarse
 
 Array = npt.NDArray[Any]
 
@@ -39,6 +41,30 @@ class Gram:
         rows = values.reshape(-1, values.shape[-1]).astype(np.float32, copy=False)
         self.sum += gram(rows)
         self.rows += len(rows)
+
+
+class CoarseGram(Gram):
+    """Gram of rows as a quantizer leaves them, Q, and what that took from them: sums Q^T Q and Q^T (X - Q)."""
+
+    def __init__(self, features: int, quantizer: Callable[[Array], Array]) -> None:
+        super().__init__(features)
+        self.lost = np.zeros((features, features), np.float32)
+        self._quantizer = quantizer
+
+    def update(self, values: Array) -> None:
+        rows = values.reshape(-1, values.shape[-1]).astype(np.float32, copy=False)
+        left = self._quantizer(rows)
+        super().update(left)
+        self.lost += product(np.ascontiguousarray(left.T), rows - left)
+
+    def answering(self, weight: Array, factor: Array) -> Array:
+        """The weight V of least squared error Q V - X W, by the :func:`inverse_factor` of the sum; float32.
+
+        Where quantization drowns a direction of the inputs, V listens less to it.
+        """
+        missing = product(factor, product(self.lost, weight))
+        answer: Array = (weight + product(factor.T, missing)).astype(np.float32)
+        return answer
 
 
 def solve_weights(
@@ -63,9 +89,9 @@ def solve_weights(
     for site in wanted:
         by_input.setdefault(site.activation, []).append(site)
     solved: dict[str, SolvedWeight] = {}
-    groups = list(_groups(by_input, memory))
+    groups = list(_groups(by_input, schemes, memory))
     for number, names in enumerate(groups):
-        grams = {name: Gram(by_input[name][0].depth) for name in names}
+        grams = {name: _gram(by_input[name][0], schemes) for name in names}
         part = "" if len(groups) == 1 else f" {number + 1} of {len(groups)}"
         readers = {name: by_input[name][0].node_name for name in names}
         task_name = f"gathering Hessians{part}"
@@ -78,7 +104,11 @@ def solve_weights(
                 for site in by_input[name]:
                     scheme = schemes[site.node_name]
                     source = WeightSource(site)
-                    codes, scale, zero = solve(source.read(), inputs.sum, factor, scheme.weight, scheme.block)
+                    weight = source.read()
+                    if isinstance(inputs, CoarseGram):
+                        weight = inputs.answering(weight, factor)
+                    codes, scale, zero = solve(weight, inputs.sum, factor, scheme.weight, scheme.block)
+                    del weight  # mapped memory must not be referred to when it is let go
                     source.close()
                     path = folder / f"codes.{len(solved)}.npy"
                     np.save(path, codes)
@@ -87,11 +117,22 @@ def solve_weights(
     return solved
 
 
-def _groups(by_input: Mapping[str, Sequence[LinearSite]], memory: int) -> Iterator[list[str]]:
+def _gram(site: LinearSite, schemes: Mapping[str, Scheme]) -> Gram:
+    scheme = schemes[site.node_name]
+    if scheme.form != "token":  # 8 and 16 bits take too little to make up for
+        return Gram(site.depth)
+    block = site.depth if scheme.block is None else scheme.block
+    return CoarseGram(site.depth, lambda rows: coarse(rows, scheme.activation, block))
+
+
+def _groups(
+    by_input: Mapping[str, Sequence[LinearSite]], schemes: Mapping[str, Scheme], memory: int
+) -> Iterator[list[str]]:
     group: list[str] = []
     size = 0
     for name, sites in by_input.items():
-        need = 4 * sites[0].depth ** 2
+        matrices = 2 if schemes[sites[0].node_name].form == "token" else 1
+        need = matrices * 4 * sites[0].depth ** 2
         if group and size + need > memory:
             yield group
             group, size = [], 0

@@ -19,11 +19,11 @@ from .discovery.shapes import Shapes
 from .editing import GraphNames, take_over
 from .errors import ConfigError, ModelError
 from .qdq import SiteReport, check_float, check_opset
-from .qparams import SolvedWeight
+from .qparams import Array, SolvedWeight
 from .scheme import Scheme, TensorSpec
 from .sites import LinearSite, drop_unused
 
-_TINY = float(np.finfo(np.float32).tiny)
+_TINY = np.finfo(np.float32).tiny
 
 
 def quantize_tokens(
@@ -99,6 +99,24 @@ def quantize_tokens(
     return reports
 
 
+def coarse(rows: Array, spec: TensorSpec, block: int) -> Array:
+    """What the graph's quantizer and dequantizer leave of `rows` [rows, features], float32."""
+    first, last = spec.bounds
+    blocks = rows.reshape(len(rows), -1, block).astype(np.float32, copy=False)
+    if spec.symmetric:
+        scale = np.abs(blocks).max(axis=2, keepdims=True) / np.float32((last - first) / 2)
+        offset: Array = np.full_like(scale, (first + last + 1) // 2)
+    else:
+        high = np.maximum(blocks.max(axis=2, keepdims=True), 0)
+        low = np.minimum(blocks.min(axis=2, keepdims=True), 0)
+        scale = (high - low) / np.float32(last - first)
+        offset = first - np.rint(low / np.maximum(scale, _TINY))
+    scale = np.maximum(scale, _TINY)
+    codes = np.clip(np.rint(blocks / scale) + offset, first, last)
+    result: Array = ((codes - offset) * scale).reshape(rows.shape)
+    return result
+
+
 def _block(site: LinearSite, scheme: Scheme) -> int:
     return site.depth if scheme.block is None else scheme.block
 
@@ -131,7 +149,7 @@ def _activation(
     shape = constant(np.array([0] * (rank - 1) + [depth // block, block], np.int64), "blocks_shape")
     blocks = add("Reshape", [x, shape], "blocks")
     axes, zero = constant(np.array([-1], np.int64), "axis"), constant(np.float32(0), "zero")
-    tiny = constant(np.float32(_TINY), "tiny")
+    tiny = constant(_TINY, "tiny")
     if spec.symmetric:
         peak = add("ReduceMax", [add("Abs", [blocks], "magnitudes"), axes], "peak", keepdims=0)
         width = add("Div", [peak, constant(np.float32((last - first) / 2), "levels")], "width")
