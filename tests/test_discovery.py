@@ -126,7 +126,8 @@ def graph(nodes: list[onnx.NodeProto], width: int = 16, **weights: np.ndarray) -
     """x [B, width] -> nodes -> y, with the given initializers."""
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", width])
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
-    initializers = [numpy_helper.from_array(w.astype(np.float32), n) for n, w in weights.items()]
+    arrays = {n: w.astype(np.float32) if w.dtype.kind == "f" else w for n, w in weights.items()}
+    initializers = [numpy_helper.from_array(w, n) for n, w in arrays.items()]
     proto = helper.make_graph(nodes, "g", [x], [y], initializers)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("custom", 1)]
     return ir.from_proto(helper.make_model(proto, opset_imports=opsets))
@@ -146,6 +147,23 @@ def test_the_graphs_own_inputs_and_outputs_keep_their_basis() -> None:
     # The input may be rotated online in front of the layer; the output may not change.
     assert [o.inverse for o in plan.online] == [False]
     assert all(c.axis == 0 for r in plan.rebases for c in r.changes)
+
+
+def test_a_reshape_of_nothing_keeps_its_basis() -> None:
+    model = graph(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["h"], name="first"),
+            helper.make_node("Slice", ["h", "zero", "zero", "zero"], ["none"]),
+            helper.make_node("Reshape", ["none", "turned"], ["r"], allowzero=1),
+            helper.make_node("Transpose", ["r"], ["t"]),
+            helper.make_node("MatMul", ["t", "v"], ["y"], name="second"),
+        ],
+        w=rand(16, 16),
+        v=rand(16, 16),
+        zero=np.array([0]),
+        turned=np.array([16, 0]),
+    )
+    assert discover_model(model, rotations=ROTATIONS).summary()["rotated_offline"] == 0
 
 
 def test_two_layers_in_a_row_share_a_free_rotation() -> None:

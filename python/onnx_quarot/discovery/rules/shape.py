@@ -39,10 +39,11 @@ def _transpose(t: Typing, n: ir.Node) -> None:
 def _reshape(t: Typing, n: ir.Node) -> None:
     """Dimensions are grouped where their products agree; in a group the innermost axes carry the basis."""
     x, y = Use(n, 0), Def(n.outputs[0])
-    if prod(t.shapes.shape[x.value]) != prod(t.shapes.shape[y.value]):
+    sizes = t.shapes.shape[x.value], t.shapes.shape[y.value]
+    if min((*sizes[0], *sizes[1]), default=1) < 1 or prod(sizes[0]) != prod(sizes[1]):  # of nothing, all groups agree
         t.block_node(n, describe(n, "its shape is not understood"))
         return
-    for xs, ys in _reshape_groups(t.shapes.shape[x.value], t.shapes.shape[y.value]):
+    for xs, ys in _reshape_groups(*sizes):
         if not xs or not ys:
             continue
         p, q = xs[-1], ys[-1]
