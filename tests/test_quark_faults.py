@@ -101,6 +101,23 @@ def test_names_mean_nothing_and_separate_biases_are_rotated(tmp_path: Path, bias
     assert "Gemm" not in written
 
 
+def test_the_names_a_config_uses_outlive_every_pass(tmp_path: Path) -> None:
+    """What is written answers to the config that it was made with."""
+    g = Graph()
+    x = g.node("Gather", [g.constant("a", VOCAB, N), "ids"], "table")
+    same = g.node("Identity", [g.norm(x, "norm1")], "same")  # what an optimizer takes out
+    up = g.node("MatMul", [same, g.node("Identity", [g.constant("w1", N, FFN)], "view")], "up")
+    down = g.node("MatMul", [g.node("Relu", [up], "relu"), g.constant("w2", FFN, N)], "down")
+    x = g.node("Add", [x, down], "residual")
+    out = g.node("MatMul", [g.norm(x, "norm2"), g.constant("h", N, VOCAB)], "head")
+    proven(g.save(tmp_path / "m.onnx", out), CONFIG, seed=4)
+    names = {n.name for n in onnx.load(tmp_path / "by_config.onnx").graph.node}
+    assert {"table", "norm1", "up", "down", "norm2", "head"} <= names
+    again = tmp_path / "again.onnx"
+    (tmp_path / "by_config.onnx").rename(again)
+    proven(again, CONFIG, seed=5)
+
+
 @pytest.mark.parametrize("transpose", [0, 1])
 def test_gemm_is_read_from_its_own_attributes(tmp_path: Path, transpose: int) -> None:
     """transB says how B lies, alpha and beta are factors and nothing else; their defaults are 0, 1 and 1."""
