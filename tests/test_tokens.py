@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 import forms_model
+import onnx_quarot as oq
 from onnx_quarot.blocks import BlockWeight
 from onnx_quarot.errors import ConfigError, ModelError
 from onnx_quarot.scheme import Scheme, TensorSpec, parse_scheme
-from onnx_quarot.tokens import coarse, quantize_tokens
+from onnx_quarot.tokens import check_tokens, coarse, quantize_tokens
 
 A4W4 = replace(parse_scheme("a4w4"), weights="rtn")
 SIGNED = replace(A4W4, activation=TensorSpec(bits=4), block=16)
@@ -70,10 +71,18 @@ def test_refusals(tmp_path: Path) -> None:
     path = forms_model.save(tmp_path / "m.onnx")
     model, sites = forms_model.load(path)
     with pytest.raises(ConfigError, match=r"block: 64 does not divide the 96 input features of 'first'"):
-        quantize_tokens(model, sites, {s.node_name: replace(A4W4, block=64) for s in sites}, {})
+        check_tokens(model, sites, {s.node_name: replace(A4W4, block=64) for s in sites})
     model, sites = forms_model.load(forms_model.save(tmp_path / "old.onnx", opset=17))
     with pytest.raises(ModelError, match="opset 17 is too old for a4w4, which needs opset 21"):
-        quantize_tokens(model, sites, {s.node_name: A4W4 for s in sites}, {})
+        check_tokens(model, sites, {s.node_name: A4W4 for s in sites})
     model, sites = forms_model.load(forms_model.save(tmp_path / "t.onnx", trans_a=1))
     with pytest.raises(ModelError, match="transA"):
-        quantize_tokens(model, sites, {s.node_name: A4W4 for s in sites}, {})
+        check_tokens(model, sites, {s.node_name: A4W4 for s in sites})
+
+
+def test_a_block_that_does_not_divide_is_refused_before_weights_are_solved(tmp_path: Path) -> None:
+    path = forms_model.save(tmp_path / "m.onnx")
+    data = [{"x": np.random.default_rng(0).standard_normal((200, 96)).astype(np.float32)}]
+    with pytest.raises(ConfigError, match=r"block: 64 does not divide the 96 input features of 'first'"):
+        oq.quantize(path, tmp_path / "q.onnx", data, scheme="a4w4", block=64, rotations=())
+    assert not (tmp_path / "q.onnx").exists()

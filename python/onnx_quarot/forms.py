@@ -22,7 +22,7 @@ from .replay import Replay
 from .scheme import Scheme, TensorSpec, parse_scheme
 from .sites import LinearSite
 from .tied_tables import SharedWeight, tied_roots
-from .tokens import quantize_tokens
+from .tokens import check_tokens, quantize_tokens
 
 # What a head may be followed by: none of these mixes features.
 _ELEMENTWISE = ("Add", "Cast", "Clip", "Div", "Identity", "Mul", "Sub", "Tanh")
@@ -64,6 +64,7 @@ def quantize_sites(
         given = {name: other for name, other in schemes.items() if other != scheme}
         ranges, wide, notes = static_ranges(model_path, static, scheme, data, mixed, progress, given)
         schemes |= wide
+    check_tokens(model, [site for site in sites if schemes[site.node_name].form == "token"], schemes)
     solved = solve_weights(model_path, sites, schemes, data, folder, progress)
     reports: list[SiteReport] = []
     shared: list[SharedWeight] = []

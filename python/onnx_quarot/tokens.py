@@ -26,19 +26,15 @@ from .sites import LinearSite, drop_unused
 _TINY = np.finfo(np.float32).tiny
 
 
-def quantize_tokens(
-    model: ir.Model,
-    sites: Sequence[LinearSite],
-    schemes: Mapping[str, Scheme],
-    solved: Mapping[str, SolvedWeight],
-) -> list[SiteReport]:
-    """Quantize `sites` in place; a report for each.
+def check_tokens(model: ir.Model, sites: Sequence[LinearSite], schemes: Mapping[str, Scheme]) -> None:
+    """Raise for what cannot be quantized so, before time is spent on it.
 
-    schemes: by node name, of the form token. Each activation is quantized once for each scheme that reads it.
-    Everything is checked first: ModelError for a weight that is not float32, a Gemm that transposes its activations, or
-    an opset before 21; ConfigError for input features that the block does not divide.
+    ModelError for a weight that is not float32, a Gemm that transposes its activations, or an opset before 21;
+    ConfigError for input features that the block does not divide.
     """
-    names, shapes = GraphNames(model.graph), Shapes(model)
+    if not sites:
+        return
+    shapes = Shapes(model)
     for site in sites:
         scheme = schemes[site.node_name]
         check_opset(model, scheme)
@@ -53,6 +49,19 @@ def quantize_tokens(
                 f"block: {block} does not divide the {site.depth} input features of {site.node_name!r}; "
                 "use a smaller block, or exclude the layer"
             )
+
+
+def quantize_tokens(
+    model: ir.Model,
+    sites: Sequence[LinearSite],
+    schemes: Mapping[str, Scheme],
+    solved: Mapping[str, SolvedWeight],
+) -> list[SiteReport]:
+    """Quantize `sites`, which :func:`check_tokens` lets pass, in place; a report for each.
+
+    schemes: by node name, of the form token. Each activation is quantized once for each scheme that reads it.
+    """
+    names, shapes = GraphNames(model.graph), Shapes(model)
     activations: dict[tuple[ir.Value, TensorSpec, int], ir.Value] = {}
     weights: dict[tuple[object, ...], ir.Value] = {}
     reports = []
