@@ -85,6 +85,11 @@ def _check_inputs(model: ir.Model) -> None:
             schema = onnx.defs.get_schema(node.op_type, model.opset_imports.get(node.domain, 1), node.domain)
         except onnx.defs.SchemaError:
             continue  # ONNX Runtime's, or nobody's
+        except TypeError:  # a name that is no text: the bytes of the file were no UTF-8
+            names = f"{node.domain!a}::{node.op_type!a}"
+            raise ModelError(
+                f"model: node {node.name!a} is of operator type {names}, which is not valid text"
+            ) from None
         for index in range(schema.min_input):
             if index >= len(node.inputs) or node.inputs[index] is None:
                 raise ModelError(f"model: {node.op_type} {node.name!r} lacks its input {index}")
