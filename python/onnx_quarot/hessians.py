@@ -23,7 +23,7 @@ from .qparams import SolvedWeight
 from .replay import Replay
 from .scheme import Scheme
 from .sites import LinearSite, WeightSource
-from .tokens import coarse
+from .tokens import block_of, coarse
 
 Array = npt.NDArray[Any]
 
@@ -121,7 +121,7 @@ def _gram(site: LinearSite, schemes: Mapping[str, Scheme]) -> Gram:
     scheme = schemes[site.node_name]
     if scheme.form != "token":  # 8 and 16 bits take too little to make up for
         return Gram(site.depth)
-    block = site.depth if scheme.block is None else scheme.block
+    block = block_of(site, scheme)
     return CoarseGram(site.depth, lambda rows: coarse(rows, scheme.activation, block))
 
 

@@ -41,7 +41,7 @@ def check_tokens(model: ir.Model, sites: Sequence[LinearSite], schemes: Mapping[
         check_float(site)
         if site.transposes_input:
             raise ModelError(f"node {site.node_name!r}: a Gemm with transA=1 cannot be quantized so; exclude it")
-        block = _block(site, scheme)
+        block = block_of(site, scheme)
         if not shapes.known(site.input):
             raise ModelError(f"node {site.node_name!r}: the rank of its input {site.activation!r} is not known")
         if site.depth % block:
@@ -67,7 +67,7 @@ def quantize_tokens(
     reports = []
     for site in sites:
         scheme = schemes[site.node_name]
-        node, block = site.node, _block(site, scheme)
+        node, block = site.node, block_of(site, scheme)
         x = node.inputs[0]
         assert x is not None
         if (x, scheme.activation, block) not in activations:
@@ -126,7 +126,7 @@ def coarse(rows: Array, spec: TensorSpec, block: int) -> Array:
     return result
 
 
-def _block(site: LinearSite, scheme: Scheme) -> int:
+def block_of(site: LinearSite, scheme: Scheme) -> int:
     return site.depth if scheme.block is None else scheme.block
 
 
