@@ -79,6 +79,20 @@ def test_prefill_then_decode_equals_one_prefill(tiny: tiny_gguf.Tiny, folder: Pa
             decoder.feed(np.zeros((1, 40), np.int64))
 
 
+def test_a_bound_cache_is_in_memory_of_its_own(tiny: tiny_gguf.Tiny, folder: Path) -> None:
+    session = open_session(folder)
+    decoder = Decoder(session, capacity=40)
+    caches = [value for value in session.get_inputs() if value.name.startswith("past_key_values")]
+    expected = tiny.logits(IDS)
+    for i in range(len(IDS)):
+        logits = decoder.feed(IDS[None, i : i + 1])[0]
+        # Were the buffers of the cache given back to numpy, these arrays would be laid over them.
+        shapes = [(1, value.shape[1], 40, value.shape[3]) for value in caches]
+        over = [np.full(shape, np.nan, np.float32) for shape in shapes * 2]
+        assert np.abs(logits - expected[i]).max() < 1e-5 * np.abs(expected).max()
+        assert all(np.isnan(array).all() for array in over)
+
+
 def test_a_cache_that_grows_by_concatenation_is_not_extended_in_place() -> None:
     model = ir.from_onnx_text(
         """<ir_version: 10, opset_import: ["" : 21]>

@@ -41,13 +41,13 @@ def test_pieces_of_any_size_agree_with_the_whole(tmp_path: Path, limit: int, ext
 def test_bfloat16_models_are_run_in_float32(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     weight = rng.standard_normal((8, 8)).astype(ml_dtypes.bfloat16)
-    two = np.full(1, 2, ml_dtypes.bfloat16)
+    two = helper.make_tensor("", onnx.TensorProto.BFLOAT16, (1,), [2])
     graph = helper.make_graph(
         [
             helper.make_node("Cast", ["x"], ["h"], to=onnx.TensorProto.BFLOAT16),
             helper.make_node("MatMul", ["h", "w"], ["k"], "product"),
             helper.make_node("Shape", ["k"], ["s"]),
-            helper.make_node("ConstantOfShape", ["s"], ["two"], value=numpy_helper.from_array(two)),
+            helper.make_node("ConstantOfShape", ["s"], ["two"], value=two),
             helper.make_node("Add", ["k", "two"], ["y"]),
         ],
         "g",

@@ -154,6 +154,8 @@ class Decoder:
         self.length = 0
         self._binding = self._session.io_binding()
         self._binding.bind_output(self._logits, "cpu")  # the first of the outputs, whichever is bound again
+        # What is bound lives in memory of numpy's, which bindings of ONNX Runtime 1.27 do not keep alive.
+        self._bound: dict[str, ort.OrtValue] = {}
 
     def feed(self, ids: Array) -> Array:
         """Append tokens [batch, n] to those before; return the logits [batch, vocabulary] after the last."""
@@ -172,7 +174,7 @@ class Decoder:
         for name, array in plain.items():
             if name in self._specs:
                 fitting = np.ascontiguousarray(array, self._specs[name].dtype)
-                binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(fitting))
+                self._bind_input(name, ort.OrtValue.ortvalue_from_numpy(fitting))
         binding.bind_output(self._logits, "cpu")
         self._session.run_with_iobinding(binding)
         logits = binding.get_outputs_as_ortvaluevector()[0].numpy()
@@ -184,11 +186,15 @@ class Decoder:
 
     def _bind_cache(self, values: Mapping[str, ort.OrtValue]) -> None:
         for past, value in values.items():
-            self._binding.bind_ortvalue_input(past, value)
+            self._bind_input(past, value)
             if self._capacity is None:
                 self._binding.bind_output(self._present[past], "cpu")
             else:
                 self._binding.bind_ortvalue_output(self._present[past], value)
+
+    def _bind_input(self, name: str, value: ort.OrtValue) -> None:
+        self._bound[name] = value
+        self._binding.bind_ortvalue_input(name, value)
 
     def _empty(self, spec: InputSpec, batch: int) -> ort.OrtValue:
         assert spec.shape is not None
