@@ -153,7 +153,8 @@ def _widen_casts(graph: onnx.GraphProto) -> None:
             if attribute.name in ("to", "dtype") and attribute.i == onnx.TensorProto.BFLOAT16:
                 attribute.i = onnx.TensorProto.FLOAT
             if attribute.type == onnx.AttributeProto.TENSOR and attribute.t.data_type == onnx.TensorProto.BFLOAT16:
-                wide = onnx.numpy_helper.to_array(attribute.t).astype(np.float32)  # ConstantOfShape
+                # Of ConstantOfShape. Before 1.19 onnx itself reads the bits of a bfloat16 as a number.
+                wide = ir.serde.deserialize_tensor(attribute.t).numpy().astype(np.float32)
                 attribute.t.CopyFrom(onnx.numpy_helper.from_array(wide))
             if attribute.type == onnx.AttributeProto.GRAPH:
                 _widen_casts(attribute.g)
