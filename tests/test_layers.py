@@ -98,15 +98,26 @@ def test_the_page_shows_every_layer_and_loads_nothing(models: tuple[Path, Path, 
     metrics = oq.evaluate(source, quantized, [feeds])
     html = evaluation_page(source, quantized, metrics, [feeds])
     assert html.count("/model/layers.0/mlp/down_proj/MatMul: input") == 1
-    assert html.count("<circle") == 3 * 2 * (4 * 2 + 2 + 1)
+    assert html.count("<circle") == (3 * 2 + 1) * (4 * 2 + 2 + 1)
+    assert "KL divergence, nats, over 24 tokens" in html
     assert "src=" not in html
     assert "href=" not in html
     assert f"{metrics.perplexity_ratio:.4f}" in html
 
 
+def test_the_page_says_why_there_are_no_sensitivities(models: tuple[Path, Path, Path, Feeds]) -> None:
+    source, rotated, _, feeds = models
+    metrics = oq.evaluate(source, rotated, [feeds])
+    assert "Not measured: model: " in evaluation_page(source, rotated, metrics, [feeds])
+    assert "Not measured, as asked" in evaluation_page(source, rotated, metrics, [feeds], sensitivity=0)
+
+
 def test_figures_that_are_missing_leave_no_hole(models: tuple[Path, Path, Path, Feeds]) -> None:
     source, rotated, _, feeds = models
     metrics = oq.evaluate(source, rotated, [feeds])
-    html = render(metrics, compare_layers(source, rotated, (feeds, feeds)), [{"MatMul": 1.0}, {}])
+    html = render(
+        metrics, compare_layers(source, rotated, (feeds, feeds)), [{"MatMul": 1.0}, {}], "Not measured, as asked."
+    )
+    assert "Not measured, as asked." in html
     assert "None" not in html.replace("None of the layers", "")
     assert "nan" not in html

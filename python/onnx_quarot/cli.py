@@ -229,6 +229,14 @@ def quantize(
 @text_options
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of the runtime.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write a page: figures, outliers, noise by layer, times.")
+@click.option(
+    "--sensitivity",
+    type=click.FloatRange(min=0),
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="With --html: time to run the model once with each layer alone quantized; 0 leaves it out.",
+)
 @common
 def evaluate(
     reference: Path,
@@ -239,6 +247,7 @@ def evaluate(
     windows: int | None,
     threads: int,
     html: Path | None,
+    sensitivity: float,
     as_json: bool,
 ) -> None:
     """Compare CANDIDATE with REFERENCE on the same data: accuracy, size and speed.
@@ -272,6 +281,7 @@ def evaluate(
             tokenizer=tokenizer_for(data, reference, tokenizer),
             window=window_length,
             threads=threads,
+            sensitivity=sensitivity,
             progress=progress(),
         )
         write_text(html, page)

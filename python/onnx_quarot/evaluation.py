@@ -57,7 +57,8 @@ class Metrics:
     perplexity_ratio: candidate / reference; 1 is no loss. kl_divergence: mean of KL(reference || candidate)
     over predictions, in nats. top1_agreement: share of predictions whose most likely token is the same.
     cosine, relative_error: per output, for models without token logits: the mean cosine of vectors along the
-    last axis, and ||candidate - reference|| / ||reference|| over everything.
+    last axis, and ||candidate - reference|| / ||reference|| over everything. logits: the output that predicts the next
+    token.
     """
 
     reference: ModelFigures
@@ -69,6 +70,7 @@ class Metrics:
     top1_agreement: float | None
     cosine: dict[str, float]
     relative_error: dict[str, float]
+    logits: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain Python values."""
@@ -122,7 +124,7 @@ def evaluate_many(
     """`evaluate` for several candidates, in their order, running the reference once. All stay open."""
     if not candidates:
         raise ConfigError("candidates: is empty; give at least one model, or use measure() for one alone")
-    runs, comparisons, count = _run(
+    runs, comparisons, count, logits = _run(
         [reference, *candidates],
         data,
         tokenizer,
@@ -133,7 +135,7 @@ def evaluate_many(
     )
     figures = [run.figures() for run in runs]
     return [
-        _metrics(figures[0], candidate, comparison, count)
+        _metrics(figures[0], candidate, comparison, count, logits)
         for candidate, comparison in zip(figures[1:], comparisons, strict=True)
     ]
 
@@ -149,7 +151,7 @@ def measure(
     progress: Progress | None = None,
 ) -> ModelFigures:
     """Perplexity, speed and size of one model; arguments and errors as for `evaluate`."""
-    runs, _, _ = _run(
+    runs, _, _, _ = _run(
         [model],
         data,
         tokenizer,
@@ -235,7 +237,9 @@ class _Run:
         )
 
 
-def _metrics(reference: ModelFigures, candidate: ModelFigures, sums: Comparison, windows: int) -> Metrics:
+def _metrics(
+    reference: ModelFigures, candidate: ModelFigures, sums: Comparison, windows: int, logits: str | None
+) -> Metrics:
     n = sums.predictions
     ratio = None
     if reference.perplexity is not None and candidate.perplexity is not None:
@@ -250,6 +254,7 @@ def _metrics(reference: ModelFigures, candidate: ModelFigures, sums: Comparison,
         top1_agreement=sums.agreeing / n if n else None,
         cosine=sums.cosine(),
         relative_error=sums.relative_error(),
+        logits=logits,
     )
 
 
@@ -261,7 +266,7 @@ def _run(
     windows: int | None,
     threads: int,
     progress: Progress,
-) -> tuple[list[_Run], list[Comparison], int]:
+) -> tuple[list[_Run], list[Comparison], int, str | None]:
     runs = [_Run(path, threads) for path in paths]
     comparisons = [Comparison() for _ in paths[1:]]
     batches = as_batches(data, runs[0].specs, tokenizer=tokenizer, window=window, limit=windows)
@@ -282,7 +287,7 @@ def _run(
             task.advance()
     if logits is not None and first is not None:
         _time_decoding(runs, first["input_ids"][:1])
-    return runs, comparisons, count
+    return runs, comparisons, count, logits
 
 
 def _logits_output(run: _Run, batch: Batch) -> str | None:

@@ -1,4 +1,4 @@
-"""An evaluation as one self-contained HTML page: figures, outliers, noise by layer, time by operator."""
+"""An evaluation as one self-contained HTML page: figures, layers before and after, time by operator."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ from typing import Any
 
 import numpy as np
 
-from onnx_quarot.data import as_batches, input_specs
-from onnx_quarot.errors import DataError
+from onnx_quarot.data import Batch, as_batches, input_specs
+from onnx_quarot.errors import DataError, ModelError
 from onnx_quarot.evaluation import Metrics, ModelFigures, fitted
 from onnx_quarot.layers import LayerFigures, compare_layers
 from onnx_quarot.op_times import op_times
 from onnx_quarot.progress import Progress
+from onnx_quarot.sensitivity import Sensitivities, measure_sensitivity
 
 Array = np.ndarray[Any, Any]
 _BEFORE, _AFTER = "#c2410c", "#1d4ed8"
 _PICTURES = 6  # layers whose channels are drawn
+_WORST = 8  # layers in a table
+_STEPS = [m * 10**e for e in range(9) for m in (1, 2, 5)]  # between lines of a grid
 _BINS = 240  # of a picture; the loudest channel of each is drawn
 _WIDTH, _HEIGHT = 860, 200
+_SENSITIVITY_TOKENS = 64  # a window of text for the sensitivities: the model is run once a layer
 
 
 def evaluation_page(
@@ -33,24 +37,58 @@ def evaluation_page(
     tokenizer: object = None,
     window: int = 512,
     threads: int = 1,
+    sensitivity: float = 60.0,
     progress: Progress | None = None,
 ) -> str:
     """The page for `metrics`, with what the first batch of `data` (as for `evaluate`) shows about every layer.
 
+    sensitivity: about how many seconds may be spent on running the model once for each layer; 0 leaves that out.
+
     Raises what `evaluate` does, and ModelError if the two models have no linear layer in common.
     """
     specs = input_specs(reference)
-    batch = next(iter(as_batches(data, specs, tokenizer=tokenizer, window=window, limit=1)), None)
-    if batch is None:
-        raise DataError("data: holds no batch; at least one is needed")
+
+    def first_batch(length: int) -> Batch:
+        batch = next(iter(as_batches(data, specs, tokenizer=tokenizer, window=length, limit=1)), None)
+        if batch is None:
+            raise DataError("data: holds no batch; at least one is needed")
+        return batch
+
+    batch = first_batch(window)
     feeds = (fitted(reference, specs, batch), fitted(candidate, input_specs(candidate), batch))
     layers = compare_layers(reference, candidate, feeds, progress=progress)
     times = [op_times(path, fed, threads=threads) for path, fed in zip((reference, candidate), feeds, strict=True)]
-    return render(metrics, layers, times)
+    found: Sensitivities | str = "Not measured, as asked."
+    if sensitivity > 0:
+        small = fitted(reference, specs, first_batch(min(window, _SENSITIVITY_TOKENS)))
+        try:
+            found = measure_sensitivity(
+                reference,
+                candidate,
+                small,
+                logits=metrics.logits,
+                seconds=sensitivity,
+                first=[layer.name for layer in sorted(layers, key=_own_noise)],
+                progress=progress,
+            )
+        except ModelError as error:
+            found = f"Not measured: {error}."
+    return render(metrics, layers, times, found)
 
 
-def render(metrics: Metrics, layers: Sequence[LayerFigures], times: Sequence[Mapping[str, float]]) -> str:
-    """The page from its figures."""
+def _own_noise(layer: LayerFigures) -> float:
+    known = layer.input_sqnr if layer.input_sqnr is not None else layer.output_sqnr
+    return float("inf") if known is None else known
+
+
+def render(
+    metrics: Metrics,
+    layers: Sequence[LayerFigures],
+    times: Sequence[Mapping[str, float]],
+    sensitivity: Sensitivities | str,
+) -> str:
+    """The page from its figures; of the sensitivities, why there are none."""
+    names = [layer.name for layer in layers]
     ratios = [layer.outlier_ratios() for layer in layers]
     kurtoses = [layer.kurtosis for layer in layers]
     loudest = sorted(range(len(layers)), key=lambda i: -ratios[i][0])[:_PICTURES]
@@ -58,24 +96,25 @@ def render(metrics: Metrics, layers: Sequence[LayerFigures], times: Sequence[Map
         ("Figures", _table(metrics)),
         (
             "Outliers of every layer's input: loudest channel over median channel",
-            _lines(layers, [[r[0] for r in ratios], [r[1] for r in ratios]], "times", logarithmic=True),
+            _lines(names, [[r[0] for r in ratios], [r[1] for r in ratios]], "times", logarithmic=True),
         ),
         (
             "Kurtosis of every layer's input (3 is a normal distribution)",
-            _lines(layers, [[k[0] for k in kurtoses], [k[1] for k in kurtoses]], "kurtosis", logarithmic=True),
+            _lines(names, [[k[0] for k in kurtoses], [k[1] for k in kurtoses]], "kurtosis", logarithmic=True),
         ),
         (
             "Signal over noise: quantization of the input, and the output beside the reference's",
             _lines(
-                layers,
+                names,
                 [[x.input_sqnr for x in layers], [x.output_sqnr for x in layers]],
                 "dB",
-                names=("input", "output"),
+                legend=("input", "output"),
             )
             + _worst(layers),
         ),
+        ("Sensitivity: what quantizing one layer alone does to the output", _sensitivity(sensitivity)),
         (
-            "Largest magnitude of every channel, for the layers with the loudest",
+            "Largest magnitude and kurtosis of every channel, for the layers with the loudest",
             _pictures([layers[i] for i in loudest]),
         ),
         ("Where the time goes, in milliseconds a run", _times(times)),
@@ -120,23 +159,27 @@ def _table(metrics: Metrics) -> str:
 
 
 def _lines(
-    layers: Sequence[LayerFigures],
+    layers: Sequence[str],
     series: Sequence[Sequence[float | None]],
     unit: str,
     *,
-    names: tuple[str, str] = ("reference", "candidate"),
+    legend: Sequence[str] = ("reference", "candidate"),
     logarithmic: bool = False,
 ) -> str:
     """One dot a layer and series, over the layers in the order of the graph."""
     known = [v for values in series for v in values if v is not None and np.isfinite(v)]
+    if logarithmic:
+        known = [v for v in known if v > 0]
     if not known:
         return "<p>None of the layers has this figure.</p>"
+    least = min(known)
 
     def scaled(value: float) -> float:
-        return log10(max(value, 1e-6)) if logarithmic else value
+        return log10(max(value, least)) if logarithmic else value
 
-    low, high = (f(scaled(v)) for f, v in ((floor, min(known)), (ceil, max(known))))
-    step = max(1, ceil((high - low) / 5))
+    low, high = (f(scaled(v)) for f, v in ((floor, least), (ceil, max(known))))
+    step = next(s for s in _STEPS if s * 5 >= high - low)
+    low -= low % step
     high = low + step * max(1, ceil((high - low) / step))
     parts = []
     for tick in range(low, high + 1, step):
@@ -144,23 +187,49 @@ def _lines(
         label = f"{10.0**tick:g}" if logarithmic else f"{tick}"
         parts.append(f'<line x1="46" x2="{_WIDTH}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
         parts.append(f'<text x="42" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
-    for values, colour, name in zip(series, (_BEFORE, _AFTER), names, strict=True):
+    for values, colour, name in zip(series, (_BEFORE, _AFTER)[-len(series) :], legend, strict=True):
         for i, value in enumerate(values):
             if value is None or not np.isfinite(value):
                 continue
             x = 52 + i / max(1, len(layers) - 1) * (_WIDTH - 62)
             y = _HEIGHT - (scaled(value) - low) / (high - low) * (_HEIGHT - 16) - 8
-            tip = escape(f"{layers[i].name}: {name} {value:.3g} {unit}")
+            tip = escape(f"{layers[i]}: {name} {value:.3g} {unit}")
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6" fill="{colour}"><title>{tip}</title></circle>')
-    legend = "".join(
+    keys = "".join(
         f'<span class="key"><i style="background:{c}"></i>{n}</span>'
-        for c, n in zip((_BEFORE, _AFTER), names, strict=True)
+        for c, n in zip((_BEFORE, _AFTER)[-len(series) :], legend, strict=True)
     )
-    return f'<p>{legend}</p><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg>'
+    note = '<span class="note">a dot a layer, in the order of the graph</span>'
+    return f'<p>{keys}{note}</p><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg>'
+
+
+def _sensitivity(found: Sensitivities | str) -> str:
+    if isinstance(found, str):
+        return f"<p>{escape(found)}</p>"
+    total = sum(layer.error for layer in found.layers)
+    how = (
+        f"The float model was run with a single layer quantized, its weights and its activations: {found.measure}"
+        + (f", over {found.rows} tokens" if found.rows else "")
+        + f". All {found.quantized} quantized layers together: {found.all:.3g}"
+    )
+    if len(found.layers) == found.quantized:
+        how += f" (the sum of each alone is {total:.3g})."
+    else:
+        how += f". There was time for {len(found.layers)} layers, the noisiest (--sensitivity gives it more)."
+    most = sorted(found.layers, key=lambda layer: -layer.error)[:_WORST]
+    lines = "".join(
+        f"<tr><td>{escape(x.name)}</td><td>{x.error:.3g}</td><td>{x.error / max(total, 1e-300):.1%}</td></tr>"
+        for x in most
+    )
+    head = f"<tr><th>the most sensitive layers</th><th>{escape(found.measure)}</th><th>of the sum</th></tr>"
+    dots = _lines(
+        [x.name for x in found.layers], [[x.error for x in found.layers]], "", legend=("alone",), logarithmic=True
+    )
+    return f"<p>{escape(how)}</p>{dots}<table>{head}{lines}</table>"
 
 
 def _worst(layers: Sequence[LayerFigures]) -> str:
-    known = sorted((x for x in layers if x.output_sqnr is not None), key=lambda x: x.output_sqnr or 0.0)[:8]
+    known = sorted((x for x in layers if x.output_sqnr is not None), key=lambda x: x.output_sqnr or 0.0)[:_WORST]
     if not known:
         return ""
     lines = "".join(
@@ -174,18 +243,24 @@ def _worst(layers: Sequence[LayerFigures]) -> str:
 def _pictures(layers: Sequence[LayerFigures]) -> str:
     figures = []
     for layer in layers:
-        top = max(float(p.max()) for p in layer.peaks) or 1.0
-        halves = []
-        for peaks, colour, name in zip(layer.peaks, (_BEFORE, _AFTER), ("reference", "candidate"), strict=True):
-            bins = np.array_split(peaks, min(_BINS, peaks.size))
-            heights = [float(b.max()) / top * 90 for b in bins]
-            bars = "".join(f"M{i * 400 / len(bins):.1f} 96v-{max(h, 0.5):.1f}" for i, h in enumerate(heights))
-            halves.append(
-                f'<svg viewBox="0 0 400 112" role="img"><path d="{bars}" stroke="{colour}" stroke-width="1.4"/>'
-                f'<text x="0" y="110">{name}: largest {peaks.max():.3g}, median {np.median(peaks):.3g}</text></svg>'
-            )
-        figures.append(f"<figure><figcaption>{escape(layer.name)}</figcaption>{''.join(halves)}</figure>")
+        drawn = "".join(
+            _bars(values, max(float(v.max()) for v in pair), f"{name}, {what}", colour)
+            for what, pair in (("largest", layer.peaks), ("kurtosis", layer.channel_kurtosis))
+            for values, name, colour in zip(pair, ("reference", "candidate"), (_BEFORE, _AFTER), strict=True)
+        )
+        figures.append(f"<figure><figcaption>{escape(layer.name)}</figcaption>{drawn}</figure>")
     return f'<div class="pictures">{"".join(figures)}</div>'
+
+
+def _bars(values: Array, top: float, title: str, colour: str) -> str:
+    """A bar a channel, or the highest of some neighbours."""
+    bins = np.array_split(values, min(_BINS, values.size))
+    heights = [float(b.max()) / (top or 1.0) * 90 for b in bins]
+    bars = "".join(f"M{i * 400 / len(bins):.1f} 96v-{max(h, 0.5):.1f}" for i, h in enumerate(heights))
+    return (
+        f'<svg viewBox="0 0 400 112" role="img"><path d="{bars}" stroke="{colour}" stroke-width="1.4"/>'
+        f'<text x="0" y="110">{title}: at most {values.max():.3g}, median {np.median(values):.3g}</text></svg>'
+    )
 
 
 def _times(times: Sequence[Mapping[str, float]]) -> str:
@@ -218,7 +293,7 @@ _PAGE = """<!doctype html>
    margin-right: .4rem }}
  .bar {{ display: inline-block; height: .7rem; background: {after} }}
  .pictures figure {{ display: grid; grid-template-columns: 1fr 1fr; gap: 0 1rem; margin: .8rem 0 }}
- figcaption {{ grid-column: 1 / 3; color: #475569 }}
+ figcaption {{ grid-column: 1 / 3 }} figcaption, .note {{ color: #475569 }}
 </style></head><body>
 <h1>{title}</h1>
 {body}

@@ -27,9 +27,9 @@ class LayerFigures:
     """One linear layer.
 
     peaks: largest magnitude of every channel of its input, of the reference and of the candidate. kurtosis: of all
-    values of the input, 3 for a normal distribution. input_sqnr: signal over quantization noise of the candidate's
-    input, in dB; None where the input is not quantized by QuantizeLinear. output_sqnr: the reference's output over the
-    difference, in dB.
+    values of the input, 3 for a normal distribution; channel_kurtosis: of every channel's values over the tokens.
+    input_sqnr: signal over quantization noise of the candidate's input, in dB; None where the input is not quantized
+    by QuantizeLinear. output_sqnr: the reference's output over the difference, in dB.
     """
 
     name: str
@@ -37,6 +37,7 @@ class LayerFigures:
     kurtosis: tuple[float, float]
     input_sqnr: float | None
     output_sqnr: float | None
+    channel_kurtosis: tuple[Array, Array]
 
     def outlier_ratios(self) -> tuple[float, float]:
         """Loudest channel over median channel, of the reference and of the candidate."""
@@ -141,6 +142,7 @@ def _figures(pair: _Pair, known: dict[str, Array], found: dict[str, Array], base
         kurtosis=(_kurtosis(entering[0]), _kurtosis(entering[1])),
         input_sqnr=noise,
         output_sqnr=_decibels(leaving[0], leaving[1]) if same else None,
+        channel_kurtosis=(_channel_kurtosis(entering[0]), _channel_kurtosis(entering[1])),
     )
 
 
@@ -154,6 +156,11 @@ def _decibels(signal: Array, approximation: Array) -> float:
 
 
 def _kurtosis(x: Array) -> float:
-    centred = x - x.mean()
-    variance = float(np.square(centred).mean())
-    return float((centred**4).mean() / max(variance, 1e-300) ** 2)
+    return float(_channel_kurtosis(x.reshape(-1, 1))[0])
+
+
+def _channel_kurtosis(x: Array) -> Array:
+    centred = np.square(x - x.mean(axis=0))
+    variance = centred.mean(axis=0)
+    result: Array = np.square(centred).mean(axis=0) / np.maximum(variance, 1e-150) ** 2
+    return result

@@ -20,15 +20,16 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from .calibrate import Range, observe, open_model, run
-from .errors import ConfigError, ModelError
+from .errors import ConfigError
+from .judged import keep_judged_outputs, squared_error
 from .progress import Progress
 from .qparams import activation_parameters
 from .scheme import TensorSpec
 from .sites import LinearSite
+from .switches import FLAGS, Switches, constant
 
 Array = npt.NDArray[Any]
 
-_FLAGS = "onnx_quarot.probe.flags"
 _CANDIDATES = 3  # times the budget
 _ENOUGH = 0.05  # of the error of all candidates together: what is left is not worth another site
 
@@ -139,19 +140,19 @@ def _output_errors(
 ) -> dict[str, float]:
     with ExitStack() as stack:
         model = ir.load(path)
-        outputs = _keep_judged_outputs(model)
+        outputs = keep_judged_outputs(model)
         _insert_switches(model, names, parameters, spec)
         session = open_model(model, path.parent, stack, threads)
         flags = np.zeros(len(names), np.bool_)
         errors: dict[str, float] = {}
         with progress.task("measuring sensitivity", len(names) + 1) as task:
-            expected = _outputs(session, outputs, {**batch, _FLAGS: flags})
+            expected = _outputs(session, outputs, {**batch, FLAGS: flags})
             task.advance()
             for index, name in enumerate(names):
                 flags[:] = False
                 flags[index] = True
-                found = _outputs(session, outputs, {**batch, _FLAGS: flags})
-                errors[name] = float(np.mean([_row_error(a, b) for a, b in zip(expected, found, strict=True)]))
+                found = _outputs(session, outputs, {**batch, FLAGS: flags})
+                errors[name] = squared_error(expected, found)
                 task.advance()
         return errors
 
@@ -160,69 +161,29 @@ def _outputs(session: ort.InferenceSession, names: list[str], feeds: Mapping[str
     return [values for _, values in run(session, names, feeds)]
 
 
-def _row_error(expected: Array, found: Array) -> float:
-    width = expected.shape[-1] if expected.ndim else 1
-    a, b = expected.reshape(-1, width).astype(np.float32), found.reshape(-1, width).astype(np.float32)
-    size = np.einsum("ij,ij->i", a, a)
-    b -= a
-    return float(np.mean(np.divide(np.einsum("ij,ij->i", b, b), size, out=np.zeros_like(size), where=size > 0)))
-
-
-def _keep_judged_outputs(model: ir.Model) -> list[str]:
-    """Leave the graph the floating-point outputs that are results; a cache handed on to the next call is none."""
-    floats = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
-    kept = [value for value in model.graph.outputs if value.dtype in floats and not _is_cache(value)]
-    if not kept:
-        raise ModelError("model: has no floating-point output to measure sensitivity by")
-    model.graph.outputs.clear()
-    model.graph.outputs.extend(kept)
-    return [value.name or "" for value in kept]
-
-
-def _is_cache(value: ir.Value) -> bool:
-    """Whether the node that makes an output of rank 4 or more reads a graph input of the same rank: past, present."""
-    node = value.producer()
-    if node is None or value.shape is None or len(value.shape) < 4:
-        return False
-    rank = len(value.shape)
-    return any(
-        x is not None and x.is_graph_input() and x.shape is not None and len(x.shape) == rank for x in node.inputs
-    )
-
-
 def _insert_switches(
     model: ir.Model, names: Sequence[str], parameters: Mapping[str, tuple[np.float32, int]], spec: TensorSpec
 ) -> None:
-    """Before all readers of each tensor, `If(flags[i])` it is quantized and dequantized."""
+    """Before all readers of each tensor, a switch to its quantized and dequantized form."""
     graph = model.graph
-    flags = ir.Value(name=_FLAGS, type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([len(names)]))
-    graph.inputs.append(flags)
     values = {value.name: value for value in graph.inputs}
     values |= {value.name: value for node in graph for value in node.outputs}
+    switches = Switches(model, len(names))
     for number, name in enumerate(names):
         value, uses = values[name], tuple(values[name].uses())
-        prefix = f"onnx_quarot.probe.{number}"
-        index = _constant(model, f"{prefix}.index", ir.Tensor(np.array(number, np.int64)))
         scale, zero = parameters[name]
+        prefix = f"onnx_quarot.probe.{number}"
         inputs = [
-            _constant(model, f"{prefix}.scale", ir.Tensor(np.array(scale, np.float32))),
-            _constant(model, f"{prefix}.zero", ir.Tensor(np.array(zero, spec.numpy_dtype), dtype=spec.dtype)),
+            constant(graph, f"{prefix}.scale", ir.Tensor(np.array(scale, np.float32))),
+            constant(graph, f"{prefix}.zero", ir.Tensor(np.array(zero, spec.numpy_dtype), dtype=spec.dtype)),
         ]
-        flag = ir.node("Gather", [flags, index], {"axis": 0}, name=f"{prefix}.Gather")
-        flag.outputs[0].name = f"{prefix}.flag"
         quantize = ir.node("QuantizeLinear", [value, *inputs])
-        quantize.outputs[0].name = f"{prefix}.quantized"
         dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], *inputs])
         keep = ir.node("Identity", [value])
-        branches = []
-        for key, nodes in (("then", [quantize, dequantize]), ("else", [keep])):
-            result = nodes[-1].outputs[0]
-            result.name = f"{prefix}.{key}"
-            result.type = ir.TensorType(ir.DataType.FLOAT)
-            branches.append(ir.Graph([], [result], nodes=nodes, name=f"{prefix}.{key}_branch"))
-        switch = ir.node("If", [flag.outputs[0]], {"then_branch": branches[0], "else_branch": branches[1]})
-        switch.outputs[0].name = f"{prefix}.switched"
-        switch.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        ends = dequantize.outputs[0], keep.outputs[0]
+        for end in ends:
+            end.type = ir.TensorType(ir.DataType.FLOAT)
+        flag, switch = switches.nodes(number, [quantize, dequantize], [keep], ends)
         producer = value.producer()
         if producer is not None:
             graph.insert_after(producer, [flag, switch])
@@ -230,15 +191,3 @@ def _insert_switches(
             graph.insert_before(next(iter(graph)), [flag, switch])
         for reader, position in uses:
             reader.replace_input_with(position, switch.outputs[0])
-
-
-def _constant(model: ir.Model, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    tensor.name = name
-    value = ir.Value(
-        name=name,
-        type=ir.TensorType(tensor.dtype),
-        shape=ir.Shape(list(tensor.shape.numpy())),
-        const_value=tensor,
-    )
-    model.graph.register_initializer(value)
-    return value

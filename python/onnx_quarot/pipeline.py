@@ -10,20 +10,19 @@ from typing import Any
 import onnx_ir as ir
 
 from onnx_quarot.data import as_batches, input_specs
-from onnx_quarot.discovery import discover_model
 from onnx_quarot.errors import ConfigError, DataError, ModelError
 from onnx_quarot.forms import layer_schemes, quantize_sites
 from onnx_quarot.genai_folder import complete_folder
 from onnx_quarot.kv_cache import CacheReport, check_cache, quantize_cache
 from onnx_quarot.load import blamed_on, external_files, load
 from onnx_quarot.plan import DEFAULT_ROTATIONS, Plan
+from onnx_quarot.plan_options import PlanOptions
 from onnx_quarot.products import reproducible
 from onnx_quarot.progress import NullProgress, Progress
 from onnx_quarot.provenance import record
 from onnx_quarot.replay import Replay
 from onnx_quarot.report import Report, Stopwatch
 from onnx_quarot.rewrite import rotate_model
-from onnx_quarot.rotation_config import plan_from_config, read_rotation_config
 from onnx_quarot.save import Staged, check_output, stage, workspace
 from onnx_quarot.scheme import Scheme, parse_scheme
 from onnx_quarot.seed_search import plain_seed, searches_seeds
@@ -52,7 +51,7 @@ def discover(
     Raises ModelError for a file that is no model or has no linear layer, ConfigError for options that contradict it.
     """
     with blamed_on(model):
-        return _plan(load(model), rotations, block_size, seed, config, matrix_dim)
+        return _plan(load(model), _options(rotations, block_size, seed, config), matrix_dim)
 
 
 @reproducible
@@ -79,11 +78,13 @@ def rotate(
     """
     path, clock = check_output(source, target), Stopwatch()
     with clock.step("discover"), blamed_on(source):
-        model = load(source)
+        model, options = load(source), None
         if plan is None:
-            plan = _plan(model, rotations, block_size, seed, config, None)
+            options = _options(rotations, block_size, seed, config)
+            plan = _plan(model, options)
     with workspace(path) as folder:
-        staged, proof = _rotated(model, Path(source), path, folder, plan, clock, verify, progress or NullProgress())
+        show = progress or NullProgress()
+        staged, proof = _rotated(model, Path(source), path, folder, plan, options, clock, verify, show)
         with clock.step("save"):
             staged.publish()
             companions = complete_folder(Path(source), path)
@@ -149,15 +150,15 @@ def quantize(
     with clock.step("discover"):
         model = load(source)
         centred = kv_cache is not None and kv_cache.startswith("int4")  # which works behind RoPE
-        known = (block_size, seed, config, matrix_dim, tied, centred)
-        plan = _plan(model, wanted, *known) if wanted or centred else None
+        options = _options(wanted, block_size, seed, config, tied, centred)
+        plan = _plan(model, options, matrix_dim) if wanted or centred else None
         batches = as_batches(calibration, input_specs(model), tokenizer=tokenizer, window=window, limit=windows)
         batches = chain([_first(batches)], batches)  # data that does not fit is found before any work is done
     with workspace(path) as folder:
         proof, float_path = None, Path(source)
         if plan is not None:
             inner = folder / "rotated.onnx"  # not the name of the result, which is staged in the same folder
-            staged, proof = _rotated(model, Path(source), inner, folder, plan, clock, verify, show)
+            staged, proof = _rotated(model, Path(source), inner, folder, plan, options, clock, verify, show)
             float_path = staged.path
             model = load(float_path)
         sites = linear_sites(model, tuple(t for t in op_types if t != "Gather"), tuple(exclude))
@@ -195,22 +196,19 @@ def _folder_note(companions: tuple[str, ...]) -> tuple[str, ...]:
     return (f"beside the model, for onnxruntime-genai: {', '.join(companions)}",) if companions else ()
 
 
-def _plan(
-    model: ir.Model,
+def _options(
     rotations: Iterable[str],
     block_size: int | None,
     seed: int | str | None,
     config: str | Path | None,
-    matrix_dim: int | None,
     tied: bool = False,
     keys: bool = False,
-) -> Plan:
-    signs = plain_seed(seed)
-    if config is None:
-        plan = discover_model(model, rotations=rotations, block_size=block_size, seed=signs, tied=tied, keys=keys)
-    else:
-        pairs = read_rotation_config(config)
-        plan = plan_from_config(model, pairs, rotations=rotations, block_size=block_size, seed=signs, keys=keys)
+) -> PlanOptions:
+    return PlanOptions.of(rotations, block_size, plain_seed(seed), config, tied, keys)
+
+
+def _plan(model: ir.Model, options: PlanOptions, matrix_dim: int | None = None) -> Plan:
+    plan = options.plan(model)
     sizes = {plan.rotations[name].size for name, kind in plan.kinds.items() if kind == "R1"}
     if matrix_dim is not None and sizes and sizes != {matrix_dim}:
         found = ", ".join(map(str, sorted(sizes)))
@@ -224,6 +222,7 @@ def _rotated(
     target: Path,
     folder: Path,
     plan: Plan,
+    options: PlanOptions | None,
     clock: Stopwatch,
     verify: bool,
     show: Progress,
@@ -232,6 +231,8 @@ def _rotated(
     with clock.step("rotate"), show.task("rotating weights", len(model.graph.initializers)) as task, blamed_on(source):
         rotate_model(model, plan)
         record(model, plan)
+        if options is not None:
+            options.record(model)
         staged = stage(model, target, folder, on_tensor=task.advance)
     if not verify:
         return staged, None
