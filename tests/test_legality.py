@@ -314,15 +314,17 @@ def test_subgraphs_are_left_alone_and_said_so(tmp_path: Path) -> None:
 
     nodes = [
         node("MatMul", "x a", "h"),
+        node("ReduceMax", "x", "highest", keepdims=0),
+        node("Cast", "highest", "c", to=TensorProto.BOOL),
         node("If", "c", "i", then_branch=branch("Relu"), else_branch=branch("Tanh")),
         node("MatMul", "h b", "k"),
         node("MatMul", "i d", "l"),
         node("Add", "k l", "y"),
     ]
-    weights = {"a": rand(16, 32), "b": rand(32, 8), "d": rand(32, 8), "c": np.array(True)}
+    weights = {"a": rand(16, 32), "b": rand(32, 8), "d": rand(32, 8)}
     plan = decide(save(tmp_path / "m.onnx", nodes, [3, 16], **weights))
     assert any("subgraphs" in note for note in plan.notes)
-    assert how(plan, "l") == "none"
+    assert how(plan, "l") == "online"
     assert how(plan, "k") == "online"  # h is captured, so it keeps its basis
 
 

@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
+from onnx_quarot.discovery.branches import resolve_branches
 from onnx_quarot.discovery.constants import constant, uniform
 from onnx_quarot.discovery.rope import unfuse_rope
 from onnx_quarot.discovery.rules.readers import absorb, slots
@@ -25,9 +26,11 @@ _SKIP_NORMS = {"SkipSimplifiedLayerNormalization": (None, 3), "SkipLayerNormaliz
 
 
 def prepare(model: ir.Model, *, keys: bool = False) -> None:
-    """Compute small constant expressions (scales of the form 1 + w), and take a skip norm apart where only its sum can
-    change basis. ``keys``: take position encodings out of attention, so that queries and keys can be rotated (R3).
+    """Take the branches that are always taken, compute small constant expressions (scales of the form 1 + w), and take
+    a skip norm apart where only its sum can change basis. ``keys``: take position encodings out of attention, so that
+    queries and keys can be rotated (R3).
     """
+    resolve_branches(model)
     for node in list(model.graph):
         _fold(model, node)
     if keys:

@@ -34,12 +34,12 @@ class Shapes:
 
     Attributes are dictionaries keyed by :class:`onnx_ir.Value`: ``shape``, ``dtype``, ``static`` (a tuple of flags,
     one a dimension), ``values`` (known integer tensors of the first walk) and ``constants`` (those that are equal in
-    both). Values without an entry have an unknown shape.
+    both). Values without an entry have an unknown shape. ``guesses``: how symbolic dimensions are told apart.
     """
 
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, guesses: Sequence[Guess] | None = None) -> None:
         best: tuple[_State, _State] | None = None
-        for guess in (_as_named, _one_length, _past_and_length):
+        for guess in guesses or (_as_named, _one_length, _past_and_length):
             merged = _Symbols()
             first, second = (_walk(model, primes, merged, guess) for primes in _PRIMES)
             if merged.bound:  # perhaps found in the second walk only
@@ -87,9 +87,14 @@ class _Symbols(DisjointSets):
 Guess = Callable[[ir.Value, int, str], "tuple[str, ...]"]
 
 
+def by_name(value: ir.Value, axis: int, name: str) -> tuple[str, ...]:
+    """Exactly as named, which is no guess at all; "a + b" is a sum."""
+    return tuple(part.strip() for part in name.split("+"))
+
+
 def _as_named(value: ir.Value, axis: int, name: str) -> tuple[str, ...]:
-    """By name; the first axis of every input is the batch, and "a + b" is a sum."""
-    return ("axis 0",) if axis == 0 else tuple(part.strip() for part in name.split("+"))
+    """By name; but the first axis of every input is the batch."""
+    return ("axis 0",) if axis == 0 else by_name(value, axis, name)
 
 
 def _one_length(value: ir.Value, axis: int, name: str) -> tuple[str, ...]:
@@ -142,14 +147,7 @@ class _Walk:
             if value.shape is not None and value.dtype is not None:
                 st.shape[value] = tuple(self._dimension(d, value, i) for i, d in enumerate(value.shape))
                 st.dtype[value] = value.dtype
-        for value in self.graph.initializers.values():
-            tensor = value.const_value
-            if tensor is None:
-                continue
-            st.shape[value] = tensor_shape(tensor)
-            st.dtype[value] = tensor.dtype
-            if _may_be_a_size(tensor.dtype, tensor.size):
-                st.values[value] = tensor.numpy()
+        self._constants(self.graph)
         for node in self.graph:
             self._node(node)
             for value in node.outputs:
@@ -158,6 +156,34 @@ class _Walk:
                 else:
                     self._read(value)
         return st
+
+    def _constants(self, graph: ir.Graph) -> None:
+        st = self.state
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if tensor is None:
+                continue
+            st.shape[value] = tensor_shape(tensor)
+            st.dtype[value] = tensor.dtype
+            if _may_be_a_size(tensor.dtype, tensor.size):
+                st.values[value] = tensor.numpy()
+
+    def _branches(self, node: ir.Node) -> None:
+        """What both branches of an If agree on holds whichever is taken; where they differ the length is dynamic."""
+        st = self.state
+        ends = []
+        for name in ("then_branch", "else_branch"):
+            branch = node.attributes[name].as_graph()
+            self._constants(branch)
+            for inner in branch:
+                self._node(inner)
+            ends.append(branch.outputs)
+        for value, one, other in zip(node.outputs, *ends, strict=True):
+            a, b = st.shape.get(one), st.shape.get(other)
+            if a is not None and b is not None and len(a) == len(b) and st.dtype[one] == st.dtype[other]:
+                pairs = enumerate(zip(a, b, strict=True))
+                st.shape[value] = tuple(x if x == y else self._symbol(f"{value.name}:{axis}") for axis, (x, y) in pairs)
+                st.dtype[value] = st.dtype[one]
 
     def _read(self, value: ir.Value) -> None:
         """The shape the file states, where it is complete (symbols count)."""
@@ -175,19 +201,16 @@ class _Walk:
         if isinstance(dim, int):
             return dim
         name = str(dim) if getattr(dim, "value", dim) is not None else f"{value.name}:{axis}"
-        total = 0
-        for part in self.guess(value, axis, name) if value.is_graph_input() else _as_named(value, -1, name):
-            if part.isdecimal():
-                total += int(part)
-                continue
-            key = self.merged.find(part)
-            if key in self.merged.bound:
-                total += self.merged.bound[key]
-                continue
-            if key not in self._symbols:
-                self._symbols[key] = next(self._primes)
-            total += self._symbols[key]
-        return total
+        parts = self.guess(value, axis, name) if value.is_graph_input() else _as_named(value, -1, name)
+        return sum(int(part) if part.isdecimal() else self._symbol(part) for part in parts)
+
+    def _symbol(self, name: str) -> int:
+        key = self.merged.find(name)
+        if key in self.merged.bound:
+            return self.merged.bound[key]
+        if key not in self._symbols:
+            self._symbols[key] = next(self._primes)
+        return self._symbols[key]
 
     def _node(self, node: ir.Node) -> None:
         st = self.state
@@ -203,6 +226,9 @@ class _Walk:
                     source = next((v for v in inputs if st.dtype.get(v) in FLOATS), node.inputs[0])
                     if source in st.dtype:
                         st.dtype[value] = st.dtype[source]
+            return
+        if node.op_type == "If" and node.domain == "":
+            self._branches(node)
             return
         if any(isinstance(a, ir.Attr) and a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
                for a in node.attributes.values()):  # fmt: skip
@@ -279,8 +305,10 @@ class _Walk:
 
     def _merge_conflicting(self, node: ir.Node, inputs: Sequence[ir.Value]) -> None:
         """Exporters give one dimension several symbols; where two meet and differ, they are the same. Where one meets a
-        number (the head size of a cache), it is that number.
+        number (the head size of a cache), it is that number. No proof: either may be a length of 1, broadcast.
         """
+        if self.guess is by_name:
+            return
         by_prime = {p: key for key, p in self._symbols.items()}
         shapes = [self.state.shape[v] for v in inputs]
         if not shapes:
