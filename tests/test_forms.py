@@ -68,7 +68,7 @@ def test_hessians_in_groups_give_the_same_weights(llama: Path, tmp_path: Path) -
         folder = tmp_path / name
         folder.mkdir()
         data = Replay(batches(), folder)
-        results.append(solve_weights(llama, sites, schemes, data, folder, NullProgress(), memory=memory, threads=1))
+        results.append(solve_weights(llama, sites, schemes, data, folder, NullProgress(), memory=memory, threads=1)[0])
     assert set(results[0]) == set(results[1]) == {site.node_name for site in sites}
     for a, b in zip(results[0].values(), results[1].values(), strict=True):
         np.testing.assert_array_equal(a.read(), b.read())

@@ -81,11 +81,11 @@ def observe(
     with _session(Path(model_path), names, threads) as (session, computed):
         for index, batch in enumerate(_tracked(batches, progress, task)):
             seen += 1
+            for name in (name for name in names if name not in computed):
+                _observe(observers[name], name, _fed(batch, name), index, readers)
             if session is not None:
                 for name, values in run(session, computed, batch):
                     _observe(observers[name], name, values, index, readers)
-            for name in (name for name in names if name not in computed):
-                _observe(observers[name], name, _fed(batch, name), index, readers)
     if not seen:
         raise DataError("data: holds no batch; at least one is needed")
 
@@ -156,7 +156,7 @@ def open_model(model: ir.Model, folder: Path, stack: ExitStack, threads: int | N
     """
     runtime_faults.refuse(model, "model")
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors are raised, with the same words
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.disable_prepacking", "1")

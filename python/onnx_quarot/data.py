@@ -23,6 +23,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from .errors import DataError, ModelError
+from .sites import constant_root, view_shape
 
 Array = npt.NDArray[Any]
 Batch = dict[str, Array]
@@ -33,12 +34,14 @@ Dim = int | str | None
 class InputSpec:
     """What a model's input accepts.
 
-    A dimension is a number, a symbol, or None (unknown); shape None is any rank.
+    A dimension is a number, a symbol, or None (unknown); shape None is any rank. rows: of the smallest table that its
+    integers choose from, for token ids the vocabulary; None if there is none.
     """
 
     name: str
     shape: tuple[Dim, ...] | None
     dtype: np.dtype[Any]
+    rows: int | None = None
 
     def fixed(self, axis: int) -> int | None:
         """The size of an axis if the model fixes it."""
@@ -68,8 +71,20 @@ def input_specs(model: ir.Model | str | os.PathLike[str]) -> list[InputSpec]:
             if value.shape is None
             else tuple(fixed.get((value, axis), _dim(d)) for axis, d in enumerate(value.shape))
         )
-        specs.append(InputSpec(name, shape, np.dtype(value.dtype.numpy())))
+        specs.append(InputSpec(name, shape, np.dtype(value.dtype.numpy()), _table_rows(value)))
     return specs
+
+
+def _table_rows(value: ir.Value) -> int | None:
+    rows = []
+    for node, index in value.uses():
+        axis = node.attributes.get("axis")
+        if node.op_type != "Gather" or node.domain != "" or index != 1 or (axis is not None and axis.as_int() != 0):
+            continue
+        table = constant_root(node.inputs[0])
+        if table is not None:
+            rows.append(view_shape(*table)[0])
+    return min(rows, default=None)
 
 
 def _implied_sizes(model: ir.Model) -> dict[tuple[ir.Value, int], int]:
@@ -108,7 +123,7 @@ def as_batches(
     element type.
     """
     if limit is not None and limit < 1:
-        raise DataError(f"limit: {limit} batches asked for; use at least 1")
+        raise DataError(f"windows: {limit} batches asked for; use at least 1, or leave it out for all")
     batches = _open(data, inputs, tokenizer, window)
     empty = True
     for index, batch in enumerate(itertools.islice(batches, limit)):
@@ -131,6 +146,9 @@ def check_batch(batch: object, inputs: Sequence[InputSpec], *, where: str = "bat
         if spec.name not in batch:
             raise DataError(f"data: {where} lacks input {spec.name!r}")
         checked[spec.name] = _check_array(np.asarray(batch[spec.name]), spec, where)
+    if checked and all(array.size == 0 for array in checked.values()):
+        name, array = next(iter(checked.items()))
+        raise DataError(f"data: {where} holds nothing: input {name!r} has shape {list(array.shape)}")
     return checked
 
 
@@ -250,6 +268,12 @@ def _check_array(array: Array, spec: InputSpec, where: str) -> Array:
     if array.dtype != spec.dtype:
         raise DataError(
             f"data: {where}, input {spec.name!r} has element type {array.dtype}; the model takes {spec.dtype}"
+        )
+    if spec.rows is not None and array.size and not (-spec.rows <= array.min() and array.max() < spec.rows):
+        found = array.max() if array.max() >= spec.rows else array.min()
+        hint = ": do tokenizer and model belong together?" if spec.name == "input_ids" else ""
+        raise DataError(
+            f"data: {where}, input {spec.name!r} holds {found}; the model's table has rows 0 to {spec.rows - 1}{hint}"
         )
     if spec.shape is None:
         return array

@@ -16,7 +16,7 @@ from .fused_linear import quantize_fused
 from .hessians import solve_weights
 from .observers import Range
 from .progress import Progress
-from .qdq import SiteReport, quantize_linears
+from .qdq import SiteReport, check_opset, quantize_linears
 from .ranges import static_ranges
 from .replay import Replay
 from .scheme import Scheme, TensorSpec, parse_scheme
@@ -65,7 +65,8 @@ def quantize_sites(
         ranges, wide, notes = static_ranges(model_path, static, scheme, data, mixed, progress, given)
         schemes |= wide
     check_tokens(model, [site for site in sites if schemes[site.node_name].form == "token"], schemes)
-    solved = solve_weights(model_path, sites, schemes, data, folder, progress)
+    solved, remarks = solve_weights(model_path, sites, schemes, data, folder, progress)
+    notes += (note for note in remarks if note not in notes)
     reports: list[SiteReport] = []
     shared: list[SharedWeight] = []
     tied = tied_roots(model, sites)
@@ -109,6 +110,12 @@ def layer_schemes(
     if unused := [key for key in layers if key not in fitting]:
         raise ConfigError(f"layers: {unused[0]!r} fits no linear layer of the model ({len(sites)} found)")
     return left, chosen
+
+
+def check_schemes(model: ir.Model, scheme: Scheme, layers: Mapping[str, str | Scheme | None]) -> None:
+    """ModelError if the model's opset is too old for one of the schemes: found before any work is done."""
+    for used in (scheme, *(parse_scheme(other) for other in layers.values() if other is not None)):
+        check_opset(model, used)
 
 
 def head_schemes(sites: Sequence[LinearSite], scheme: Scheme) -> dict[str, Scheme]:

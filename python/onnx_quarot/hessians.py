@@ -23,6 +23,7 @@ from .qparams import SolvedWeight
 from .replay import Replay
 from .scheme import Scheme
 from .sites import LinearSite, WeightSource
+from .sufficiency import Seen, hessian_remarks, watch
 from .tokens import block_of, coarse
 
 Array = npt.NDArray[Any]
@@ -77,25 +78,29 @@ def solve_weights(
     *,
     memory: int = MEMORY,
     threads: int | None = None,
-) -> dict[str, SolvedWeight]:
+) -> tuple[dict[str, SolvedWeight], list[str]]:
     """Solve the weights of all `sites` whose scheme (by node name) says gptq; codes go to files in `folder`.
 
-    memory: bytes of Hessians held at once (one layer's may exceed it). A weight shared by several layers is solved for
-    the first one's input. Raises DataError for data that is not finite, or with fewer rows than a tenth of a layer's
-    input features.
+    Returned with remarks on the data. memory: bytes of Hessians held at once (one layer's may exceed it). A weight
+    shared by several layers is solved for the first one's input. Raises DataError for data that is not finite, or with
+    fewer rows than a tenth of a layer's input features.
     """
     wanted = [site for site in sites if schemes[site.node_name].weights == "gptq"]
     by_input: dict[str, list[LinearSite]] = {}
     for site in wanted:
         by_input.setdefault(site.activation, []).append(site)
     solved: dict[str, SolvedWeight] = {}
+    seen: dict[str, Seen] = {}
     groups = list(_groups(by_input, schemes, memory))
     for number, names in enumerate(groups):
         grams = {name: _gram(by_input[name][0], schemes) for name in names}
         part = "" if len(groups) == 1 else f" {number + 1} of {len(groups)}"
-        readers = {name: by_input[name][0].node_name for name in names}
+        blamed = {name: by_input[name][0].node_name for name in names}
         task_name = f"gathering Hessians{part}"
-        observe(model_path, grams, data, threads=threads, progress=progress, task=task_name, readers=readers)
+        watched = watch(grams)
+        observe(model_path, watched, data, threads=threads, progress=progress, task=task_name, readers=blamed)
+        seen |= {name: sink.seen() for name, sink in watched.items()}
+        del watched  # it holds the Hessians
         with progress.task(f"solving weights{part}", sum(len(by_input[name]) for name in names)) as task:
             for name in names:
                 inputs = grams.pop(name)
@@ -114,7 +119,7 @@ def solve_weights(
                     np.save(path, codes)
                     solved[site.node_name] = SolvedWeight(path, scale, zero)
                     task.advance()
-    return solved
+    return solved, hessian_remarks(seen, {name: readers[0].depth for name, readers in by_input.items()})
 
 
 def _gram(site: LinearSite, schemes: Mapping[str, Scheme]) -> Gram:

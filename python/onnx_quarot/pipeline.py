@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from onnx_quarot.data import as_batches, input_specs
 from onnx_quarot.errors import ConfigError, DataError, ModelError
-from onnx_quarot.forms import layer_schemes, quantize_sites
+from onnx_quarot.forms import check_schemes, layer_schemes, quantize_sites
 from onnx_quarot.genai_folder import complete_folder
 from onnx_quarot.kv_cache import CacheReport, check_cache, quantize_cache
 from onnx_quarot.load import blamed_on, external_files, load
@@ -149,6 +149,7 @@ def quantize(
     wanted, unused = _wanted(rotations, kv_cache)
     with clock.step("discover"):
         model = load(source)
+        check_schemes(model, chosen, layers or {})
         centred = kv_cache is not None and kv_cache.startswith("int4")  # which works behind RoPE
         options = _options(wanted, block_size, seed, config, tied, centred)
         plan = _plan(model, options, matrix_dim) if wanted or centred else None

@@ -163,11 +163,11 @@ def _unpacked(body: _Body, spec: QLinearSpec, packed: ir.Value, scales: ir.Value
         values = body.node("Sub", [codes, _real(body, 128.0)])
         step, depth = 4, -(-spec.depth // 4) * 4
     else:
-        high = body.node("Div", [packed, body.constant(np.array(16, np.uint8))])
-        sixteen = body.constant(np.array(16, np.uint8))
-        low = body.node("Sub", [packed, body.node("Mul", [high, sixteen])])
-        both = [body.cast(part, ir.DataType.FLOAT) for part in (low, high)]
-        values = body.node("Sub", [body.node("Concat", both, axis=3), _real(body, 8.0)])
+        # In float: arithmetic on uint8 came with opset 14.
+        pairs, sixteen = body.cast(packed, ir.DataType.FLOAT), _real(body, 16.0)
+        high = body.node("Floor", [body.node("Div", [pairs, sixteen])])
+        low = body.node("Sub", [pairs, body.node("Mul", [high, sixteen])])
+        values = body.node("Sub", [body.node("Concat", [low, high], axis=3), _real(body, 8.0)])
         step, depth = 8, -(-spec.depth // spec.block) * spec.block
         blocks = depth // spec.block
         grouped = body.reshape(values, [panels, blocks, spec.block // step, PANEL, step])

@@ -14,6 +14,7 @@ from .progress import Progress
 from .replay import Replay
 from .scheme import Scheme, TensorSpec
 from .sites import LinearSite
+from .sufficiency import range_remarks, watch
 
 DEFAULT_BUDGET = 0.05
 _WIDE = TensorSpec(bits=16, signed=False, symmetric=False)
@@ -42,9 +43,12 @@ def static_ranges(
         observers.setdefault(
             site.activation, make_observer(spec.method, percentile=99.999, bits=spec.bits, symmetric=spec.symmetric)
         )
-    observe(model_path, observers, data, progress=progress, readers={s.activation: s.node_name for s in sites})
+    watched = watch(observers)
+    observe(model_path, watched, data, progress=progress, readers={s.activation: s.node_name for s in sites})
     ranges = {name: observer.range() for name, observer in observers.items()}
-    notes = _silent(ranges, len(data))
+    silent = _silent(ranges, len(data))
+    seen = {name: watched[name].seen() for name, found in ranges.items() if found.low < found.high}
+    notes = [*silent, *range_remarks(seen, len(data))]
     if budget is None:
         return ranges, schemes, notes
     free = [site for site in sites if site.node_name not in schemes]

@@ -45,9 +45,10 @@ def check_tokens(model: ir.Model, sites: Sequence[LinearSite], schemes: Mapping[
         if not shapes.known(site.input):
             raise ModelError(f"node {site.node_name!r}: the rank of its input {site.activation!r} is not known")
         if site.depth % block:
+            fitting = [size for size in (64, 32, 16) if site.depth % size == 0]
+            remedy = f"use block={fitting[0]}" if fitting else "no block does: exclude the layer"
             raise ConfigError(
-                f"block: {block} does not divide the {site.depth} input features of {site.node_name!r}; "
-                "use a smaller block, or exclude the layer"
+                f"block: {block} does not divide the {site.depth} input features of {site.node_name!r}; {remedy}"
             )
 
 
