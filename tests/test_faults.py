@@ -174,6 +174,57 @@ def test_external_data_that_is_cut_while_saving(tmp_path: Path) -> None:
     assert target.read_bytes() == before
 
 
+CUT_WHILE_MAPPED = """
+import os, sys
+from onnx_quarot import cli, evaluation, pipeline, verify
+place, source = sys.argv.pop(1), sys.argv[2]
+
+def cut_after(module, name, then=lambda result: None):
+    original = getattr(module, name)
+    def patched(*arguments, **options):
+        result = original(*arguments, **options)
+        then(result)
+        os.truncate(source + ".data", 4096)
+        return result
+    setattr(module, name, patched)
+
+if place == "weights":  # mapped as they are read; the cut comes before they are written
+    cut_after(pipeline, "load", lambda model: [v.const_value.numpy() for v in model.graph.initializers.values()])
+elif place == "verification":
+    cut_after(verify, "session")
+else:
+    cut_after(evaluation, "open_session")
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("place", ["weights", "verification", "evaluation"])
+def test_external_data_that_is_cut_under_a_memory_map(tmp_path: Path, place: str) -> None:
+    """The system would end the process at the first byte that is missing, ours or ONNX Runtime's to read."""
+    source = small_llama.save(tmp_path / "a.onnx", BIG, external=True)
+    (tmp_path / "out").mkdir()
+    target = small_llama.save(tmp_path / "out" / "b.onnx", BIG)
+    before = target.read_bytes()
+    feeds = small_llama.decoder_feeds(BIG, np.random.default_rng(0))
+    np.savez(tmp_path / "data.npz", **feeds)
+    arguments = {
+        "weights": ["rotate", source, target],
+        "verification": ["rotate", source, target],
+        "evaluation": ["evaluate", source, target, "--data", tmp_path / "data.npz"],
+    }[place]
+    done = subprocess.run(
+        [sys.executable, "-c", CUT_WHILE_MAPPED, place, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.strip().splitlines()[-1].startswith("error: model: external data was cut off")
+    assert os.listdir(tmp_path / "out") == ["b.onnx"]
+    assert target.read_bytes() == before
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
 @pytest.mark.parametrize("where", ["compiled code", "Python"])
 def test_an_interrupt_ends_a_command_soon_and_cleans_up(tmp_path: Path, number: signal.Signals, where: str) -> None:

@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "bus_errors.h"
 #include "convert.h"
 #include "cpu.h"
 #include "fwht.h"
@@ -368,6 +369,9 @@ PYBIND11_MODULE(_core, module) {
   module.def("has_order", &has_order, py::arg("n"), "Whether H_n is available.");
   module.def("isa", &active_isa, "Name of the kernel in use.");
   module.def("isas", &available_isas, "Names of the kernels this CPU can run, fastest first.");
+  module.def("watch_bus_errors", &watch_bus_errors, py::arg("on"),
+             "Replace pages of mapped files that cannot be read by zeros, and count them; or stop.");
+  module.def("bus_errors", &bus_errors, "Pages replaced since watching began.");
   module.def(
       "has_vnni", [] { return detect_cpu().avx512vnni || detect_cpu().avxvnni; },
       "Whether this is an x86 CPU that sums products of bytes in 32 bits.");

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
+from .cut_files import refuse_cut_files, survive_cut_files
 from .errors import OnnxQuarotError, SaveError
 from .interrupt import EXIT_CODE, prompt_interrupts
 from .progress import Progress, terminal_progress
@@ -32,7 +33,7 @@ class OneLineErrors(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         try:
-            with prompt_interrupts():
+            with prompt_interrupts(), survive_cut_files():
                 return super().invoke(ctx)
         except KeyboardInterrupt:
             raise Interrupted("interrupted") from None
@@ -173,6 +174,7 @@ def tokenizer_for(data: Path, model: Path, tokenizer: Path | None) -> Path | Non
 
 def show(as_json: bool, facts: Callable[[], Any], table: Callable[[], Any]) -> None:
     """Print `facts` as JSON, or `table`, a Rich renderable, on stdout."""
+    refuse_cut_files()
     if as_json:
         click.echo(json.dumps(facts(), indent=1))
         return
@@ -190,6 +192,7 @@ def progress() -> Progress:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file that was asked for. Raises SaveError in one line."""
+    refuse_cut_files()
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:

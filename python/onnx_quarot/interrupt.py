@@ -13,13 +13,13 @@ from contextlib import contextmanager
 
 from onnx_quarot.partial import remove_live
 
-_GRACE = 0.5  # seconds for Python to unwind by itself
+_GRACE = 0.3  # seconds for Python to unwind by itself
 EXIT_CODE = 130
 
 
 @contextmanager
 def prompt_interrupts() -> Iterator[None]:
-    """Within, an interrupt ends the process in about half a second even if the main thread does not return to Python.
+    """Within, an interrupt ends the process in less than a second even if the main thread does not return to Python.
 
     Python hears of a signal when compiled code returns to it, which a run of a large model does after many seconds.
     The signal itself arrives at once, though, in the socket that is watched here. Work that was half done is removed.

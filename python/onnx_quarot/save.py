@@ -12,6 +12,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from onnx_quarot.cut_files import refuse_cut_files
 from onnx_quarot.errors import ModelError, OnnxQuarotError, SaveError
 from onnx_quarot.partial import announce, claim, release, remove_abandoned, retract
 
@@ -104,6 +105,7 @@ class Staged:
 
     def publish(self) -> None:
         """Move it over the target. The rename of the .onnx file is the moment of change."""
+        refuse_cut_files()
         folder, place = self.path.parent, self.target.parent
         stale = _data_files(self.target)
         _sync(folder)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from onnx_quarot import errors
+from onnx_quarot.cut_files import survive_cut_files
 from onnx_quarot.errors import OnnxQuarotError
 from onnx_quarot.progress import NullProgress, terminal_progress
 from onnx_quarot.resources import peak_memory
@@ -56,7 +57,8 @@ def main() -> None:
         from onnx_quarot import pipeline
 
         start = time.perf_counter()
-        report = pipeline.quantize(**asked["keywords"], progress=progress)
+        with survive_cut_files():
+            report = pipeline.quantize(**asked["keywords"], progress=progress)
     except OnnxQuarotError as error:
         print(json.dumps({"error": [type(error).__name__, str(error)]}))
     except KeyboardInterrupt:
