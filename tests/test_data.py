@@ -228,6 +228,10 @@ def test_input_specs_of_a_model(tmp_path: Path) -> None:
     assert input_specs(tmp_path / "m.onnx") == [InputSpec("x", ("batch", 4, None), np.dtype(np.float16))]
     with pytest.raises(ModelError, match="no file"):
         input_specs(tmp_path / "absent.onnx")
+    graph.input[0].type.tensor_type.elem_type = TensorProto.UNDEFINED
+    onnx.save(helper.make_model(graph), tmp_path / "m.onnx")
+    with pytest.raises(ModelError, match="input x: the model does not say its element type"):
+        input_specs(tmp_path / "m.onnx")
 
 
 @pytest.mark.parametrize("symbolic", [False, True])

@@ -64,7 +64,7 @@ def input_specs(model: ir.Model | str | os.PathLike[str]) -> list[InputSpec]:
         name = value.name or ""
         if name in model.graph.initializers:
             continue
-        if value.dtype is None:
+        if value.dtype in (None, ir.DataType.UNDEFINED):
             raise ModelError(f"input {name}: the model does not say its element type")
         shape = (
             None
