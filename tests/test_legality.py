@@ -60,7 +60,6 @@ def how(plan: Plan, name: str) -> str:
 # Between a first layer h = x a [.., 32] and a last one y = m b, "middle" makes m from h. Each case: nodes, weights, and
 # whether the last layer is rotated offline (the middle preserves the basis) or online (it does not).
 W32 = RNG.uniform(0.5, 2, 32).astype(np.float32)
-ONES = np.ones(32, np.float32)
 
 
 def i64(*values: int) -> np.ndarray:

@@ -53,7 +53,8 @@ def rounded(x: np.ndarray, spec: TensorSpec, block: int) -> np.ndarray:
 def test_the_saved_graph_computes_the_simulation(tmp_path: Path, scheme: Scheme) -> None:
     path = forms_model.save(tmp_path / "m.onnx")
     model, sites = forms_model.load(path)
-    reports = quantize_tokens(model, sites, {s.node_name: scheme for s in sites}, {})
+    schemes = {s.node_name: scheme for s in sites}
+    reports = quantize_tokens(model, sites, schemes, {}, check_tokens(model, sites, schemes))
     assert {r.activation_bits for r in reports} == {scheme.activation.bits}
     got = forms_model.run(model)
     assert forms_model.relative(simulated(path, scheme), got) < 0.02

@@ -64,7 +64,7 @@ def quantize_sites(
         given = {name: other for name, other in schemes.items() if other != scheme}
         ranges, wide, notes = static_ranges(model_path, static, scheme, data, mixed, progress, given)
         schemes |= wide
-    check_tokens(model, [site for site in sites if schemes[site.node_name].form == "token"], schemes)
+    ranks = check_tokens(model, [site for site in sites if schemes[site.node_name].form == "token"], schemes)
     solved, remarks = solve_weights(model_path, sites, schemes, data, folder, progress)
     notes += (note for note in remarks if note not in notes)
     reports: list[SiteReport] = []
@@ -81,7 +81,7 @@ def quantize_sites(
         elif form == "fused":
             done, weights = quantize_fused(model, part, schemes, solved, tied)
         else:
-            done, weights = quantize_tokens(model, part, schemes, solved), []
+            done, weights = quantize_tokens(model, part, schemes, solved, ranks), []
         reports += done
         shared += weights
     return Quantized(reports, notes, shared)

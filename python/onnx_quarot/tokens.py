@@ -26,14 +26,15 @@ from .sites import LinearSite, drop_unused
 _TINY = np.finfo(np.float32).tiny
 
 
-def check_tokens(model: ir.Model, sites: Sequence[LinearSite], schemes: Mapping[str, Scheme]) -> None:
-    """Raise for what cannot be quantized so, before time is spent on it.
+def check_tokens(model: ir.Model, sites: Sequence[LinearSite], schemes: Mapping[str, Scheme]) -> dict[str, int]:
+    """Refuse what cannot be quantized so, before time is spent on it; else each activation's rank, by node name.
 
     ModelError for a weight that is not float32, a Gemm that transposes its activations, or an opset before 21;
     ConfigError for input features that the block does not divide.
     """
+    ranks: dict[str, int] = {}
     if not sites:
-        return
+        return ranks
     shapes = Shapes(model)
     for site in sites:
         scheme = schemes[site.node_name]
@@ -50,6 +51,8 @@ def check_tokens(model: ir.Model, sites: Sequence[LinearSite], schemes: Mapping[
             raise ConfigError(
                 f"block: {block} does not divide the {site.depth} input features of {site.node_name!r}; {remedy}"
             )
+        ranks[site.node_name] = len(shapes.shape[site.input])
+    return ranks
 
 
 def quantize_tokens(
@@ -57,12 +60,13 @@ def quantize_tokens(
     sites: Sequence[LinearSite],
     schemes: Mapping[str, Scheme],
     solved: Mapping[str, SolvedWeight],
+    ranks: Mapping[str, int],
 ) -> list[SiteReport]:
-    """Quantize `sites`, which :func:`check_tokens` lets pass, in place; a report for each.
+    """Quantize `sites`, which :func:`check_tokens` lets pass and gives `ranks` for, in place; a report for each.
 
     schemes: by node name, of the form token. Each activation is quantized once for each scheme that reads it.
     """
-    names, shapes = GraphNames(model.graph), Shapes(model)
+    names = GraphNames(model.graph)
     activations: dict[tuple[ir.Value, TensorSpec, int], ir.Value] = {}
     weights: dict[tuple[object, ...], ir.Value] = {}
     reports = []
@@ -73,7 +77,7 @@ def quantize_tokens(
         assert x is not None
         if (x, scheme.activation, block) not in activations:
             activations[x, scheme.activation, block] = _activation(
-                model.graph, names, shapes, x, node, site.depth, block, scheme.activation
+                model.graph, names, ranks[site.node_name], x, node, site.depth, block, scheme.activation
             )
         key = (*site.weight_key(), scheme.weight, block)
         if key not in weights:
@@ -134,7 +138,7 @@ def block_of(site: LinearSite, scheme: Scheme) -> int:
 def _activation(
     graph: ir.Graph,
     names: GraphNames,
-    shapes: Shapes,
+    rank: int,
     x: ir.Value,
     reader: ir.Node,
     depth: int,
@@ -155,7 +159,6 @@ def _activation(
         return names.initializer(ir.Tensor(np.asarray(array)), f"{base}_{name}")
 
     first, last = spec.bounds
-    rank = len(shapes.shape[x])
     shape = constant(np.array([0] * (rank - 1) + [depth // block, block], np.int64), "blocks_shape")
     blocks = add("Reshape", [x, shape], "blocks")
     axes, zero = constant(np.array([-1], np.int64), "axis"), constant(np.float32(0), "zero")
