@@ -13,10 +13,13 @@ from onnx import TensorProto, helper, numpy_helper
 import onnx_quarot as oq
 import small_llama
 from exports import DATA, runnable
+from onnx_quarot.data import input_specs
 from onnx_quarot.discovery import discover_model
-from onnx_quarot.discovery.rope import unfuse_rope
+from onnx_quarot.discovery.rope import fused_keys, unfuse_rope
 from onnx_quarot.load import load
 from onnx_quarot.plan import ROTATIONS
+from onnx_quarot.segments import run_in_segments
+from onnx_quarot.verify import random_feeds
 
 LLAMA = small_llama.Config(layers=2, vocab=160)
 CACHED = [*(f"genai_{n}" for n in ("llama", "llama_fp16", "qwen2", "qwen3", "mistral", "phi3")), "genai_gptoss"]
@@ -155,6 +158,126 @@ def test_what_stays_fused(tmp_path: Path, why: str) -> None:
     before = [n.op_type for n in model.graph]
     unfuse_rope(model)
     assert [n.op_type for n in model.graph] == before
+    reasons = {
+        "quantized": "its cache is quantized already",
+        "not cached": "its cache is not an input and output of the model",
+        "positions given": "given positions mean different things",
+    }
+    assert (fused_keys(model) is None) if why == "no RoPE" else (reasons[why] in str(fused_keys(model)))
+
+
+def test_whoever_asks_for_keys_is_told_why_they_stay_fused(tmp_path: Path) -> None:
+    plan = oq.discover(build(tmp_path, position_ids=True), rotations=ROTATIONS)
+    assert any("keeps its keys' encoding inside: given positions" in note for note in plan.notes)
+    assert not any("encoding" in note for note in oq.discover(build(tmp_path, position_ids=True)).notes)
+
+
+def test_tables_of_angles_that_a_branch_chooses(tmp_path: Path) -> None:
+    """Long contexts (LongRoPE, arXiv:2402.13753) have tables of their own, of more positions."""
+    path = build(tmp_path)
+    proto = onnx.load(path)
+    tables = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer if t.name in ("cos_cache", "sin_cache")}
+    branches = {}
+    for name, keep in (("then_branch", 32), ("else_branch", 64)):
+        made = [numpy_helper.from_array(t[:keep], f"{name}/{k}") for k, t in tables.items()]
+        nodes = [helper.make_node("Constant", [], [t.name], value=t) for t in made]
+        outputs = [helper.make_tensor_value_info(t.name, TensorProto.FLOAT, t.dims) for t in made]
+        branches[name] = helper.make_graph(nodes, name, [], outputs)
+    for tensor in [t for t in proto.graph.initializer if t.name in tables]:
+        proto.graph.initializer.remove(tensor)
+    limit = numpy_helper.from_array(np.array(20, np.int64))
+    choice = [
+        helper.make_node("Shape", ["attention_mask"], ["how_long"], start=1, end=2),
+        helper.make_node("Squeeze", ["how_long"], ["length_in_all"]),
+        helper.make_node("Constant", [], ["limit"], value=limit),
+        helper.make_node("Less", ["length_in_all", "limit"], ["short"]),
+        helper.make_node("If", ["short"], list(tables), **branches),
+    ]
+    for node in reversed(choice):
+        proto.graph.node.insert(0, node)
+    onnx.save(proto, path)
+    np.testing.assert_allclose(steps(unfused(path), [9, 1, 15, 1]), steps(path, [9, 1, 15, 1]), atol=2e-4)
+    plan = oq.rotate(path, tmp_path / "r.onnx", rotations=ROTATIONS).plan
+    assert plan is not None
+    assert kinds(plan)["R3"] == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Norms of queries and keys inside the operator, which ONNX Runtime's CPU provider does not compute.
+
+
+def normed_inside(source: Path, target: Path) -> Path:
+    """The norms in front of every attention become inputs of it."""
+    proto = onnx.load(source)
+    makers = {o: n for n in proto.graph.node for o in n.output}
+    for node in [n for n in proto.graph.node if n.op_type == "GroupQueryAttention"]:
+        inputs = [*node.input, *[""] * (16 - len(node.input))]
+        for index, scale in ((0, 14), (1, 15)):
+            rows = makers[inputs[index]]
+            norm = makers[rows.input[0]]
+            heads = makers[norm.input[0]]
+            assert norm.op_type == "SimplifiedLayerNormalization"
+            inputs[index], inputs[scale] = heads.input[0], norm.input[1]
+            for old in (rows, norm, heads):
+                proto.graph.node.remove(old)
+        del node.input[:]
+        node.input.extend(inputs)
+        node.attribute.append(helper.make_attribute("qk_norm_epsilon", 0.25))
+        node.attribute.append(helper.make_attribute("k_norm_epsilon", 1e-6))
+    onnx.save(proto, target)
+    return target
+
+
+def with_epsilon(source: Path, target: Path) -> Path:
+    """The same model as :func:`normed_inside`, with its norms outside."""
+    proto = onnx.load(source)
+    makers = {o: n for n in proto.graph.node for o in n.output}
+    for node in [n for n in proto.graph.node if n.op_type == "GroupQueryAttention"]:
+        for index, epsilon in ((0, 0.25), (1, 1e-6)):
+            norm = makers[makers[node.input[index]].input[0]]
+            kept = [a for a in norm.attribute if a.name != "epsilon"]
+            del norm.attribute[:]
+            norm.attribute.extend([*kept, helper.make_attribute("epsilon", epsilon)])
+    onnx.save(proto, target)
+    return target
+
+
+def test_norms_inside_attention_are_computed_in_front_of_it(tmp_path: Path) -> None:
+    inside = normed_inside(DATA / "genai_qwen3.onnx", tmp_path / "inside.onnx")
+    outside = with_epsilon(DATA / "genai_qwen3.onnx", tmp_path / "outside.onnx")
+    feeds = random_feeds(load(inside), input_specs(inside))
+    for a, b in zip(
+        run_in_segments(inside, feeds, ["logits", "present.1.key"]),
+        run_in_segments(outside, feeds, ["logits", "present.1.key"]),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rotations", [("R1", "R2", "R4"), ROTATIONS], ids=len)
+def test_norms_inside_attention(rotations: tuple[str, ...], tmp_path: Path) -> None:
+    """They stay there unless keys are to be rotated; then norm, encoding and rotation follow one another."""
+    report = oq.rotate(normed_inside(DATA / "genai_qwen3.onnx", tmp_path / "m.onnx"), tmp_path / "r.onnx",
+                       rotations=rotations)  # fmt: skip
+    assert report.plan is not None
+    assert report.verification is not None
+    assert report.verification.worst < 1e-4
+    plain = discover_model(load(DATA / "genai_qwen3.onnx"), rotations=rotations)
+    assert len(report.plan.online) == len(plain.online)
+    assert kinds(report.plan) == kinds(plain)
+    inside = [len(n.inputs) == 16 for n in load(tmp_path / "r.onnx").graph if n.op_type == "GroupQueryAttention"]
+    assert inside == [rotations != ROTATIONS] * 2
+
+
+@pytest.mark.parametrize("kv_cache", ["int4", "int4-tensor"])
+def test_a_quantized_cache_takes_norms_out_of_attention(kv_cache: str, tmp_path: Path) -> None:
+    source = normed_inside(DATA / "genai_qwen3.onnx", tmp_path / "m.onnx")
+    data = [random_feeds(load(source), input_specs(source), seed=seed, past=0) for seed in range(2)]
+    report = oq.quantize(source, tmp_path / "q.onnx", data, scheme="a8w8-block", kv_cache=kv_cache)
+    assert any("key/value cache: 2 layers" in note for note in report.notes)
+    assert report.verification is not None
+    assert report.verification.worst < 1e-4
+    assert oq.session(tmp_path / "q.onnx").get_inputs()[-1].type == "tensor(uint8)"
 
 
 def test_quantize_leaves_keys_alone_without_a_quantized_cache(tmp_path: Path) -> None:

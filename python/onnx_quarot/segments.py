@@ -1,7 +1,8 @@
 """Running a model that is too large to run whole: a piece of the graph at a time, in its own order.
 
 Only the weights of one piece, and the activations that later pieces still need, are in memory. Types that ONNX
-Runtime cannot compute in on a CPU (bfloat16) are widened to float32 on the way.
+Runtime cannot compute in on a CPU (bfloat16) are widened to float32 on the way, and norms inside attention, which it
+has for other devices only, are computed in front of it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from onnx_quarot import custom_op, runtime_faults
+from onnx_quarot.discovery.rope import unfuse_norms
 from onnx_quarot.errors import ModelError
 from onnx_quarot.load import external_files, load
 
@@ -35,6 +37,7 @@ def run_in_segments(
     """
     model = load(path)
     runtime_faults.refuse(model, str(path))
+    unfuse_norms(model)
     wide = any(v.dtype == ir.DataType.BFLOAT16 for v in model.graph.initializers.values())
     values = {name: _widened(array) if wide else array for name, array in feeds.items()}
     segments = list(_segments(model, segment_bytes))

@@ -18,6 +18,7 @@ import onnxruntime as ort
 from onnx_quarot.custom_op import session
 from onnx_quarot.data import Dim, InputSpec, input_specs
 from onnx_quarot.discovery.constants import constant
+from onnx_quarot.discovery.rope import has_fused_norms
 from onnx_quarot.errors import ModelError, VerificationError
 from onnx_quarot.load import load, total_bytes
 from onnx_quarot.plan import Placement, Plan
@@ -203,9 +204,8 @@ def _index_limits(model: ir.Model) -> dict[str, int]:
 
 def _run(path: Path, feeds: dict[str, Array], names: list[str]) -> list[Array]:
     model = load(path)
-    if total_bytes(model) > _WHOLE_BYTES or any(
-        v.dtype == ir.DataType.BFLOAT16 for v in [*model.graph.initializers.values(), *model.graph.inputs]
-    ):
+    wide = any(v.dtype == ir.DataType.BFLOAT16 for v in [*model.graph.initializers.values(), *model.graph.inputs])
+    if wide or total_bytes(model) > _WHOLE_BYTES or has_fused_norms(model):
         return run_in_segments(path, feeds, names)
     options = ort.SessionOptions()
     options.log_severity_level = 3

@@ -14,6 +14,7 @@ from onnx_quarot.discovery.builder import Builder
 from onnx_quarot.discovery.constants import root_tensor, tensor_shape
 from onnx_quarot.discovery.labels import Labels
 from onnx_quarot.discovery.prepare import prepare
+from onnx_quarot.discovery.rope import fused_keys
 from onnx_quarot.discovery.rules import apply_rules
 from onnx_quarot.discovery.shapes import Shapes
 from onnx_quarot.discovery.tied import TiedHead, agree, keep_basis, share_basis, tied_heads
@@ -49,8 +50,8 @@ def discover_model(
     (everything else, usually online in front of the down projection) may be used. block_size: rotate in blocks of this
     many features instead of whole axes where it divides them. seed: random signs in front of every rotation, drawn in
     the order of the graph; None for plain Hadamard matrices. tied: an embedding table that is also a linear layer's
-    weight stays one matrix, at the price of one or two online transforms (see :mod:`tied`). keys: take RoPE out of
-    attention even where R3 is not asked for, for a cache that needs keys as they are compared.
+    weight stays one matrix, at the price of one or two online transforms (see :mod:`tied`). keys: take RoPE, and norms
+    in front of it, out of attention even where R3 is not asked for, for a cache that needs keys as they are compared.
 
     Raises ModelError when the model holds no linear layer, ConfigError for an unknown rotation or an impossible size.
     """
@@ -88,6 +89,8 @@ def discover_model(
     if any(isinstance(a, ir.Attr) and a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
            for n in model.graph for a in n.attributes.values()):  # fmt: skip
         builder.note("subgraphs (If, Loop, Scan) are left alone, with everything they read")
+    if keys and (why := fused_keys(model)) is not None:
+        builder.note(why)
     for head in heads:
         basis = "rotated" if labels.any_rotated(head.weight, head.read.slot.axis) else "in its own basis"
         builder.note(f"{head.name} stays tied: the table and the layer keep one matrix, {basis}")

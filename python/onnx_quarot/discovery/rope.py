@@ -1,7 +1,9 @@
-"""Taking the position encoding out of GroupQueryAttention, so that queries and keys can change basis behind it (R3).
+"""Taking norms and position encodings out of GroupQueryAttention, so that queries and keys can change basis behind
+them (R3).
 
-Inside the operator nothing can stand between RoPE and the scores or the cache. As operators of their own, the encoding
-comes first, then perhaps a rotation, and the attention that is left compares and caches what it is given.
+Inside the operator nothing can stand between RoPE and the scores or the cache. As operators of their own, the norms of
+queries and keys come first, then the encoding, then perhaps a rotation, and the attention that is left compares and
+caches what it is given.
 """
 
 from __future__ import annotations
@@ -11,50 +13,96 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from onnx_quarot.discovery.constants import constant
 from onnx_quarot.discovery.rules.registry import MICROSOFT
 from onnx_quarot.discovery.shapes import Shapes
 from onnx_quarot.editing import GraphNames
 
 # Inputs of GroupQueryAttention.
-_QUERY, _KEY, _VALUE, _PAST_KEY, _LENGTHS, _COS, _SIN, _POSITIONS, _Q_NORM, _K_NORM = 0, 1, 2, 3, 5, 7, 8, 9, 14, 15
+_QUERY, _KEY, _VALUE, _PAST_KEY, _LENGTHS, _COS, _SIN, _POSITIONS = 0, 1, 2, 3, 5, 7, 8, 9
+_Q_NORM, _K_NORM, _QUERY_LENGTHS = 14, 15, 16
 _SHAPE_SLICE_OPSET = 15  # Shape of some axes
+_NORM_EPSILON = 1e-6  # the operator's default
 
 
 def unfuse_rope(model: ir.Model) -> None:
-    """Un-fuse RoPE, in place, in every GroupQueryAttention that caches its keys and does nothing else to them inside.
+    """Un-fuse RoPE, and the norms in front of it, in place, in every GroupQueryAttention that caches its keys and does
+    nothing else to them inside.
 
     Packed queries, keys and values are split. Positions are what the operator counts: from 0 in a first prompt, behind
     the cache later.
     """
-    nodes = [node for node in model.graph if _can_unfuse(model, node)]
+    _unfuse(model, rotary=True)
+
+
+def unfuse_norms(model: ir.Model) -> None:
+    """Un-fuse norms of queries and keys only: some of ONNX Runtime's providers, its CPU's too, do not compute them."""
+    _unfuse(model, rotary=False)
+
+
+def has_fused_norms(model: ir.Model) -> bool:
+    return any((n.domain, n.op_type) == (MICROSOFT, "GroupQueryAttention") and _normed(n) for n in model.graph)
+
+
+def fused_keys(model: ir.Model) -> str | None:
+    """Why some attention of a model whose keys were to be taken out still encodes them inside; None if none does."""
+    shapes: Shapes | None = None
+    for node in model.graph:
+        if (node.domain, node.op_type) == (MICROSOFT, "GroupQueryAttention") and _changes_keys(node):
+            shapes = shapes or Shapes(model)
+            return f"{node.name!r} keeps its keys' encoding inside: {_obstacle(model, shapes, node, rotary=True)}"
+    return None
+
+
+def _unfuse(model: ir.Model, *, rotary: bool) -> None:
+    nodes = [n for n in model.graph if (n.domain, n.op_type) == (MICROSOFT, "GroupQueryAttention")]
+    nodes = [n for n in nodes if _normed(n) or (rotary and _changes_keys(n))]
     if not nodes:
         return
     shapes = Shapes(model)
     surgeon = _Surgeon(model, shapes)
     for node in nodes:
-        surgeon.unfuse(node)
+        if _obstacle(model, shapes, node, rotary=rotary) is None:
+            surgeon.unfuse(node, rotary=rotary)
 
 
 def _input(node: ir.Node, index: int) -> ir.Value | None:
     return node.inputs[index] if index < len(node.inputs) else None
 
 
-def _can_unfuse(model: ir.Model, node: ir.Node) -> bool:
-    if (node.domain, node.op_type) != (MICROSOFT, "GroupQueryAttention"):
-        return False
-    if not node.attributes.get_int("do_rotary", 0) or model.graph.opset_imports.get("", 0) < _SHAPE_SLICE_OPSET:
-        return False
-    # Given positions mean different things in a first prompt and later, and not the same in every runtime.
-    if any(_input(node, i) is not None for i in (_POSITIONS, _Q_NORM, _K_NORM)):
-        return False
-    if constant(_input(node, _COS)) is None:
-        return False
+def _normed(node: ir.Node) -> bool:
+    return _input(node, _Q_NORM) is not None or _input(node, _K_NORM) is not None
+
+
+def _changes_keys(node: ir.Node) -> bool:
+    return node.attributes.get_int("do_rotary", 0) == 1 or _normed(node)
+
+
+def _obstacle(model: ir.Model, shapes: Shapes, node: ir.Node, *, rotary: bool) -> str | None:
+    """What forbids to take the norms out, and with ``rotary`` the encoding; None if nothing does."""
+    query = _input(node, _QUERY)
+    if query is None or not shapes.known(query) or not shapes.static[query][-1]:
+        return "its width is not fixed"
+    if _normed(node) and any(_input(node, i) is None for i in (_Q_NORM, _K_NORM)):
+        return "it normalises either queries or keys"
+    if not rotary:
+        return None
     if any(node.attributes.get_string(f"{kind}_quant_type", "NONE") != "NONE" for kind in "kv"):
-        return False
+        return "its cache is quantized already"
     past, present = _input(node, _PAST_KEY), node.outputs[1] if len(node.outputs) > 1 else None
-    cached = past is not None and past.is_graph_input() and present is not None and present.is_graph_output()
-    return cached and all(_input(node, i) is not None for i in (_QUERY, _LENGTHS, _SIN))
+    if past is None or not past.is_graph_input() or present is None or not present.is_graph_output():
+        return "its cache is not an input and output of the model"
+    if not node.attributes.get_int("do_rotary", 0):
+        return None
+    if model.graph.opset_imports.get("", 0) < _SHAPE_SLICE_OPSET:
+        return f"its positions can be counted from opset {_SHAPE_SLICE_OPSET} on"
+    if _input(node, _POSITIONS) is not None:
+        return "given positions mean different things in a first prompt and later, and not the same in every runtime"
+    if _input(node, _QUERY_LENGTHS) is not None:
+        return "sequences of a batch begin at positions of their own"
+    cos = _input(node, _COS)
+    if cos is None or not shapes.known(cos) or not shapes.static[cos][-1]:
+        return "how many features carry their position is not fixed"
+    return None if all(_input(node, i) is not None for i in (_LENGTHS, _SIN)) else "an input is missing"
 
 
 class _Surgeon:
@@ -66,11 +114,9 @@ class _Surgeon:
         self._positions: dict[object, ir.Value] = {}
         self._constants: dict[tuple[int, ...], ir.Value] = {}
 
-    def unfuse(self, node: ir.Node) -> None:
+    def unfuse(self, node: ir.Node, *, rotary: bool) -> None:
         query = node.inputs[_QUERY]
         assert query is not None
-        if not self.shapes.known(query) or not self.shapes.static[query][-1]:
-            return
         heads, kv_heads = node.attributes.get_int("num_heads"), node.attributes.get_int("kv_num_heads")
         packed = _input(node, _KEY) is None
         width = self.shapes.shape[query][-1]
@@ -82,18 +128,43 @@ class _Surgeon:
             parts = list(
                 self._add(node, "Split", [query, self._constant(widths)], {"axis": -1}, "split", dtype, count=3)
             )
-        positions = self._positions_of(node, query)
-        for index, count, what in ((_QUERY, heads, "query"), (_KEY, kv_heads, "key")):
-            parts[index] = self._turned(node, parts[index], positions, count, size, dtype, f"{what}/rotary")
+        sides = ((_QUERY, heads, _Q_NORM, "query"), (_KEY, kv_heads, _K_NORM, "key"))
+        if _normed(node):
+            for index, count, scale, what in sides:
+                parts[index] = self._normalised(node, parts[index], _input(node, scale), count, size, dtype, what)
+                node.replace_input_with(scale, None)
+            for prefix in ("qk", "q", "k"):
+                node.attributes.pop(f"{prefix}_norm_epsilon", None)
+        if rotary and node.attributes.get_int("do_rotary", 0) == 1:
+            positions = self._positions_of(node, query)
+            for index, count, _, what in sides:
+                parts[index] = self._turned(node, parts[index], positions, count, size, dtype, f"{what}/rotary")
+            for index in (_COS, _SIN):
+                node.replace_input_with(index, None)
+            node.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 0)
+            node.attributes.pop("rotary_interleaved", None)
         for index, value in enumerate(parts):
             node.replace_input_with(index, value)
-        for index in (_COS, _SIN):
-            if index < len(node.inputs):
-                node.replace_input_with(index, None)
         while node.inputs and node.inputs[-1] is None:
             node.resize_inputs(len(node.inputs) - 1)
-        node.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 0)
-        node.attributes.pop("rotary_interleaved", None)
+
+    def _normalised(
+        self,
+        node: ir.Node,
+        x: ir.Value | None,
+        scale: ir.Value | None,
+        count: int,
+        size: int,
+        dtype: ir.DataType,
+        what: str,
+    ) -> ir.Value:
+        """Every head for itself, all heads by one scale."""
+        heads = self._add(node, "Reshape", [x, self._constant((0, -1, size))], {}, f"{what}/heads", dtype)[0]
+        epsilon = node.attributes.get_float("qk_norm_epsilon", _NORM_EPSILON)
+        epsilon = node.attributes.get_float(f"{what[0]}_norm_epsilon", epsilon)
+        attributes = {"axis": -1, "epsilon": epsilon}
+        norm = self._add(node, "SimplifiedLayerNormalization", [heads, scale], attributes, f"{what}/norm", dtype)[0]
+        return self._add(node, "Reshape", [norm, self._constant((0, -1, count * size))], {}, f"{what}/rows", dtype)[0]
 
     def _turned(
         self,
@@ -106,11 +177,11 @@ class _Surgeon:
         suffix: str,
     ) -> ir.Value:
         cos = node.inputs[_COS]
-        view = constant(cos)
-        assert view is not None
+        assert cos is not None
         attributes = {"interleaved": node.attributes.get_int("rotary_interleaved", 0), "num_heads": count}
-        if 2 * view.shape[-1] != size:  # only the first features of a head carry their position
-            attributes["rotary_embedding_dim"] = 2 * view.shape[-1]
+        turned = 2 * self.shapes.shape[cos][-1]
+        if turned != size:  # only the first features of a head carry their position
+            attributes["rotary_embedding_dim"] = turned
         inputs = [x, positions, cos, node.inputs[_SIN]]
         return self._add(node, "RotaryEmbedding", inputs, attributes, suffix, dtype, domain=MICROSOFT)[0]
 
@@ -148,7 +219,7 @@ class _Surgeon:
         node: ir.Node,
         op_type: str,
         inputs: list[ir.Value | None],
-        attributes: Mapping[str, int],
+        attributes: Mapping[str, int | float],
         suffix: str,
         dtype: ir.DataType,
         *,
