@@ -56,6 +56,21 @@ def test_a_data_file_without_its_model_goes_with_the_next_save(
     assert {p.name for p in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize("moment", ["announced", "data moved", "model moved"])
+def test_what_a_process_removes_that_ends_in_the_middle(tmp_path: Path, moment: str) -> None:
+    target = tmp_path / "b.onnx"
+    folder, lock = partial.claim(target)
+    (folder / target.name).write_bytes(b"model")
+    (folder / "b.onnx.data").write_bytes(b"weights")
+    partial.announce(folder, "b.onnx.data")
+    for name in {"announced": [], "data moved": ["b.onnx.data"], "model moved": ["b.onnx.data", "b.onnx"]}[moment]:
+        (folder / name).rename(tmp_path / name)
+    partial.remove_live()
+    os.close(lock)
+    whole = ["b.onnx", "b.onnx.data"] if moment == "model moved" else []
+    assert sorted(os.listdir(tmp_path)) == whole
+
+
 def test_the_work_of_a_living_process_stays(tmp_path: Path) -> None:
     with workspace(tmp_path / "b.onnx") as one:
         (one / "half").write_bytes(b"x")

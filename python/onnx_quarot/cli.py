@@ -6,6 +6,8 @@ Exit codes: 0 done, 1 it could not be done, 2 wrong usage, 130 interrupted.
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import click
 from . import __version__
 from .console import OneLineErrors, common, progress, rotation_options, show, text_options, tokenizer_for, write_text
 from .errors import ConfigError
+from .interrupt import EXIT_CODE
 
 # As in `scheme`, which takes half a second to import: too long for -h.
 METHODS = ("minmax", "percentile", "mse", "entropy")
@@ -365,7 +368,15 @@ def bench(largest: int, seconds: float, picture: Path | None, as_json: bool) -> 
 
 def main() -> None:
     """The console script."""
-    cli()
+    try:
+        cli()
+    except SystemExit as done:
+        if done.code == EXIT_CODE:
+            # At once: Python would wait for threads to do what is still in their queues.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(EXIT_CODE)
+        raise
 
 
 if __name__ == "__main__":

@@ -33,21 +33,24 @@ def prompt_interrupts() -> Iterator[None]:
     writing.setblocking(False)
     old_descriptor = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
     old_handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    over = threading.Event()
-    threading.Thread(target=_watch, args=(reading, over), daemon=True, name="interrupts").start()
+    over, ending = threading.Event(), threading.Event()
+    threading.Thread(target=_watch, args=(reading, over, ending), daemon=True, name="interrupts").start()
     try:
         yield
     finally:
         over.set()
+        if ending.is_set():
+            threading.Event().wait()  # the process ends as it is
         signal.set_wakeup_fd(old_descriptor)
         signal.signal(signal.SIGTERM, old_handler)
         writing.close()
 
 
-def _watch(reading: socket.socket, over: threading.Event) -> None:
+def _watch(reading: socket.socket, over: threading.Event, ending: threading.Event) -> None:
     with reading:
         while received := reading.recv(16):
             if {signal.SIGINT, signal.SIGTERM} & set(received) and not over.wait(_GRACE):
+                ending.set()
                 remove_live()
                 print("error: interrupted", file=sys.stderr, flush=True)
                 # The main thread is still at work: a second pass gets what it wrote meanwhile.
