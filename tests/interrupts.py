@@ -36,7 +36,7 @@ def commands(folder: Path, out: Path) -> dict[str, list[str]]:
     }
 
 
-def interrupt(arguments: list[str], after: float) -> tuple[float, int, str]:
+def interrupt(arguments: list[str], after: float, scratch: Path) -> tuple[float, int, str]:
     """How long a command lived on, its exit code and its last line; it may have been done before."""
     command = [sys.executable, "-m", "onnx_quarot.cli", *arguments]
     process = subprocess.Popen(
@@ -46,6 +46,7 @@ def interrupt(arguments: list[str], after: float) -> tuple[float, int, str]:
         text=True,
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        env={**os.environ, "TMPDIR": str(scratch)},
     )
     time.sleep(after)
     start = time.monotonic()
@@ -57,21 +58,22 @@ def interrupt(arguments: list[str], after: float) -> tuple[float, int, str]:
 def main() -> None:
     folder, trials = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 10
     rng = random.Random(0)
-    before = set(os.listdir(tempfile.gettempdir()))
     for name in commands(folder, Path()):
         lived = []
         for _ in range(trials):
             with tempfile.TemporaryDirectory() as place:
-                out = Path(place)
-                seconds, code, line = interrupt(commands(folder, out)[name], rng.uniform(0.5, SECONDS.get(name, 20.0)))
+                out, scratch = Path(place, "out"), Path(place, "scratch")
+                out.mkdir()
+                scratch.mkdir()
+                moment = rng.uniform(0.5, SECONDS.get(name, 20.0))
+                seconds, code, line = interrupt(commands(folder, out)[name], moment, scratch)
                 if code == 130:
                     lived.append(seconds)
                     assert line == "error: interrupted", (name, line)
-                    assert os.listdir(out) == [], (name, os.listdir(out))
+                    left = [*out.iterdir(), *scratch.iterdir()]
+                    assert left == [], (name, left)
                 else:
                     assert code == 0, (name, code, line)
-        left = [n for n in set(os.listdir(tempfile.gettempdir())) - before if n.startswith("onnx-quarot-")]
-        assert not left, (name, left)
         print(f"{name:28} {len(lived):3} interrupted, at most {max(lived, default=0):.2f} s", flush=True)
 
 

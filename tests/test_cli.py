@@ -286,6 +286,15 @@ def test_interrupt_has_its_own_code(model: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(pipeline, "discover", interrupted)
     assert_fails(run("discover", model), 130, "interrupted")
 
+    def interrupted_and_more(*_: Any, **__: Any) -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise ValueError("what cleaning up met")
+
+    monkeypatch.setattr(pipeline, "discover", interrupted_and_more)
+    assert_fails(run("discover", model), 130, "interrupted")
+
 
 # --- progress --------------------------------------------------------------------------------------------------
 

@@ -164,3 +164,17 @@ def test_onnxruntimes_operators_in_onnxs_domain_are_no_fault_of_a_model(tmp_path
     path.write_bytes(small_llama.build(small_llama.Config()).SerializeToString())
     with pytest.raises(oq.ModelError, match="is not understood"), blamed_on(path):
         raise IndexError
+
+
+def test_a_weight_that_is_not_finite_in_external_data(tmp_path: Path) -> None:
+    """What the error holds is still mapped when the file is let go."""
+    config = small_llama.Config(layers=1)
+    source = small_llama.save(tmp_path / "a.onnx", config, external=True)
+    data = tmp_path / "a.onnx.data"
+    weights = np.fromfile(data, np.float32)
+    weights[len(weights) // 2] = np.nan
+    weights.tofile(data)
+    feeds = small_llama.decoder_feeds(config, np.random.default_rng(0))
+    with pytest.raises(oq.ModelError, match="holds a value that is not finite"):
+        oq.quantize(source, tmp_path / "b.onnx", [feeds], scheme="a8w8-dynamic", rotations=(), verify=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.onnx", "a.onnx.data"]

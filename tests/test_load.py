@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -13,7 +14,7 @@ import onnx_quarot as oq
 import small_llama
 from onnx_quarot import segments
 from onnx_quarot.errors import ModelError
-from onnx_quarot.load import external_files, load, total_bytes
+from onnx_quarot.load import external_files, load, total_bytes, unmap
 
 
 def one_line(error: pytest.ExceptionInfo[ModelError]) -> str:
@@ -160,3 +161,13 @@ def rename_data(path: Path, location: str) -> None:
             if entry.key == "location":
                 entry.value = location
     path.write_bytes(model.SerializeToString())
+
+
+def test_a_mapped_file_is_let_go_also_by_an_error_that_holds_a_view_of_it(tmp_path: Path) -> None:
+    model = load(small_llama.save(tmp_path / "a.onnx", external=True))
+    tensor = next(t for v in model.graph.initializers.values() if isinstance(t := v.const_value, ir.ExternalTensor))
+    view = tensor.numpy()
+    before = view.copy()
+    unmap(tensor)
+    assert np.array_equal(view, before)
+    assert np.array_equal(tensor.numpy(), before)

@@ -348,7 +348,13 @@ def demo(
 
 @cli.command()
 @click.option("--largest", type=click.IntRange(min=64), default=2**20, show_default=True, help="Longest vector.")
-@click.option("--seconds", type=float, default=0.05, show_default=True, help="For each contender of each case.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0, 60, min_open=True),
+    default=0.05,
+    show_default=True,
+    help="For each contender of each case.",
+)
 @click.option("--picture", type=click.Path(path_type=Path), help="Draw ns per element against n into this PNG.")
 @common
 def bench(largest: int, seconds: float, picture: Path | None, as_json: bool) -> None:

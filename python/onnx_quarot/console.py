@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -37,6 +37,11 @@ class OneLineErrors(click.Group):
                 return super().invoke(ctx)
         except KeyboardInterrupt:
             raise Interrupted("interrupted") from None
+        except Exception as error:
+            # An interrupt may come up as the failure of what it interrupted.
+            if any(isinstance(cause, KeyboardInterrupt) for cause in _chain(error)):
+                raise Interrupted("interrupted") from None
+            raise
 
     def main(
         self,
@@ -65,6 +70,12 @@ class OneLineErrors(click.Group):
         except Exception as error:
             _fail(_describe(error), 1)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__context__
 
 
 def _describe(error: Exception) -> str:

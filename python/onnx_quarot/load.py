@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import onnx
@@ -200,6 +200,16 @@ def external_files(model: ir.Model) -> set[Path]:
     return {
         Path(t.path) for v in model.graph.initializers.values() if isinstance(t := v.const_value, ir.ExternalTensor)
     }
+
+
+def unmap(tensor: ir.TensorProtocol) -> None:
+    """Let go of the file that a tensor was read from, whose pages would pile up; reading it again maps it again.
+
+    No view of it should be left. The frames of an error that is under way may hold one, with which the file then goes.
+    """
+    if isinstance(tensor, ir.ExternalTensor):
+        with suppress(BufferError):
+            tensor.release()
 
 
 def total_bytes(model: ir.Model) -> int:

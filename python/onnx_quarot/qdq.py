@@ -22,6 +22,7 @@ import onnx_ir as ir
 
 from .calibrate import Range
 from .errors import ConfigError, ModelError
+from .load import unmap
 from .qparams import (
     Array,
     QuantizedWeight,
@@ -258,8 +259,7 @@ class _Editor:
             return array if alpha == 1.0 else array * np.float32(alpha)
 
         def close() -> None:
-            if isinstance(tensor, ir.ExternalTensor):
-                tensor.release()
+            unmap(tensor)
 
         shape = (site.depth, site.channels) if site.channel_axis == 1 else (site.channels, site.depth)
         # ONNX Runtime's exact mode on CPUs without VNNI turns an int8 weight into uint8 at each of its

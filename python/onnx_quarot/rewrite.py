@@ -23,6 +23,7 @@ from onnx_quarot.discovery import fingerprint
 from onnx_quarot.discovery.constants import Constant, constant, root_tensor
 from onnx_quarot.discovery.prepare import prepare
 from onnx_quarot.errors import ConfigError
+from onnx_quarot.load import unmap
 from onnx_quarot.nodes import add_behind, bypass, subtract_mean, to_rms_norm
 from onnx_quarot.plan import Addition, AxisChange, NewBias, Online, Placement, Plan, Rebase
 from onnx_quarot.transform import Rotation, hadamard
@@ -222,9 +223,7 @@ class _Recipe:
 
         def evaluate() -> ir.TensorProtocol:
             result = self._from(source, forward, out_shape, dtype.numpy())
-            release = getattr(source, "release", None)
-            if release is not None:
-                release()  # unmap the file, or its pages pile up; no view of it may be left by now
+            unmap(source)
             return ir.tensor(np.ascontiguousarray(result if back is None else result.transpose(back)), dtype, name=name)
 
         return ir.LazyTensor(evaluate, dtype, ir.Shape(stored), name=name)

@@ -20,7 +20,7 @@ import onnxruntime as ort
 from onnx_quarot import custom_op, runtime_faults
 from onnx_quarot.discovery.rope import unfuse_norms
 from onnx_quarot.errors import ModelError
-from onnx_quarot.load import external_files, load
+from onnx_quarot.load import external_files, load, unmap
 
 Array = np.ndarray[Any, Any]
 SEGMENT_BYTES = 256 << 20
@@ -140,8 +140,7 @@ def _tensor(value: ir.Value, folder: str, wide: bool) -> onnx.TensorProto:
                 entry.value = os.path.relpath(entry.value, folder)
         return proto
     array = tensor.numpy().astype(np.float32)
-    if isinstance(tensor, ir.ExternalTensor):
-        tensor.release()
+    unmap(tensor)
     return onnx.numpy_helper.from_array(array, value.name)
 
 

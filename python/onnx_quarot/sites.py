@@ -12,6 +12,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from .errors import ConfigError
+from .load import unmap
 
 Array = npt.NDArray[Any]
 
@@ -173,8 +174,7 @@ class WeightSource:
 
     def close(self) -> None:
         """Unmap what was mapped; reading again maps it again."""
-        if isinstance(self._tensor, ir.ExternalTensor):
-            self._tensor.release()
+        unmap(self._tensor)
 
 
 def constant_dtype(root: ir.Value, view: Sequence[ir.Node]) -> ir.DataType:

@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .errors import ConfigError
+from .load import unmap
 from .qparams import Array, QuantizedWeight
 from .scheme import TensorSpec
 from .sites import apply_view, constant_dtype, constant_root, constant_tensor, drop_unused, view_shape
@@ -77,8 +78,7 @@ def _quantize(graph: ir.Graph, node: ir.Node, spec: TensorSpec, min_elements: in
         return apply_view(tensor.numpy(), view)
 
     def close() -> None:
-        if isinstance(tensor, ir.ExternalTensor):
-            tensor.release()
+        unmap(tensor)
 
     weight = QuantizedWeight(root.name or "", shape, spec, 0, read, close)
     _replace(graph, node, weight)
