@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+import small_llama
 import tiny_gguf
 from onnx_quarot.comparison import Comparison, log_softmax
 from onnx_quarot.demo import build_model
@@ -188,6 +189,17 @@ def test_decoder_from_text(llama: tuple[tiny_gguf.Tiny, Path]) -> None:
     assert found.perplexity == pytest.approx(np.exp(np.mean(losses)), rel=1e-4)
     assert found.prefill_tokens_per_second
     assert found.decode_tokens_per_second
+
+
+def test_a_window_as_long_as_the_model_has_positions(tmp_path: Path) -> None:
+    """Decoding is timed within the window: there is nothing behind it."""
+    config = small_llama.Config()
+    path = small_llama.save(tmp_path / "m.onnx", config)
+    for length, timed in ((64, True), (3, True), (2, False)):
+        feeds = small_llama.decoder_feeds(config, np.random.default_rng(0), length=length)
+        found = measure(path, [feeds])
+        assert (found.decode_tokens_per_second is not None) == timed
+        assert found.perplexity is not None
 
 
 def test_size_counts_external_data(llama: tuple[tiny_gguf.Tiny, Path], models: tuple[Path, Path]) -> None:

@@ -168,6 +168,7 @@ def open_model(model: ir.Model, folder: Path, stack: ExitStack, threads: int | N
         for value in model.graph.initializers.values()
         if value.const_value is not None and not isinstance(value.const_value, ir.ExternalTensor)
     )
+    half = any(value.dtype == ir.DataType.BFLOAT16 for node in model.graph for value in node.outputs)
     source: str | bytes
     if inline > _INLINE_LIMIT:
         # Weights inside the file would be held twice, as message and as tensors: map them from a file instead.
@@ -185,7 +186,8 @@ def open_model(model: ir.Model, folder: Path, stack: ExitStack, threads: int | N
             source, options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
         )
     except Exception as error:  # ONNX Runtime's own exceptions share no base class
-        raise ModelError(f"model: {folder} cannot be run: {_first_line(error)}") from None
+        hint = "; its CPU knows little of bfloat16: convert the model to float32 or float16" if half else ""
+        raise ModelError(f"model: {folder} cannot be run by ONNX Runtime: {_first_line(error)}{hint}") from None
 
 
 def _prune(model: ir.Model, names: list[str]) -> list[str]:

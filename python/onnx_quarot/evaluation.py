@@ -358,18 +358,23 @@ def _flat(logits: Array) -> Array:
 
 
 def _time_decoding(runs: Sequence[_Run], ids: Array) -> None:
-    """Feed the window, then single tokens to each model in turn; models that are no decoders are left out."""
+    """Feed most of the window, then the rest token by token to each model in turn; models that are no decoders are
+    left out. No position is behind the window's: there may be none.
+    """
+    steps = min(_DECODE_STEPS, ids.shape[1] - 2)
+    if steps < 1:
+        return
+    prompt = ids.shape[1] - steps - 1
     decoders: list[tuple[_Run, Decoder]] = []
     for run in runs:
         try:
-            room = ids.shape[1] + _DECODE_STEPS + 1 if run.in_place else None
-            decoders.append((run, Decoder(run.session, run.specs, capacity=room)))
+            decoders.append((run, Decoder(run.session, run.specs, capacity=ids.shape[1] if run.in_place else None)))
         except ModelError:
             continue  # documented: its decode speed is None
     for _, decoder in decoders:
-        decoder.feed(ids)
-    for step in range(_DECODE_STEPS + 1):
-        token = ids[:, step % ids.shape[1]][:, None]
+        decoder.feed(ids[:, :prompt])
+    for step in range(steps + 1):
+        token = ids[:, prompt + step][:, None]
         for run, decoder in decoders:
             start = time.perf_counter()
             decoder.feed(token)

@@ -31,6 +31,7 @@ from onnx_quarot.tables import TableReport, quantize_tables
 from onnx_quarot.tied_tables import share_tables
 from onnx_quarot.verify import Verification
 from onnx_quarot.verify import verify as verify_model
+from onnx_quarot.widen import widen_layers
 
 
 def discover(
@@ -150,10 +151,14 @@ def quantize(
     with clock.step("discover"):
         model = load(source)
         check_schemes(model, chosen, layers or {})
+        kinds = tuple(t for t in op_types if t != "Gather")
+        specs = input_specs(model)
+        sites, _ = layer_schemes(linear_sites(model, kinds, tuple(exclude)), layers or {})
+        wide = widen_layers(model, sites, tables="Gather" in op_types)
         centred = kv_cache is not None and kv_cache.startswith("int4")  # which works behind RoPE
         options = _options(wanted, block_size, seed, config, tied, centred)
         plan = _plan(model, options, matrix_dim) if wanted or centred else None
-        batches = as_batches(calibration, input_specs(model), tokenizer=tokenizer, window=window, limit=windows)
+        batches = as_batches(calibration, specs, tokenizer=tokenizer, window=window, limit=windows)
         batches = chain([_first(batches)], batches)  # data that does not fit is found before any work is done
     with workspace(path) as folder:
         proof, float_path = None, Path(source)
@@ -162,7 +167,10 @@ def quantize(
             staged, proof = _rotated(model, Path(source), inner, folder, plan, options, clock, verify, show)
             float_path = staged.path
             model = load(float_path)
-        sites = linear_sites(model, tuple(t for t in op_types if t != "Gather"), tuple(exclude))
+        elif wide:
+            float_path = stage(model, folder / "wide.onnx", folder).path
+            model = load(float_path)
+        sites = linear_sites(model, kinds, tuple(exclude))
         sites, others = layer_schemes(sites, layers or {})
         if not sites:
             raise ModelError(f"the model has no linear layer left to quantize (op types {', '.join(op_types)})")

@@ -1,8 +1,9 @@
 """Running a model that is too large to run whole: a piece of the graph at a time, in its own order.
 
-Only the weights of one piece, and the activations that later pieces still need, are in memory. Types that ONNX
-Runtime cannot compute in on a CPU (bfloat16) are widened to float32 on the way, and norms inside attention, which it
-has for other devices only, are computed in front of it.
+Only the weights of one piece, and the activations that later pieces still need, are in memory. bfloat16, which ONNX
+Runtime cannot compute in on a CPU, is widened to float32 on the way, and so is float16 in models that are not large:
+what two of them differ by may be no more than the rounding of their activations. Norms inside attention, which the
+runtime has for other devices only, are computed in front of it.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ import onnxruntime as ort
 from onnx_quarot import custom_op, runtime_faults
 from onnx_quarot.discovery.rope import unfuse_norms
 from onnx_quarot.errors import ModelError
-from onnx_quarot.load import external_files, load, unmap
+from onnx_quarot.load import external_files, load, total_bytes, unmap
 
 Array = np.ndarray[Any, Any]
+HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_WIDE_BYTES = 1 << 30  # float16 weights that are copied to float32; beyond, they stay mapped
 SEGMENT_BYTES = 256 << 20
 """Weights of one piece, unless a single one is larger."""
 
@@ -32,15 +35,15 @@ def run_in_segments(
 ) -> list[Array]:
     """The values of ``outputs`` for ``feeds``, as one session over the whole model at ``path`` would give them.
 
-    bfloat16 values are computed, fed and returned as float32. Raises ModelError, naming the piece by its first node, if
-    ONNX Runtime refuses it.
+    Values of half precision are computed, fed and returned as float32 where :func:`runs_wide`. Raises ModelError,
+    naming the piece by its first node, if ONNX Runtime refuses it.
     """
     model = load(path)
     runtime_faults.refuse(model, str(path))
     unfuse_norms(model)
-    wide = any(v.dtype == ir.DataType.BFLOAT16 for v in model.graph.initializers.values())
+    wide = runs_wide(model)
     values = {name: _widened(array) if wide else array for name, array in feeds.items()}
-    segments = list(_segments(model, segment_bytes))
+    segments = list(_segments(model, segment_bytes // 2 if wide else segment_bytes))
     last_use = {v: i for i, nodes in enumerate(segments) for node in nodes for v in _reads(node)}
     last_use |= dict.fromkeys(outputs, len(segments))
     for number, nodes in enumerate(segments):
@@ -52,6 +55,14 @@ def run_in_segments(
         for name in [name for name in values if last_use.get(name, -1) <= number]:
             del values[name]
     return [values[name] for name in outputs]
+
+
+def runs_wide(model: ir.Model) -> bool:
+    """Whether half precision is widened: bfloat16 always, float16 if the weights take no more than 1 GiB."""
+    graph = model.graph
+    values = [*graph.initializers.values(), *graph.inputs, *(v for node in graph for v in node.outputs)]
+    kinds = {value.dtype for value in values}
+    return ir.DataType.BFLOAT16 in kinds or (ir.DataType.FLOAT16 in kinds and total_bytes(model) <= _WIDE_BYTES)
 
 
 def _segments(model: ir.Model, limit: int) -> Iterator[list[ir.Node]]:
@@ -132,7 +143,7 @@ def _run(
 def _tensor(value: ir.Value, folder: str, wide: bool) -> onnx.TensorProto:
     tensor = value.const_value
     assert tensor is not None
-    if not wide or tensor.dtype != ir.DataType.BFLOAT16:
+    if not wide or tensor.dtype not in HALVES:
         proto = ir.serde.serialize_tensor(tensor)
         proto.name = str(value.name)  # that of a lifted Constant is its attribute's, or empty
         for entry in proto.external_data:
@@ -145,16 +156,16 @@ def _tensor(value: ir.Value, folder: str, wide: bool) -> onnx.TensorProto:
 
 
 def _widened(array: Array) -> Array:
-    return array.astype(np.float32) if array.dtype == ir.DataType.BFLOAT16.numpy() else array
+    return array.astype(np.float32) if array.dtype in [half.numpy() for half in HALVES] else array
 
 
 def _widen_casts(graph: onnx.GraphProto) -> None:
-    """Whatever would make bfloat16 makes float32; the library's own operators take either."""
+    """Whatever would make half precision makes float32; the library's own operators take either."""
     for node in graph.node:
         for attribute in node.attribute:
-            if attribute.name in ("to", "dtype") and attribute.i == onnx.TensorProto.BFLOAT16:
+            if attribute.name in ("to", "dtype") and attribute.i in HALVES:
                 attribute.i = onnx.TensorProto.FLOAT
-            if attribute.type == onnx.AttributeProto.TENSOR and attribute.t.data_type == onnx.TensorProto.BFLOAT16:
+            if attribute.type == onnx.AttributeProto.TENSOR and attribute.t.data_type in HALVES:
                 # Of ConstantOfShape. Before 1.19 onnx itself reads the bits of a bfloat16 as a number.
                 wide = ir.serde.deserialize_tensor(attribute.t).numpy().astype(np.float32)
                 attribute.t.CopyFrom(onnx.numpy_helper.from_array(wide))

@@ -36,6 +36,7 @@ from .rewrite import rotate_model
 from .save import write
 from .sites import LinearSite, linear_sites
 from .switches import FLAGS, Switches, constant
+from .widen import widen_alike
 
 Array = npt.NDArray[Any]
 
@@ -153,6 +154,7 @@ def _write_both(
 
 def _rotate_alike(model: ir.Model, other: ir.Model, candidate: Path) -> None:
     """Bring the reference into the bases of the candidate."""
+    widen_alike(model, other)
     options, bases = recorded_options(other), recorded(other)
     if options is None:
         if bases.values:

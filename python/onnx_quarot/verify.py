@@ -23,7 +23,7 @@ from onnx_quarot.errors import ModelError, VerificationError
 from onnx_quarot.load import load, total_bytes
 from onnx_quarot.plan import Placement, Plan
 from onnx_quarot.rewrite import change_basis
-from onnx_quarot.segments import run_in_segments
+from onnx_quarot.segments import run_in_segments, runs_wide
 
 Array = np.ndarray[Any, Any]
 _TOLERANCE = {"float64": 1e-8, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1.5e-1}
@@ -204,8 +204,7 @@ def _index_limits(model: ir.Model) -> dict[str, int]:
 
 def _run(path: Path, feeds: dict[str, Array], names: list[str]) -> list[Array]:
     model = load(path)
-    wide = any(v.dtype == ir.DataType.BFLOAT16 for v in [*model.graph.initializers.values(), *model.graph.inputs])
-    if wide or total_bytes(model) > _WHOLE_BYTES or has_fused_norms(model):
+    if runs_wide(model) or total_bytes(model) > _WHOLE_BYTES or has_fused_norms(model):
         return run_in_segments(path, feeds, names)
     options = ort.SessionOptions()
     options.log_severity_level = 3
