@@ -192,6 +192,9 @@ def test_wrong_usage_is_one_line_and_code_2(model: Path) -> None:
     assert_fails(run("quantize", model, "out.onnx"), 2, "--calibration")
     assert_fails(run("rotate", model, "out.onnx", "--rotations", "R1,R9"), 2, "'R9' is no rotation")
     assert_fails(run("rotate", model, "out.onnx", "--seed", "x"), 2, "--seed")
+    assert_fails(run("discover", model, "--html", model.parent), 2, "is a folder; give the path of a file")
+    assert_fails(run("bench", "--picture", "absent/bench.png"), 2, "the folder 'absent' does not exist")
+    assert_fails(run("bench", "--seconds", "-1"), 2, "--seconds")
     assert_fails(run("polish"), 2, "No such command 'polish'")
     assert_fails(run("info", "--jsno"), 2, "--jsno")
 

@@ -14,7 +14,17 @@ from pathlib import Path
 import click
 
 from . import __version__
-from .console import OneLineErrors, common, progress, rotation_options, show, text_options, tokenizer_for, write_text
+from .console import (
+    OneLineErrors,
+    common,
+    new_file,
+    progress,
+    rotation_options,
+    show,
+    text_options,
+    tokenizer_for,
+    write_text,
+)
 from .errors import ConfigError
 from .interrupt import EXIT_CODE
 
@@ -44,8 +54,13 @@ def cli(context: click.Context) -> None:
 @cli.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @rotation_options
-@click.option("--write-config", type=click.Path(path_type=Path), help="Write what was found for R1 to this file.")
-@click.option("--html", type=click.Path(path_type=Path), help="Draw the rotations into this page.")
+@click.option(
+    "--write-config",
+    type=click.Path(path_type=Path),
+    callback=new_file,
+    help="Write what was found for R1 to this file.",
+)
+@click.option("--html", type=click.Path(path_type=Path), callback=new_file, help="Draw the rotations into this page.")
 @common
 def discover(
     model: Path,
@@ -231,7 +246,12 @@ def quantize(
 )
 @text_options
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of the runtime.")
-@click.option("--html", type=click.Path(path_type=Path), help="Write a page: figures, outliers, noise by layer, times.")
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path),
+    callback=new_file,
+    help="Write a page: figures, outliers, noise by layer, times.",
+)
 @click.option(
     "--sensitivity",
     type=click.FloatRange(min=0),
@@ -315,7 +335,9 @@ def info(model: Path | None, as_json: bool) -> None:
 @click.option("--windows", type=click.IntRange(min=1), default=8, show_default=True, help="Windows of 512 to judge by.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of the runtime.")
 @click.option("--output", type=click.Path(path_type=Path), help="Keep models and texts in this new folder.")
-@click.option("--picture", type=click.Path(path_type=Path), help="Draw one layer's activations into this PNG.")
+@click.option(
+    "--picture", type=click.Path(path_type=Path), callback=new_file, help="Draw one layer's activations into this PNG."
+)
 @common
 def demo(
     model: Path | None,
@@ -355,7 +377,9 @@ def demo(
     show_default=True,
     help="For each contender of each case.",
 )
-@click.option("--picture", type=click.Path(path_type=Path), help="Draw ns per element against n into this PNG.")
+@click.option(
+    "--picture", type=click.Path(path_type=Path), callback=new_file, help="Draw ns per element against n into this PNG."
+)
 @common
 def bench(largest: int, seconds: float, picture: Path | None, as_json: bool) -> None:
     """Measure the Hadamard kernel on this machine, beside fht-cpu (if installed), numpy and memcpy.

@@ -135,6 +135,15 @@ def parse_seed(_context: click.Context, _parameter: click.Parameter, value: str 
         raise click.BadParameter(f"{value!r} is no number, and not search:K") from None
 
 
+def new_file(_context: click.Context, _parameter: click.Parameter, value: Path | None) -> Path | None:
+    """A file that is written at the end: what is wrong with its place is said at the beginning."""
+    if value is not None and value.is_dir():
+        raise click.BadParameter(f"{str(value)!r} is a folder; give the path of a file")
+    if value is not None and not os.access(value.parent, os.W_OK):
+        raise click.BadParameter(f"the folder {str(value.parent)!r} does not exist, or is not writable")
+    return value
+
+
 def rotation_options(function: F) -> F:
     """Options that choose rotations."""
     function = click.option(
