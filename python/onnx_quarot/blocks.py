@@ -15,12 +15,13 @@ import numpy as np
 import onnx_ir as ir
 
 from .clipping import fit_rows
-from .editing import GraphNames, take_over
+from .editing import GraphNames
 from .errors import ModelError
 from .qdq import SiteReport, check_float, check_opset
 from .qparams import Array, SolvedWeight, lazy
 from .scheme import Scheme, TensorSpec
-from .sites import LinearSite, WeightSource, constant_array, drop_unused
+from .sites import LinearSite, WeightSource
+from .stand_in import stand_in
 from .tied_tables import Layout, SharedWeight
 
 _MS = "com.microsoft"
@@ -211,7 +212,7 @@ def quantize_blocks(
                 zero = place.weight.default_zero if place.zeros is None else place.zeros
                 shared.append(SharedWeight(site, place.codes, place.scales, zero, Layout.BLOCKS, scheme.weight.bits))
         place = stored[key]
-        _replace(model.graph, names, site, place)
+        _replace(names, site, place)
         bits = scheme.weight.bits
         reports.append(
             SiteReport(
@@ -231,10 +232,8 @@ def quantize_blocks(
     return reports, shared
 
 
-def _replace(graph: ir.Graph, names: GraphNames, site: LinearSite, place: StoredBlocks) -> None:
+def _replace(names: GraphNames, site: LinearSite, place: StoredBlocks) -> None:
     node = site.node
-    operands = [value for value in node.inputs[1:] if value is not None]
-    result = node.outputs[0]
     attributes = {
         "K": site.depth,
         "N": site.channels,
@@ -244,37 +243,4 @@ def _replace(graph: ir.Graph, names: GraphNames, site: LinearSite, place: Stored
     }
     inputs = [node.inputs[0], place.codes, place.scales, *([] if place.zeros is None else [place.zeros])]
     product = ir.node("MatMulNBits", inputs, attributes, domain=_MS, name=node.name)
-    last = product
-    added = [product]
-    bias = add_bias(names, site, product.outputs[0])
-    if bias:
-        product.outputs[0].name = names.unique(f"{result.name}_product")
-        product.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-        added += bias
-        last = bias[-1]
-    graph.insert_before(node, added)
-    take_over(result, last.outputs[0])
-    graph.remove(node, safe=True)
-    for operand in dict.fromkeys(operands):
-        drop_unused(graph, operand)
-
-
-def add_bias(names: GraphNames, site: LinearSite, product: ir.Value) -> list[ir.Node]:
-    """The nodes that add a Gemm's C times its beta to `product`; none for a MatMul."""
-    node = site.node
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    if bias is None:
-        return []
-    beta = np.float32(site.beta)
-    array = constant_array(bias)
-    nodes: list[ir.Node] = []
-    if array is not None:
-        bias = names.initializer(ir.Tensor((array * beta).astype(np.float32)), f"{bias.name}_scaled")
-    elif beta != 1.0:
-        factor = names.initializer(ir.Tensor(np.array(beta)), f"{bias.name}_beta")
-        scaled = ir.node("Mul", [bias, factor], name=names.unique(f"{bias.name}_Mul"))
-        scaled.outputs[0].name = names.unique(f"{bias.name}_scaled")
-        nodes.append(scaled)
-        bias = scaled.outputs[0]
-    nodes.append(ir.node("Add", [product, bias], name=names.unique(f"{site.node_name}_Add")))
-    return nodes
+    stand_in(names, site, product)

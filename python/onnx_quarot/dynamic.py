@@ -10,13 +10,13 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from .blocks import add_bias
-from .editing import GraphNames, take_over
+from .editing import GraphNames
 from .errors import ConfigError, ModelError
 from .qdq import SiteReport, check_float, check_opset
 from .qparams import QuantizedWeight, SolvedWeight
 from .scheme import Scheme
-from .sites import LinearSite, WeightSource, drop_unused
+from .sites import LinearSite, WeightSource
+from .stand_in import stand_in
 from .tied_tables import Layout, SharedWeight
 
 _MS = "com.microsoft"
@@ -65,18 +65,8 @@ def quantize_dynamic(
                 codes, scales, _ = stored[key]
                 shared.append(SharedWeight(site, codes, scales, zero=0, layout=Layout.COLUMNS))
         node = site.node
-        operands = [value for value in node.inputs[1:] if value is not None]
         product = ir.node("DynamicQuantizeMatMul", [node.inputs[0], *stored[key]], domain=_MS, name=node.name)
-        bias = add_bias(names, site, product.outputs[0])
-        if bias:
-            product.outputs[0].name = names.unique(f"{node.outputs[0].name}_product")
-            product.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-        added = [product, *bias]
-        model.graph.insert_before(node, added)
-        take_over(node.outputs[0], added[-1].outputs[0])
-        model.graph.remove(node, safe=True)
-        for operand in dict.fromkeys(operands):
-            drop_unused(model.graph, operand)
+        stand_in(names, site, product)
         count = site.depth * site.channels
         reports.append(
             SiteReport(site.node_name, "DynamicQuantizeMatMul", site.activation, site.weight, 0.0, 0, 4 * count, count)

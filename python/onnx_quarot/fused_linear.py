@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from .blocks import BlockWeight, add_bias
+from .blocks import BlockWeight
 from .custom_op import DOMAIN, _Transform
 from .custom_op import OP_TYPE as HADAMARD
 from .editing import GraphNames, take_over
@@ -22,6 +22,7 @@ from .qlinear import MAX_DEPTH, OP_TYPE, PANEL, QLinearSpec, add_qlinear, pack, 
 from .qparams import Array, QuantizedWeight, SolvedWeight, lazy
 from .scheme import Scheme
 from .sites import LinearSite, WeightSource, drop_unused, readers
+from .stand_in import add_bias
 from .tied_tables import Layout, SharedWeight
 
 

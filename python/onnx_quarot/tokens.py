@@ -14,14 +14,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from .blocks import BlockWeight, add_bias
+from .blocks import BlockWeight
 from .discovery.shapes import Shapes
-from .editing import GraphNames, take_over
+from .editing import GraphNames
 from .errors import ConfigError, ModelError
 from .qdq import SiteReport, check_float, check_opset
 from .qparams import Array, SolvedWeight
 from .scheme import Scheme, TensorSpec
-from .sites import LinearSite, drop_unused
+from .sites import LinearSite
+from .stand_in import stand_in
 
 _TINY = np.finfo(np.float32).tiny
 
@@ -82,18 +83,8 @@ def quantize_tokens(
         key = (*site.weight_key(), scheme.weight, block)
         if key not in weights:
             weights[key] = _weight(model.graph, names, site, scheme, block, solved.get(site.node_name))
-        operands = [value for value in node.inputs[1:] if value is not None]
         product = ir.node("MatMul", [activations[x, scheme.activation, block], weights[key]], name=node.name)
-        bias = add_bias(names, site, product.outputs[0])
-        if bias:
-            product.outputs[0].name = names.unique(f"{node.outputs[0].name}_product")
-            product.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-        added = [product, *bias]
-        model.graph.insert_before(node, added)
-        take_over(node.outputs[0], added[-1].outputs[0])
-        model.graph.remove(node, safe=True)
-        for operand in dict.fromkeys(operands):
-            drop_unused(model.graph, operand)
+        stand_in(names, site, product)
         count = site.depth * site.channels
         reports.append(
             SiteReport(

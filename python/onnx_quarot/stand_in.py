@@ -1,0 +1,46 @@
+"""Putting a quantized product in the place of a linear layer."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from .editing import GraphNames, take_over
+from .sites import LinearSite, constant_array, drop_unused
+
+
+def stand_in(names: GraphNames, site: LinearSite, product: ir.Node) -> None:
+    """Put `product` in the place of the site's node, with a Gemm's bias behind it; what nothing else reads goes."""
+    graph, node, made = names.graph, site.node, product.outputs[0]
+    operands = [value for value in node.inputs[1:] if value is not None]
+    bias = add_bias(names, site, made)
+    if bias:
+        made.name = names.unique(f"{node.outputs[0].name}_product")
+        made.type = ir.TensorType(ir.DataType.FLOAT)
+    added = [product, *bias]
+    graph.insert_before(node, added)
+    take_over(node.outputs[0], added[-1].outputs[0])
+    graph.remove(node, safe=True)
+    for operand in dict.fromkeys(operands):
+        drop_unused(graph, operand)
+
+
+def add_bias(names: GraphNames, site: LinearSite, product: ir.Value) -> list[ir.Node]:
+    """The nodes that add a Gemm's C times its beta to `product`; none for a MatMul."""
+    node = site.node
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is None:
+        return []
+    beta = np.float32(site.beta)
+    array = constant_array(bias)
+    nodes: list[ir.Node] = []
+    if array is not None:
+        bias = names.initializer(ir.Tensor((array * beta).astype(np.float32)), f"{bias.name}_scaled")
+    elif beta != 1.0:
+        factor = names.initializer(ir.Tensor(np.array(beta)), f"{bias.name}_beta")
+        scaled = ir.node("Mul", [bias, factor], name=names.unique(f"{bias.name}_Mul"))
+        scaled.outputs[0].name = names.unique(f"{bias.name}_scaled")
+        nodes.append(scaled)
+        bias = scaled.outputs[0]
+    nodes.append(ir.node("Add", [product, bias], name=names.unique(f"{site.node_name}_Add")))
+    return nodes
