@@ -79,7 +79,7 @@ def coverage_cpp(session: nox.Session) -> None:
     shutil.copytree("python/onnx_quarot", package, dirs_exist_ok=True)
     for library in (*made.glob("_core*"), *made.glob("ort/libonnx_quarot_ops.*")):
         shutil.copy(library, package)
-    files = ("ort_hadamard", "qlinear", "fused_op", "fused_linear", "transform", "convert", "custom_op")
+    files = ("ort_hadamard", "qlinear", "fused_op", "fused_linear", "transform", "convert", "custom_op", "faults")
     tests = [f"tests/test_{name}.py" for name in files]
     session.run("pytest", "-q", *tests, env={"PYTHONPATH": str(package.parent.resolve())})
     session.run("gcovr", "--filter", "csrc/", "--merge-lines", "--fail-under-line", "90", "build/coverage")
