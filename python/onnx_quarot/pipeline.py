@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from onnx_quarot.buffers import reused_memory
 from onnx_quarot.data import as_batches, input_specs
 from onnx_quarot.errors import ConfigError, DataError, ModelError
 from onnx_quarot.forms import check_schemes, layer_schemes, quantize_sites
@@ -237,12 +238,13 @@ def _rotated(
     show: Progress,
 ) -> tuple[Staged, Verification | None]:
     """Stage the rotated model and prove that it is the same function."""
-    with clock.step("rotate"), show.task("rotating weights", len(model.graph.initializers)) as task, blamed_on(source):
+    task_of = show.task("rotating weights", len(model.graph.initializers))
+    with clock.step("rotate"), task_of as task, blamed_on(source), reused_memory():
         rotate_model(model, plan)
         record(model, plan)
         if options is not None:
             options.record(model)
-        staged = stage(model, target, folder, on_tensor=task.advance)
+        staged = stage(model, target, folder, on_tensor=task.advance, workers=2)
     if not verify:
         return staged, None
     with clock.step("verify"), show.task("verifying", None):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from onnx_quarot import _core
+from onnx_quarot.buffers import empty
 from onnx_quarot.custom_op import add_hadamard
 from onnx_quarot.discovery import fingerprint
 from onnx_quarot.discovery.constants import Constant, constant, root_tensor
@@ -32,6 +34,7 @@ Array = np.ndarray[Any, Any]
 _SLICE_ELEMENTS = 1 << 17  # of a weight, converted to float64 at a time: 1 MB, which stays in the cache
 _SLICE_WIDTH = 64  # at least: narrower columns of a matrix would read every cache line several times
 _THREADS = min(4, os.cpu_count() or 1)
+_COMPUTING = threading.Lock()
 
 
 def rotate_model(model: ir.Model, plan: Plan) -> None:
@@ -222,8 +225,10 @@ class _Recipe:
         forward = permutation if back is None else _inverse(back)
 
         def evaluate() -> ir.TensorProtocol:
-            result = self._from(source, forward, out_shape, dtype.numpy())
-            unmap(source)
+            # One at a time: each uses all cores, and constants may share a source.
+            with _COMPUTING:
+                result = self._from(source, forward, out_shape, dtype.numpy())
+                unmap(source)
             return ir.tensor(np.ascontiguousarray(result if back is None else result.transpose(back)), dtype, name=name)
 
         return ir.LazyTensor(evaluate, dtype, ir.Shape(stored), name=name)
@@ -257,7 +262,7 @@ class _Recipe:
         # Between two changes of basis nothing is rounded: intermediate results are float64.
         for number, todo in enumerate(changes):
             axis, last = todo.axis % len(shape), number == len(changes) - 1
-            out = np.empty(shape, dtype if last else np.float64)
+            out = empty(shape, dtype if last else np.float64)
 
             def change(
                 index: tuple[slice, ...],

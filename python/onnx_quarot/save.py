@@ -21,6 +21,7 @@ _SINGLE_FILE_BYTES = 64 << 20  # models below this size are one file
 # Large tensors begin on a page of memory: they are mapped, and kernels read them where they are.
 _PAGE_BYTES = 4096
 _ALIGNED_BYTES = 1 << 19
+_IN_FLIGHT_BYTES = 256 << 20  # of tensors that are computed or written; a larger one goes alone
 
 
 def check_output(source: str | Path, target: str | Path) -> Path:
@@ -60,14 +61,17 @@ def workspace(target: Path) -> Iterator[Path]:
         release(folder, lock)
 
 
-def write(model: ir.Model, path: Path, data_name: str, on_tensor: Callable[[], None] | None = None) -> None:
+def write(
+    model: ir.Model, path: Path, data_name: str, on_tensor: Callable[[], None] | None = None, *, workers: int = 1
+) -> None:
     """Write ``model`` to ``path``: as one file if it is small, else with its large tensors in ``data_name`` beside it.
 
-    Lazy tensors are evaluated one by one, as they are written; an error that one of them raises reaches the caller as
-    it is, not as the serializer's.
+    Lazy tensors are evaluated as they are written: one by one, or by ``workers`` threads, so that one is computed while
+    another is written; those in memory at a time are bounded all the same. An error that one of them raises reaches the
+    caller as it is, not as the serializer's.
     """
     try:
-        _write(model, path, data_name, on_tensor)
+        _write(model, path, data_name, on_tensor, workers)
     except ir.serde.SerdeError as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, OnnxQuarotError | OSError | MemoryError):
@@ -79,7 +83,7 @@ def write(model: ir.Model, path: Path, data_name: str, on_tensor: Callable[[], N
         raise ModelError(f"model: external data changed while it was read ({error})") from error
 
 
-def _write(model: ir.Model, path: Path, data_name: str, on_tensor: Callable[[], None] | None) -> None:
+def _write(model: ir.Model, path: Path, data_name: str, on_tensor: Callable[[], None] | None, workers: int) -> None:
     size = sum(t.nbytes for v in model.graph.initializers.values() if (t := v.const_value) is not None)
     if size < _SINGLE_FILE_BYTES:
         ir.save(ir.external_data.load_to_model(model), path)
@@ -92,6 +96,8 @@ def _write(model: ir.Model, path: Path, data_name: str, on_tensor: Callable[[], 
         alignment=_PAGE_BYTES,
         align_threshold=_ALIGNED_BYTES,
         callback=None if on_tensor is None else lambda tensor, info: on_tensor(),
+        max_workers=workers,
+        max_in_flight_bytes=_IN_FLIGHT_BYTES,
     )
 
 
@@ -122,7 +128,9 @@ class Staged:
             path.unlink(missing_ok=True)
 
 
-def stage(model: ir.Model, target: Path, folder: Path, on_tensor: Callable[[], None] | None = None) -> Staged:
+def stage(
+    model: ir.Model, target: Path, folder: Path, on_tensor: Callable[[], None] | None = None, *, workers: int = 1
+) -> Staged:
     """Write ``model`` into ``folder``, a :func:`workspace` of ``target``.
 
     Small models become one file; larger ones get ``<target>.data`` beside them (or ``<target>.1.data``, ... while an
@@ -130,7 +138,7 @@ def stage(model: ir.Model, target: Path, folder: Path, on_tensor: Callable[[], N
     """
     data_name = next(n for n in _candidate_names(target) if not (target.parent / n).exists())
     staged = Staged(folder / target.name, target, data_name)
-    write(model, staged.path, data_name, on_tensor)
+    write(model, staged.path, data_name, on_tensor, workers=workers)
     return staged
 
 

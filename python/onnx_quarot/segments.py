@@ -22,6 +22,8 @@ from onnx_quarot import custom_op, runtime_faults
 from onnx_quarot.discovery.rope import unfuse_norms
 from onnx_quarot.errors import ModelError
 from onnx_quarot.load import external_files, load, total_bytes, unmap
+from onnx_quarot.products import reproducible
+from onnx_quarot.wide_products import large_matrix, wide_product
 
 Array = np.ndarray[Any, Any]
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -30,6 +32,7 @@ SEGMENT_BYTES = 256 << 20
 """Weights of one piece, unless a single one is larger."""
 
 
+@reproducible
 def run_in_segments(
     path: Path, feeds: Mapping[str, Array], outputs: Sequence[str], *, segment_bytes: int = SEGMENT_BYTES
 ) -> list[Array]:
@@ -48,7 +51,9 @@ def run_in_segments(
     last_use |= dict.fromkeys(outputs, len(segments))
     for number, nodes in enumerate(segments):
         made = [str(v.name) for node in nodes for v in node.outputs if last_use.get(str(v.name), -1) > number]
-        if made:
+        if made and (matrix := large_matrix(nodes[0])) is not None:
+            values[made[0]] = wide_product(values[str(nodes[0].inputs[0].name)], matrix)  # type: ignore[union-attr]
+        elif made:
             inputs = {name: values[name] for node in nodes for name in _reads(node) if name in values}
             for name, array in zip(made, _run(model, path, nodes, inputs, made, wide), strict=True):
                 values[name] = array
@@ -70,6 +75,12 @@ def _segments(model: ir.Model, limit: int) -> Iterator[list[ir.Node]]:
     held: set[str] = set()
     size = 0
     for node in model.graph:
+        if large_matrix(node) is not None:
+            if nodes:
+                yield nodes
+            yield [node]
+            nodes, held, size = [], set(), 0
+            continue
         new = {n for n in _reads(node) if n in model.graph.initializers} - held
         more = sum(t.nbytes for n in new if (t := model.graph.initializers[n].const_value) is not None)
         if nodes and size + more > limit:
