@@ -60,6 +60,16 @@ def decoder_feeds(config: Config, rng: np.random.Generator, length: int = 9) -> 
     return feeds
 
 
+class Reader:
+    """The smallest CalibrationDataReader."""
+
+    def __init__(self, batches: list[dict[str, np.ndarray]]) -> None:
+        self.rest = iter(batches)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self.rest, None)
+
+
 class Builder:
     dtype = np.dtype(np.float32)
 

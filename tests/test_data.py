@@ -29,14 +29,6 @@ def batch(seed: int = 0, rows: int = 2) -> dict[str, np.ndarray[Any, Any]]:
     return {"x": rng.standard_normal((rows, 4), dtype=np.float32), "n": np.arange(3)}
 
 
-class Reader:
-    def __init__(self, batches: list[dict[str, np.ndarray[Any, Any]]]) -> None:
-        self.rest = list(batches)
-
-    def get_next(self) -> dict[str, np.ndarray[Any, Any]] | None:
-        return self.rest.pop(0) if self.rest else None
-
-
 class Words:
     """A tokenizer: one id a word."""
 
@@ -58,7 +50,7 @@ def same(got: list[dict[str, Any]], want: list[dict[str, Any]]) -> None:
 
 def test_reader_list_and_generator_give_the_same_batches() -> None:
     want = [batch(i) for i in range(3)]
-    same(list(as_batches(Reader(want), SPECS)), want)
+    same(list(as_batches(small_llama.Reader(want), SPECS)), want)
     same(list(as_batches(want, SPECS)), want)
     same(list(as_batches((b for b in want), SPECS)), want)
     same(list(as_batches(want, SPECS, limit=2)), want[:2])
@@ -129,7 +121,7 @@ def test_a_batch_that_does_not_fit_is_named_in_one_line(change: dict[str, Any], 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("data", [[], iter(()), Reader([])])
+@pytest.mark.parametrize("data", [[], iter(()), small_llama.Reader([])])
 def test_empty_data(data: object) -> None:
     with pytest.raises(DataError, match="holds no batch"):
         list(as_batches(data, SPECS))

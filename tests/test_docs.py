@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+import small_llama
 import tiny_gguf
 from onnx_quarot import demo
 from onnx_quarot.cli import cli
@@ -45,16 +46,6 @@ NOT_RUN = {
     "nox": "makes environments of its own",
 }
 WORDS = "Rotate the heap of letters, then the text tells 12 things about the shell. "
-
-
-class Reader:
-    """The smallest CalibrationDataReader."""
-
-    def __init__(self, batches: list[Any]) -> None:
-        self.rest = iter(batches)
-
-    def get_next(self) -> Any:
-        return next(self.rest, None)
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
@@ -83,7 +74,7 @@ def test_blocks_run(page: Path, demo_output: Path, tmp_path: Path, monkeypatch: 
     specs = input_specs(Path("smollm2/float/model.onnx"))
     text = Path("smollm2/calibration.txt")
     batches = list(as_batches(text, specs, tokenizer=Path("smollm2/float/tokenizer.json"), window=64, limit=2))
-    names: dict[str, Any] = {"np": np, "calibration": batches, "calib_data_reader": Reader(batches)}
+    names: dict[str, Any] = {"np": np, "calibration": batches, "calib_data_reader": small_llama.Reader(batches)}
     for language, code in blocks(page):
         if language == "python":
             if "onnxruntime_genai" in code and find_spec("onnxruntime_genai") is None:

@@ -106,14 +106,7 @@ def test_same_seed_same_bytes(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_reader_and_an_iterable_are_the_same_data(model: Path, tmp_path: Path) -> None:
-    class Reader:
-        def __init__(self) -> None:
-            self.rest: Iterator[dict[str, np.ndarray]] = iter(batches())
-
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            return next(self.rest, None)
-
-    oq.quantize(model, tmp_path / "a.onnx", Reader())
+    oq.quantize(model, tmp_path / "a.onnx", small_llama.Reader(batches()))
     oq.quantize(model, tmp_path / "b.onnx", iter(batches()))
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
 

@@ -20,16 +20,6 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), 
 WIDE = small_llama.Config(layers=1, heads=64, kv_heads=2, head_size=64, ffn=96, vocab=64, tied=False)
 
 
-class Reader:
-    """The smallest CalibrationDataReader."""
-
-    def __init__(self, batches: list[dict[str, np.ndarray]]) -> None:
-        self.rest = iter(batches)
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        return next(self.rest, None)
-
-
 def block(having: str) -> str:
     (found,) = (b for b in BLOCKS if having in b)
     return found
@@ -64,7 +54,7 @@ def test_the_face_of_amd_quark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     names: dict[str, Any] = {
         "input_model_path": str(source),
         "quantized_model_path": str(tmp_path / "out.onnx"),
-        "calib_data_reader": Reader(batches(WIDE)),
+        "calib_data_reader": small_llama.Reader(batches(WIDE)),
     }
     exec(code, names)
     feeds = batches(WIDE)[0]
