@@ -14,6 +14,7 @@ from onnxruntime.quantization import CalibrationDataReader
 
 import small_llama
 from onnx_quarot import ConfigError, DataError, ModelQuantizer, session
+from onnx_quarot.load import load
 from onnx_quarot.quantization.config import QConfig, get_default_config
 from onnx_quarot.quantization.config.algorithm import (
     AdaRoundConfig,
@@ -39,6 +40,7 @@ from onnx_quarot.quantization.config.spec import (
 )
 from onnx_quarot.quantization.translate import translate
 from onnx_quarot.scheme import parse_scheme
+from onnx_quarot.sites import linear_sites
 
 LAYER = QLayerConfig(activation=UInt8Spec(), weight=Int8Spec())
 CONFIG = small_llama.Config()
@@ -382,3 +384,22 @@ def test_dictionaries_of_another_form(change: dict[str, Any], message: str) -> N
         QConfig.from_dict({**QConfig.get_default_config("A8W8").to_dict(), **change})
     with pytest.raises(ConfigError, match="config is 'text'; it must be a dict"):
         QConfig.from_dict("text")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("algorithms", [[], [QuarotConfig(), GPTQConfig(bits=4, per_channel=True)]], ids=len)
+def test_four_bit_weights_of_a_tied_head_can_be_run(model: Path, tmp_path: Path, algorithms: list[AlgoConfig]) -> None:
+    """Tables do not look up 4-bit rows, which ONNX Runtime's Gather does not know."""
+    config = QConfig(QLayerConfig(activation=UInt8Spec(), weight=Int4Spec()), algo_config=algorithms)
+    ModelQuantizer(config).quantize_model(model, tmp_path / "q.onnx", Reader())
+    feeds = small_llama.decoder_feeds(CONFIG, np.random.default_rng(0))
+    a, b = (session(path).run(["logits"], feeds)[0] for path in (model, tmp_path / "q.onnx"))
+    assert np.linalg.norm(a - b) < 0.5 * np.linalg.norm(a)
+
+
+def test_exclude_takes_regular_expressions(model: Path, tmp_path: Path) -> None:
+    config = QConfig(LAYER, exclude=[r"^/model/layers\.0/.*(up|down)_proj"])
+    ModelQuantizer(config).quantize_model(model, tmp_path / "q.onnx", Reader())
+    left = {site.node_name for site in linear_sites(load(tmp_path / "q.onnx"))}
+    assert left == {"/model/layers.0/mlp/up_proj/MatMul", "/model/layers.0/mlp/down_proj/MatMul"}
+    with pytest.raises(ConfigError, match=r"exclude: '\^\(' is no regular expression"):
+        ModelQuantizer(QConfig(LAYER, exclude=["^("])).quantize_model(model, tmp_path / "q.onnx", Reader())

@@ -136,12 +136,12 @@ def quantize(
     table that is also the head's weight stays one matrix; False (or ``config``) makes it two, which saves one or two
     online transforms of a row a token. op_types: what is quantized; Gather stands for tables of embeddings, of which
     only the weights become integers.
-    exclude: names (or patterns) of nodes that stay in floating point. layers: other schemes, or None for floating
-    point, by node name, pattern or operator type, the first that fits. rotations: R1, R2 and R4 unless given, and R3
-    with the cache int4-tensor (scales a channel do not gain from it); () means none, and R3 is left out where the cache
-    stays in floating point. config and matrix_dim as in :func:`discover`. seed: random signs in the rotations;
-    ``"search:K"`` tries the seeds 0 to K - 1 and keeps the one closest to the float model on the calibration data, at
-    K + 1 times the cost.
+    exclude: names of nodes (or patterns, or regular expressions that begin with ^) that stay in floating point. layers:
+    other schemes, or None for floating point, by node name, pattern or operator type, the first that fits. rotations:
+    R1, R2 and R4 unless given, and R3 with the cache int4-tensor (scales a channel do not gain from it); () means none,
+    and R3 is left out where the cache stays in floating point. config and matrix_dim as in :func:`discover`. seed:
+    random signs in the rotations; ``"search:K"`` tries the seeds 0 to K - 1 and keeps the one closest to the float
+    model on the calibration data, at K + 1 times the cost.
 
     Raises ModelError, DataError, ConfigError, VerificationError or SaveError; then nothing is written.
     """

@@ -270,7 +270,7 @@ class _Editor:
         # Integers before scales: written in this order, the weight is read once.
         quantized = self._initializer(weight.tensor(""), f"{base}_quantized")
         scale = self._initializer(weight.scale_tensor(""), f"{base}_scale")
-        if site.root in self.tied and axis == 1:
+        if site.root in self.tied and axis == 1 and spec.bits == 8:  # runtimes look no 4-bit rows up
             self.shared[site.root] = SharedWeight(site, quantized, scale, weight.zero_point, layout=Layout.COLUMNS)
         # Not shared between weights, for the same reason.
         zero = self._constant_of(weight.zero_point, weight.dtype, weight.scale_shape, f"{base}_zero_point")

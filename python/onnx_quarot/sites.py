@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -96,8 +97,9 @@ def linear_sites(
 
     A site is recognised by structure: the second operand is a constant of rank 2, directly or through
     Transpose, Cast or Identity, and the first is not constant. op_types: which operators to take, of MatMul
-    and Gemm. exclude: node names to leave out, exact or as fnmatch patterns; each must match some site, else
-    ConfigError. Layers inside If, Loop and model-local functions are not looked at.
+    and Gemm. exclude: node names to leave out, exact, as fnmatch patterns, or as regular expressions, which
+    begin with ^; each must match some site, else ConfigError. Layers inside If, Loop and model-local functions
+    are not looked at.
     """
     for op_type in op_types:
         if op_type not in LINEAR_OPS:
@@ -105,12 +107,21 @@ def linear_sites(
     sites = [site for node in model.graph if node.op_type in op_types and (site := _site(node)) is not None]
     dropped: set[str] = set()
     for pattern in exclude:
-        matched = {s.node_name for s in sites if s.node_name == pattern}
-        matched = matched or {s.node_name for s in sites if fnmatch.fnmatchcase(s.node_name, pattern)}
+        names = [site.node_name for site in sites]
+        matched = {name for name in names if name == pattern} or _matching(names, pattern)
         if not matched:
             raise ConfigError(f"exclude: {pattern!r} matches no linear layer of the model ({len(sites)} found)")
         dropped |= matched
     return [site for site in sites if site.node_name not in dropped]
+
+
+def _matching(names: Sequence[str], pattern: str) -> set[str]:
+    if not pattern.startswith("^"):
+        return {name for name in names if fnmatch.fnmatchcase(name, pattern)}
+    try:
+        return {name for name in names if re.search(pattern, name)}
+    except re.error as error:
+        raise ConfigError(f"exclude: {pattern!r} is no regular expression ({error})") from None
 
 
 def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:

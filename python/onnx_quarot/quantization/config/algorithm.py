@@ -80,7 +80,8 @@ class GPTQConfig(AlgoConfig):
 
     bits: those of the weight's data type. perc_damp: damping of the Hessian, as a share of the mean of its diagonal.
     block_size: features whose errors are spread in one go; a matter of speed, the result does not depend on it. mse:
-    ranges of least squared error. group_size other than -1, act_order and weight_symmetric=False raise ConfigError.
+    ranges of least squared error. per_channel: scales are one a channel either way. group_size other than -1, act_order
+    and weight_symmetric=False raise ConfigError.
     """
 
     name = "gptq"
