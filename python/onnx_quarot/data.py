@@ -78,8 +78,7 @@ def input_specs(model: ir.Model | str | os.PathLike[str]) -> list[InputSpec]:
 def _table_rows(value: ir.Value) -> int | None:
     rows = []
     for node, index in value.uses():
-        axis = node.attributes.get("axis")
-        if node.op_type != "Gather" or node.domain != "" or index != 1 or (axis is not None and axis.as_int() != 0):
+        if node.op_type != "Gather" or node.domain != "" or index != 1 or node.attributes.get_int("axis", 0) != 0:
             continue
         table = constant_root(node.inputs[0])
         if table is not None:

@@ -35,6 +35,12 @@ class GraphNames:
         return value
 
 
+def has_subgraphs(node: ir.Node) -> bool:
+    """Whether a node holds graphs of its own: If, Loop, Scan."""
+    kinds = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+    return any(isinstance(a, ir.Attr) and a.type in kinds for a in node.attributes.values())
+
+
 def take_over(old: ir.Value, new: ir.Value) -> None:
     """Let `new` stand wherever `old` stood, under its name, as an output of the graph too."""
     new.name, old.name = old.name, None

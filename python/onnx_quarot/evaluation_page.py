@@ -187,7 +187,8 @@ def _lines(
         label = f"{10.0**tick:g}" if logarithmic else f"{tick}"
         parts.append(f'<line x1="46" x2="{_WIDTH}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
         parts.append(f'<text x="42" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
-    for values, colour, name in zip(series, (_BEFORE, _AFTER)[-len(series) :], legend, strict=True):
+    colours = (_BEFORE, _AFTER)[-len(series) :]
+    for values, colour, name in zip(series, colours, legend, strict=True):
         for i, value in enumerate(values):
             if value is None or not np.isfinite(value):
                 continue
@@ -196,8 +197,7 @@ def _lines(
             tip = escape(f"{layers[i]}: {name} {value:.3g} {unit}")
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6" fill="{colour}"><title>{tip}</title></circle>')
     keys = "".join(
-        f'<span class="key"><i style="background:{c}"></i>{n}</span>'
-        for c, n in zip((_BEFORE, _AFTER)[-len(series) :], legend, strict=True)
+        f'<span class="key"><i style="background:{c}"></i>{n}</span>' for c, n in zip(colours, legend, strict=True)
     )
     note = '<span class="note">a dot a layer, in the order of the graph</span>'
     return f'<p>{keys}{note}</p><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg>'

@@ -10,11 +10,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from .comparison import log_softmax
+from .discovery.shapes import FLOATS
 from .errors import ModelError
 
 Array = npt.NDArray[Any]
-
-FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 
 
 def keep_judged_outputs(model: ir.Model) -> list[str]:

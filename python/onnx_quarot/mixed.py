@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import onnxruntime as ort
 
-from .calibrate import Range, observe, open_model, run
+from .calibrate import Range, observe, open_model, run_all
 from .errors import ConfigError
 from .judged import keep_judged_outputs, squared_error
 from .progress import Progress
@@ -146,19 +145,15 @@ def _output_errors(
         flags = np.zeros(len(names), np.bool_)
         errors: dict[str, float] = {}
         with progress.task("measuring sensitivity", len(names) + 1) as task:
-            expected = _outputs(session, outputs, {**batch, FLAGS: flags})
+            expected = run_all(session, outputs, {**batch, FLAGS: flags})
             task.advance()
             for index, name in enumerate(names):
                 flags[:] = False
                 flags[index] = True
-                found = _outputs(session, outputs, {**batch, FLAGS: flags})
+                found = run_all(session, outputs, {**batch, FLAGS: flags})
                 errors[name] = squared_error(expected, found)
                 task.advance()
         return errors
-
-
-def _outputs(session: ort.InferenceSession, names: list[str], feeds: Mapping[str, Array]) -> list[Array]:
-    return [values for _, values in run(session, names, feeds)]
 
 
 def _insert_switches(

@@ -53,7 +53,7 @@ def discover(
     Raises ModelError for a file that is no model or has no linear layer, ConfigError for options that contradict it.
     """
     with blamed_on(model):
-        return _plan(load(model), _options(rotations, block_size, seed, config), matrix_dim)
+        return _plan(load(model), PlanOptions.of(rotations, block_size, plain_seed(seed), config), matrix_dim)
 
 
 @reproducible
@@ -82,7 +82,7 @@ def rotate(
     with clock.step("discover"), blamed_on(source):
         model, options = load(source), None
         if plan is None:
-            options = _options(rotations, block_size, seed, config)
+            options = PlanOptions.of(rotations, block_size, plain_seed(seed), config)
             plan = _plan(model, options)
     with workspace(path) as folder:
         show = progress or NullProgress()
@@ -157,7 +157,7 @@ def quantize(
         sites, _ = layer_schemes(linear_sites(model, kinds, tuple(exclude)), layers or {})
         wide = widen_layers(model, sites, tables="Gather" in op_types)
         centred = kv_cache is not None and kv_cache.startswith("int4")  # which works behind RoPE
-        options = _options(wanted, block_size, seed, config, tied, centred)
+        options = PlanOptions.of(wanted, block_size, plain_seed(seed), config, tied=tied, keys=centred)
         plan = _plan(model, options, matrix_dim) if wanted or centred else None
         batches = as_batches(calibration, specs, tokenizer=tokenizer, window=window, limit=windows)
         batches = chain([_first(batches)], batches)  # data that does not fit is found before any work is done
@@ -206,17 +206,6 @@ def _folder_note(companions: tuple[str, ...]) -> tuple[str, ...]:
     return (f"beside the model, for onnxruntime-genai: {', '.join(companions)}",) if companions else ()
 
 
-def _options(
-    rotations: Iterable[str],
-    block_size: int | None,
-    seed: int | str | None,
-    config: str | Path | None,
-    tied: bool = False,
-    keys: bool = False,
-) -> PlanOptions:
-    return PlanOptions.of(rotations, block_size, plain_seed(seed), config, tied, keys)
-
-
 def _plan(model: ir.Model, options: PlanOptions, matrix_dim: int | None = None) -> Plan:
     plan = options.plan(model)
     sizes = {plan.rotations[name].size for name, kind in plan.kinds.items() if kind == "R1"}
@@ -238,8 +227,8 @@ def _rotated(
     show: Progress,
 ) -> tuple[Staged, Verification | None]:
     """Stage the rotated model and prove that it is the same function."""
-    task_of = show.task("rotating weights", len(model.graph.initializers))
-    with clock.step("rotate"), task_of as task, blamed_on(source), reused_memory():
+    rotating = show.task("rotating weights", len(model.graph.initializers))
+    with clock.step("rotate"), rotating as task, blamed_on(source), reused_memory():
         rotate_model(model, plan)
         record(model, plan)
         if options is not None:

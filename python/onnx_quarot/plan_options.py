@@ -35,8 +35,9 @@ class PlanOptions:
         block_size: int | None,
         seed: int | None,
         config: str | Path | None,
-        tied: bool,
-        keys: bool,
+        *,
+        tied: bool = False,
+        keys: bool = False,
     ) -> PlanOptions:
         """With ``config`` read. Raises ConfigError if it cannot be."""
         pairs = None if config is None else read_rotation_config(config)
@@ -44,11 +45,23 @@ class PlanOptions:
 
     def plan(self, model: ir.Model) -> Plan:
         """The plan for ``model``; errors as :func:`onnx_quarot.discovery.discover_model`."""
-        where, seed, keys = self.rotations, self.seed, self.keys
         if self.pairs is not None:
-            pairs = self.pairs
-            return plan_from_config(model, pairs, rotations=where, block_size=self.block_size, seed=seed, keys=keys)
-        return discover_model(model, rotations=where, block_size=self.block_size, seed=seed, tied=self.tied, keys=keys)
+            return plan_from_config(
+                model,
+                self.pairs,
+                rotations=self.rotations,
+                block_size=self.block_size,
+                seed=self.seed,
+                keys=self.keys,
+            )
+        return discover_model(
+            model,
+            rotations=self.rotations,
+            block_size=self.block_size,
+            seed=self.seed,
+            tied=self.tied,
+            keys=self.keys,
+        )
 
     def record(self, model: ir.Model) -> None:
         """Write the options into the metadata of a model."""

@@ -23,10 +23,9 @@ from onnx_quarot.discovery.rope import unfuse_norms
 from onnx_quarot.errors import ModelError
 from onnx_quarot.load import external_files, load, total_bytes, unmap
 from onnx_quarot.products import reproducible
-from onnx_quarot.wide_products import large_matrix, wide_product
+from onnx_quarot.wide_products import HALVES, large_matrix, wide_product
 
 Array = np.ndarray[Any, Any]
-HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _WIDE_BYTES = 1 << 30  # float16 weights that are copied to float32; beyond, they stay mapped
 SEGMENT_BYTES = 256 << 20
 """Weights of one piece, unless a single one is larger."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,14 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 
-from .calibrate import run
+from .calibrate import run_all
 from .comparison import real_tokens
 from .custom_op import session as open_session
 from .data import Batch
-from .editing import take_over
+from .discovery.shapes import FLOATS
+from .editing import has_subgraphs, take_over
 from .errors import ModelError
-from .judged import FLOATS, Divergence, keep_judged_outputs, squared_error
+from .judged import Divergence, keep_judged_outputs, squared_error
 from .load import load
 from .partial import disposable
 from .plan_options import recorded_options
@@ -94,7 +95,7 @@ def measure_sensitivity(
         def outcome(chosen: Sequence[int]) -> list[Array]:
             flags[:] = False
             flags[list(chosen)] = True
-            return _run(session, outputs, {**batch, FLAGS: flags})
+            return run_all(session, outputs, {**batch, FLAGS: flags})
 
         judge = _Judge(outcome([]), batch, logits)
         together = judge(outcome(range(len(names))))
@@ -128,10 +129,6 @@ class _Judge:
         if self._divergence is not None:
             return self._divergence(found[0])
         return squared_error(self._expected, found)
-
-
-def _run(session: ort.InferenceSession, outputs: list[str], feeds: Mapping[str, Array]) -> list[Array]:
-    return [values for _, values in run(session, outputs, feeds)]
 
 
 def _write_both(
@@ -203,7 +200,7 @@ def _between(end: ir.Value, known: Mapping[str, ir.Value]) -> list[ir.Node] | No
         node = open_nodes.pop()
         if node in part:
             continue
-        if any(attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in _attributes(node)):
+        if has_subgraphs(node):
             return None
         part[node] = None
         for value in node.inputs:
@@ -215,10 +212,6 @@ def _between(end: ir.Value, known: Mapping[str, ir.Value]) -> list[ir.Node] | No
             open_nodes.append(source)
     graph = end.producer().graph if part else None  # type: ignore[union-attr]
     return None if graph is None else [node for node in graph if node in part]
-
-
-def _attributes(node: ir.Node) -> Iterator[ir.Attr]:
-    return iter(node.attributes.values())
 
 
 def _is_quantized(part: Sequence[ir.Node]) -> bool:

@@ -17,11 +17,11 @@ from onnx_quarot import _core
 from onnx_quarot.load import unmap
 
 Array = npt.NDArray[Any]
+HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 _LARGE = 1 << 20  # elements; below, a session of its own on either side costs more than widening
 _SLICE = 1 << 19  # elements widened at a time, to float64: 4 MB
 _THREADS = min(4, os.cpu_count() or 1)
-_SHORT = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
 
 def large_matrix(node: ir.Node) -> ir.TensorProtocol | None:
@@ -30,7 +30,7 @@ def large_matrix(node: ir.Node) -> ir.TensorProtocol | None:
         return None
     value = node.inputs[1]
     tensor = None if value is None or value.is_graph_input() else value.const_value
-    if tensor is None or tensor.dtype not in _SHORT or len(tensor.shape) != 2 or tensor.size < _LARGE:
+    if tensor is None or tensor.dtype not in HALVES or len(tensor.shape) != 2 or tensor.size < _LARGE:
         return None
     return tensor
 

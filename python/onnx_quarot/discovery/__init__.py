@@ -19,6 +19,7 @@ from onnx_quarot.discovery.rules import apply_rules
 from onnx_quarot.discovery.shapes import Shapes
 from onnx_quarot.discovery.tied import TiedHead, agree, keep_basis, share_basis, tied_heads
 from onnx_quarot.discovery.typing import Slot, Typing
+from onnx_quarot.editing import has_subgraphs
 from onnx_quarot.errors import ConfigError, ModelError
 from onnx_quarot.plan import DEFAULT_ROTATIONS, ROTATIONS, Plan
 from onnx_quarot.transform import has_order
@@ -86,8 +87,7 @@ def discover_model(
             f"the model is already quantized in part ({', '.join(quantized)}): what is quantized keeps its basis; "
             "better rotate the model it was made from"
         )
-    if any(isinstance(a, ir.Attr) and a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
-           for n in model.graph for a in n.attributes.values()):  # fmt: skip
+    if any(map(has_subgraphs, model.graph)):
         builder.note("subgraphs (If, Loop, Scan) are left alone, with everything they read")
     if keys and (why := fused_keys(model)) is not None:
         builder.note(why)

@@ -40,22 +40,21 @@ def unfuse_norms(model: ir.Model) -> None:
 
 
 def has_fused_norms(model: ir.Model) -> bool:
-    return any((n.domain, n.op_type) == (MICROSOFT, "GroupQueryAttention") and _normed(n) for n in model.graph)
+    return any(map(_normed, _attentions(model)))
 
 
 def fused_keys(model: ir.Model) -> str | None:
     """Why some attention of a model whose keys were to be taken out still encodes them inside; None if none does."""
     shapes: Shapes | None = None
-    for node in model.graph:
-        if (node.domain, node.op_type) == (MICROSOFT, "GroupQueryAttention") and _changes_keys(node):
+    for node in _attentions(model):
+        if _changes_keys(node):
             shapes = shapes or Shapes(model)
             return f"{node.name!r} keeps its keys' encoding inside: {_obstacle(model, shapes, node, rotary=True)}"
     return None
 
 
 def _unfuse(model: ir.Model, *, rotary: bool) -> None:
-    nodes = [n for n in model.graph if (n.domain, n.op_type) == (MICROSOFT, "GroupQueryAttention")]
-    nodes = [n for n in nodes if _normed(n) or (rotary and _changes_keys(n))]
+    nodes = [n for n in _attentions(model) if _normed(n) or (rotary and _changes_keys(n))]
     if not nodes:
         return
     shapes = Shapes(model)
@@ -63,6 +62,10 @@ def _unfuse(model: ir.Model, *, rotary: bool) -> None:
     for node in nodes:
         if _obstacle(model, shapes, node, rotary=rotary) is None:
             surgeon.unfuse(node, rotary=rotary)
+
+
+def _attentions(model: ir.Model) -> list[ir.Node]:
+    return [node for node in model.graph if (node.domain, node.op_type) == (MICROSOFT, "GroupQueryAttention")]
 
 
 def _input(node: ir.Node, index: int) -> ir.Value | None:

@@ -18,6 +18,7 @@ from onnx.reference import ReferenceEvaluator
 
 from onnx_quarot.discovery.basis import DisjointSets
 from onnx_quarot.discovery.constants import tensor_shape
+from onnx_quarot.editing import has_subgraphs
 
 Shape = tuple[int, ...]
 Array = np.ndarray[Any, Any]
@@ -230,8 +231,7 @@ class _Walk:
         if node.op_type == "If" and node.domain == "":
             self._branches(node)
             return
-        if any(isinstance(a, ir.Attr) and a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
-               for a in node.attributes.values()):  # fmt: skip
+        if has_subgraphs(node):
             return  # a subgraph: its outputs stay unknown, hence blocked
         if node.outputs and inputs and all(v in st.values for v in inputs) and self._evaluate(node, inputs):
             return
