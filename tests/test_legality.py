@@ -100,6 +100,39 @@ CASES: dict[str, tuple[Nodes, dict[str, np.ndarray], bool]] = {
     ),
     "product of two streams": ([node("MatMul", "x d", "k"), node("Mul", "h k", "m")], {"d": rand(16, 32)}, False),
     "negate": ([node("Neg", "h", "m")], {}, True),
+    "einsum that moves axes": ([node("Einsum", "h", "k", equation="abc->cab"),
+                                node("Transpose", "k", "m", perm=[1, 2, 0])], {}, True),
+    "einsum with a matrix": ([node("Einsum", "h c", "m", equation="bld,dk->blk")], {"c": rand(32, 32)}, True),
+    "einsum with a matrix of heads": (
+        [node("Einsum", "h c", "k", equation="bld,dhk->bhlk"), node("Einsum", "k e", "m", equation="bhlk,hkd->bld")],
+        {"c": rand(32, 4, 8), "e": rand(4, 8, 32)},
+        True,
+    ),
+    "einsum behind a factor a feature": (
+        [node("Mul", "h f", "k"), node("Einsum", "k c", "m", equation="bld,kd->blk")],
+        {"c": rand(32, 32), "f": W32},
+        True,
+    ),
+    "einsum of scores and weighted values": (
+        [node("MatMul", "x d", "v"), node("Einsum", "h h", "s", equation="bld,bmd->blm"), node("Softmax", "s", "p"),
+         node("Einsum", "p v", "m", equation="blm,bmd->bld")],
+        {"d": rand(16, 32)},
+        True,
+    ),
+    "einsum that takes features one by one": (
+        [node("Einsum", "h c", "m", equation="bld,d->bld")], {"c": W32}, False,
+    ),
+    "einsum over an ellipsis": (
+        [node("Einsum", "h c", "m", equation="...d,...->...d")], {"c": np.float32([[2], [3]]).reshape(2, 1)}, True,
+    ),
+    "einsum without an arrow": ([node("Einsum", "h c", "m", equation="abc,cz")], {"c": rand(32, 32)}, True),
+    "einsum that repeats a letter": (
+        [node("Einsum", "h c", "k", equation="bld,dk->blk"), node("Reshape", "k s", "q"),
+         node("Einsum", "q", "m", equation="bldd->bld")],
+        {"c": rand(32, 1024), "s": i64(-1, 3, 32, 32)},
+        False,
+    ),
+    "einsum with an ellipsis": ([node("Einsum", "h c", "m", equation="...d,dk->...k")], {"c": rand(32, 32)}, True),
     "clip": ([node("Clip", "h lo", "m")], {"lo": np.float32(-0.1)}, False),
     "cast there and back": (
         [node("Cast", "h", "k", to=TensorProto.DOUBLE), node("Cast", "k", "m", to=TensorProto.FLOAT)],

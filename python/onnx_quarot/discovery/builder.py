@@ -206,7 +206,7 @@ class Builder:
             name=node.name or str(node.outputs[0].name),
             op_type=node.op_type,
             inputs=weight.shape[slot.axis],
-            outputs=weight.shape[columns],
+            outputs=weight.size // weight.shape[slot.axis] if node.op_type == "Einsum" else weight.shape[columns],
             how=how,
             rotation=rotation,
             reason=reason,

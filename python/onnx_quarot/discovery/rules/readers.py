@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnx_quarot.discovery.constants import constant, uniform
+from onnx_quarot.discovery.rules.einsum import einsum_slot
 from onnx_quarot.discovery.rules.registry import MICROSOFT
 from onnx_quarot.discovery.typing import Slot, Typing, Use
 
@@ -24,6 +25,8 @@ def linear_slot(node: ir.Node, index: int = 0) -> Slot | None:
             return None
         rank = len(weight.shape)
         return Slot(node, 0, 1, rank - 1 if node.attributes.get_int("transB", 0) else rank - 2)
+    if kind == ("", "Einsum"):
+        return einsum_slot(node, index)
     if kind == (MICROSOFT, "Attention") and index == 0:
         weight = constant(node.inputs[1])
         return None if weight is None or len(weight.shape) != 2 else Slot(node, 0, 1, 0)
