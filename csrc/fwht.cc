@@ -118,6 +118,10 @@ Transform::Transform(const TransformSpec& spec)
   if (!std::isfinite(scale_)) throw std::invalid_argument("scale is " + std::to_string(scale_) + ": it must be finite");
 }
 
+bool Transform::plain_power() const {
+  return order_ == nullptr && block_ == size_ && signs_length_ == 0 && size_ * compute_size() >= kernels_->vector_bytes;
+}
+
 void Transform::rows(const void* in, void* out, std::size_t rows, std::ptrdiff_t in_stride, std::ptrdiff_t out_stride,
                      const float* signs) const {
   if ((signs != nullptr) != (signs_length_ != 0)) {
@@ -126,8 +130,7 @@ void Transform::rows(const void* in, void* out, std::size_t rows, std::ptrdiff_t
   if (rows == 0) return;
   const auto row = static_cast<std::ptrdiff_t>(size_);
   const std::size_t compute_bytes = size_ * compute_size();
-  if (order_ == nullptr && block_ == size_ && signs == nullptr && compute_bytes >= kernels_->vector_bytes &&
-      (compute_bytes <= kTwoRowsBytes || compute_size() == element_size(dtype_)) &&
+  if (plain_power() && (compute_bytes <= kTwoRowsBytes || compute_size() == element_size(dtype_)) &&
       (rows == 1 || (in_stride == row && out_stride == row))) {
     return kernels_->types[static_cast<std::size_t>(dtype_)].powers(in, out, rows, size_, scale_);
   }

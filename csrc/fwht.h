@@ -64,8 +64,8 @@ class Transform {
   // Rows of float32 transformed and quantized to 8 bits, both on adjacent rows [first, first + count) of whole arrays;
   // `out` shares no memory with `in`. dtype() must be float32. Allocates at most two scratch buffers a call.
   //   quantize          y = saturate(round(t) + zero_point), where t is the transform: make it with the scale divided
-  //   by
-  //                     the quantization scale. Rounds to nearest even; a NaN becomes the largest value.
+  //                     by the quantization scale. Rounds to nearest even; a NaN becomes the largest or, with its sign
+  //                     bit set, the smallest value.
   //   quantize_dynamic  each row by its own scale: scales[row] = max |t| / 127, y = round(t / scales[row]). A row with
   //                     no magnitude of 2^-100 or more has scale 1 and zeros; an infinity or a NaN shows in the scale.
   void quantize(const float* in, void* out, std::size_t first, std::size_t count, const float* signs,
@@ -82,8 +82,7 @@ class Transform {
   std::size_t compute_size() const { return dtype_ == DType::float64 ? sizeof(double) : sizeof(float); }
   void run(const void* in, void* out, std::size_t rows, std::ptrdiff_t in_stride, std::ptrdiff_t out_stride,
            const float* signs) const;
-  template <class Batch>
-  void in_batches(const float* in, std::size_t first, std::size_t count, const float* signs, Batch batch) const;
+  bool plain_power() const;  // one power of two, without signs, of a vector or more: what has short ways
 
   DType dtype_;
   bool transpose_;

@@ -167,5 +167,6 @@ void run(const Job& job) {
                              {run<BFloat>, run_powers<BFloat>},  \
                              {run<double>, run_powers<double>}}, \
                             quantize,                            \
-                            largest};                            \
+                            largest,                             \
+                            measure_powers};                     \
   }

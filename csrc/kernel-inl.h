@@ -57,6 +57,7 @@ template <class T, Finish F>
 struct Sink {
   static constexpr bool paired = kPaired<T>;
   using Vector = typename Compute<T>::Vector;
+  using Loop = Sink;  // what a loop over columns puts values into
   T* values;
   const float* signs;
   Vector factor;
@@ -68,6 +69,12 @@ struct Sink {
       v *= s;
     }
     store(values + i, v);
+  }
+  // x[i] to `step` i, for R of them.
+  template <std::size_t R>
+  ONNX_QUAROT_INLINE void put_all(const Vector* x, std::size_t step) const {
+#pragma GCC unroll 64
+    for (std::size_t i = 0; i < R; ++i) put(i * step, x[i]);
   }
   ONNX_QUAROT_INLINE void put_pair(std::size_t i, Vector even, Vector odd) const {
     if constexpr (F != Finish::none) {
@@ -148,8 +155,7 @@ ONNX_QUAROT_INLINE void block_pass(In in, Out out, V one) {
 #pragma GCC unroll 64
     for (std::size_t i = 0; i < R; i += 2) out.put_pair(i * lanes, x[i], x[i + 1]);
   } else {
-#pragma GCC unroll 64
-    for (std::size_t i = 0; i < R; ++i) out.put(i * lanes, x[i]);
+    out.template put_all<R>(x, lanes);
   }
 }
 
@@ -169,8 +175,7 @@ ONNX_QUAROT_INLINE void column_pass(In in, Out out, std::size_t step, V one) {
 #pragma GCC unroll 64
     for (std::size_t i = 0; i < R; ++i) out.put_pair(i * step, x[i], odd[i]);
   } else {
-#pragma GCC unroll 64
-    for (std::size_t i = 0; i < R; ++i) out.put(i * step, x[i]);
+    out.template put_all<R>(x, step);
   }
 }
 
@@ -178,7 +183,8 @@ ONNX_QUAROT_INLINE void column_pass(In in, Out out, std::size_t step, V one) {
 template <std::size_t R, class In, class Out, class V>
 __attribute__((noinline)) void last_pass(In in, Out out, std::size_t step, V one) {
   constexpr std::size_t width = (Out::paired ? 2 : 1) * sizeof(V) / sizeof(one[0]);
-  for (std::size_t j = 0; j < step; j += width) column_pass<R>(in.at(j), out.at(j), step, one);
+  typename Out::Loop to(out);
+  for (std::size_t j = 0; j < step; j += width) column_pass<R>(in.at(j), to.at(j), step, one);
 }
 
 // How a row too long for two passes is cut: the radix of its last pass, 8 as often as possible, after the first passes
@@ -216,18 +222,19 @@ void two_pass_rows(In in, Rows<C> rows, Out out, std::size_t count, std::size_t 
     for (std::size_t piece = 0; piece < pieces; ++piece) {
 #pragma GCC unroll 1
       for (std::size_t k = 0; k < R / pieces; ++k, b += block) block_pass<kBlockVectors>(from.at(b), to.at(b), one);
+      typename Out::Loop columns_to(done);
 #pragma GCC unroll 1
       for (std::size_t k = 0; k < columns / pieces; ++k, c += width)
-        column_pass<R>(before.at(c), done.at(c), block, one);
+        column_pass<R>(before.at(c), columns_to.at(c), block, one);
     }
   }
   last_pass<R>(Source<C, false>{rows.at(count - 1), nullptr}, out.at((count - 1) * n, (count - 1) * sign_step), block,
                one);
 }
 
-// H_n of `count` adjacent rows of n elements, n a power of two and at least a vector. The signs of a row begin
-// `sign_step` after those of the row before. `rows` is where they are between passes: memory of its own, or the rows of
-// `out`.
+// H_n of `count` adjacent rows of n elements, n a power of two and at least a vector. The signs of a row, or what else
+// `out` has for each, begin `sign_step` after those of the row before. `rows` is where they are between passes: memory
+// of its own, or the rows of `out`.
 template <class In, class Out, class C, class V>
 void power_rows(In in, Rows<C> rows, Out out, std::size_t count, std::size_t sign_step, std::size_t n, V one) {
   static_assert(kBlockVectors == 8 || kBlockVectors == 16);

@@ -33,15 +33,28 @@ struct Job {
   void* scratch;  // as scratch_layout says
 };
 
-// Float values to 8 bits: byte = saturate(round(x * factor) + zero_point), to nearest even, between `low` and `high`.
+// Float values to 8 bits: byte = saturate(round(x * factor) + zero_point), to nearest even, between `low` and `high`;
+// a NaN becomes `high`, or with its sign bit set `low`.
 struct QuantizeJob {
   const float* in;
   void* out;
-  std::size_t count;
-  float factor;
+  std::size_t rows;
+  std::size_t count;     // of a row; rows are adjacent
+  const float* factors;  // of each row; null: 1
   std::int32_t zero_point;
   std::int32_t low;
   std::int32_t high;
+  bool within;  // the zero point is 0, and no x * factor is a NaN or rounds to anything outside -127 ... 127
+};
+
+// Adjacent rows of n = 2^m floats, at least a vector, transformed; and the largest magnitude of each, as by `largest`.
+struct MeasureJob {
+  const float* in;
+  float* values;
+  float* largest;
+  std::size_t rows;
+  std::size_t n;
+  double scale;
 };
 
 struct TypeKernels {
@@ -57,6 +70,7 @@ struct Kernels {
   TypeKernels types[4];  // by DType
   void (*quantize)(const QuantizeJob&);
   float (*largest)(const float* values, std::size_t count);  // largest magnitude; NaN if there is one
+  void (*measure_powers)(const MeasureJob&);
 };
 
 extern const Kernels baseline_kernels;

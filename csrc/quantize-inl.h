@@ -1,95 +1,143 @@
-// Float values to 8 bits, and their largest magnitude: what follows a transform whose result is quantized. Included by
-// kernel-inl.h.
+// Float values to 8 bits, and their largest magnitude: what follows a transform whose result is quantized, or
+// is found by its last pass. Included by kernel-inl.h.
 
 namespace onnx_quarot {
 namespace {
 
-typedef std::uint8_t BytesAnywhere __attribute__((vector_size(kVectorBytes / 4), aligned(1), may_alias));
-typedef std::uint8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));
-
 struct Rounder {
-  Floats factor;
   std::int32_t zero_point, low, high;
 };
 
-// Four vectors at once. Without Scaled the factor is 1. A NaN becomes `high`.
+// The bytes of four vectors, one behind the other.
+typedef std::uint8_t Bytes __attribute__((vector_size(kVectorBytes)));
+typedef std::uint8_t BytesAnywhere __attribute__((vector_size(kVectorBytes), aligned(1), may_alias));
+typedef std::uint8_t QuarterBytes __attribute__((vector_size(kVectorBytes / 4)));
+
+// The smaller of two, compared as integers: of two positive floats the smaller, and any negative one.
+ONNX_QUAROT_INLINE Ints smaller(Ints a, Ints b) {
+#if defined(__AVX2__) && ONNX_QUAROT_VECTOR_BYTES == 32  // gcc compares and blends
+  return reinterpret_cast<Ints>(_mm256_min_epi32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#elif defined(__AVX512F__) && ONNX_QUAROT_VECTOR_BYTES == 64
+  return reinterpret_cast<Ints>(
+      _mm512_maskz_min_epi32(0xffff, reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#else
+  return a < b ? a : b;
+#endif
+}
+// v, but at most a limit of 0 or more. The units that compare floats are busy with conversions.
+ONNX_QUAROT_INLINE Floats at_most(Floats v, float limit) {
+  return reinterpret_cast<Floats>(smaller(reinterpret_cast<Ints>(v), reinterpret_cast<Ints>(Floats{} + limit)));
+}
+
+// What is known of the values. `within`: as QuantizeJob says.
+enum class Range { within, signed_bytes, unsigned_bytes };
+
+[[maybe_unused]] constexpr float kMost = 0x1p30f;  // beyond 32 bits a conversion gives the least integer
+
 #if defined(__AVX2__) && ONNX_QUAROT_VECTOR_BYTES == 32
-template <bool Scaled>
-ONNX_QUAROT_INLINE void quantize_vectors(const Rounder& rounder, const float* in, std::uint8_t* out) {
-  const __m256 most = _mm256_set1_ps(0x1p30f);  // beyond 32 bits a conversion gives the least integer
+template <Range range>
+ONNX_QUAROT_INLINE Bytes round_to_bytes(const Rounder& rounder, const Floats* x) {
   const __m256i zero_point = _mm256_set1_epi16(static_cast<std::int16_t>(rounder.zero_point));
   const auto rounded_vector = [&](std::size_t i) {
-    Floats v = load(in + 8 * i);
-    if constexpr (Scaled) v *= rounder.factor;
-    return _mm256_cvtps_epi32(_mm256_min_ps(reinterpret_cast<__m256>(v), most));
+    const Floats v = range == Range::within ? x[i] : at_most(x[i], kMost);
+    return _mm256_cvtps_epi32(reinterpret_cast<__m256>(v));
   };
   // The zero point joins where sums saturate: in 32 bits the least integer would wrap around.
   const auto pair = [&](std::size_t i) {
-    return _mm256_adds_epi16(_mm256_packs_epi32(rounded_vector(i), rounded_vector(i + 1)), zero_point);
+    const __m256i both = _mm256_packs_epi32(rounded_vector(i), rounded_vector(i + 1));
+    return range == Range::within ? both : _mm256_adds_epi16(both, zero_point);
   };
   const __m256i a = pair(0), b = pair(2);
-  const __m256i bytes = rounder.low < 0 ? _mm256_packs_epi16(a, b) : _mm256_packus_epi16(a, b);
+  const __m256i bytes = range == Range::unsigned_bytes ? _mm256_packus_epi16(a, b) : _mm256_packs_epi16(a, b);
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permutevar8x32_epi32(bytes, order));
+  return reinterpret_cast<Bytes>(_mm256_permutevar8x32_epi32(bytes, order));
 }
 #elif defined(__AVX512BW__) && ONNX_QUAROT_VECTOR_BYTES == 64
 // The same on 512 bits; the masked forms, all lanes on, for gcc's warnings.
-template <bool Scaled>
-ONNX_QUAROT_INLINE void quantize_vectors(const Rounder& rounder, const float* in, std::uint8_t* out) {
-  const __m512 most = _mm512_set1_ps(0x1p30f);
+template <Range range>
+ONNX_QUAROT_INLINE Bytes round_to_bytes(const Rounder& rounder, const Floats* x) {
   const __m512i zero_point = _mm512_set1_epi16(static_cast<std::int16_t>(rounder.zero_point));
   const auto rounded_vector = [&](std::size_t i) {
-    Floats v = load(in + 16 * i);
-    if constexpr (Scaled) v *= rounder.factor;
-    return _mm512_maskz_cvtps_epi32(0xffff, _mm512_maskz_min_ps(0xffff, reinterpret_cast<__m512>(v), most));
+    const Floats v = range == Range::within ? x[i] : at_most(x[i], kMost);
+    return _mm512_maskz_cvtps_epi32(0xffff, reinterpret_cast<__m512>(v));
   };
   const auto pair = [&](std::size_t i) {
-    return _mm512_adds_epi16(_mm512_packs_epi32(rounded_vector(i), rounded_vector(i + 1)), zero_point);
+    const __m512i both = _mm512_packs_epi32(rounded_vector(i), rounded_vector(i + 1));
+    return range == Range::within ? both : _mm512_adds_epi16(both, zero_point);
   };
   const __m512i a = pair(0), b = pair(2);
-  const __m512i bytes = rounder.low < 0 ? _mm512_packs_epi16(a, b) : _mm512_packus_epi16(a, b);
+  const __m512i bytes = range == Range::unsigned_bytes ? _mm512_packus_epi16(a, b) : _mm512_packs_epi16(a, b);
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  _mm512_storeu_si512(out, _mm512_maskz_permutexvar_epi32(0xffff, order, bytes));
+  return reinterpret_cast<Bytes>(_mm512_maskz_permutexvar_epi32(0xffff, order, bytes));
 }
 #else
 // The nearest integer of each value of magnitude below 2^22 stands in the low bits of the sum with 1.5 * 2^23.
 constexpr float kRound = 12582912.0f;
 
-template <bool Scaled>
-ONNX_QUAROT_INLINE void quantize_vectors(const Rounder& rounder, const float* in, std::uint8_t* out) {
+template <Range range>
+ONNX_QUAROT_INLINE Bytes round_to_bytes(const Rounder& rounder, const Floats* x) {
   const Floats low = Floats{} + static_cast<float>(rounder.low - rounder.zero_point);
-  const Floats high = Floats{} + static_cast<float>(rounder.high - rounder.zero_point);
+  const float high = static_cast<float>(rounder.high - rounder.zero_point);
   const Words zero_point = Words{} + static_cast<std::uint32_t>(rounder.zero_point);
+  Bytes bytes;
 #pragma GCC unroll 4
   for (std::size_t i = 0; i < 4; ++i) {
-    Floats v = load(in + i * kLanes<float>);
-    if constexpr (Scaled) v *= rounder.factor;
-    v = v < high ? v : high;
+    Floats v = at_most(x[i], high);
     v = v > low ? v : low;
     const Words words = (reinterpret_cast<Words>(v + kRound) + zero_point) & 0xffu;
-    *reinterpret_cast<BytesAnywhere*>(out + i * kLanes<float>) = __builtin_convertvector(words, Bytes);
+    const QuarterBytes quarter = __builtin_convertvector(words, QuarterBytes);
+    std::memcpy(reinterpret_cast<char*>(&bytes) + i * sizeof(quarter), &quarter, sizeof(quarter));
   }
+  return bytes;
 }
 #endif
 
-template <bool Scaled>
-void quantize(const QuantizeJob& job) {
-  const Rounder rounder{Floats{} + job.factor, job.zero_point, job.low, job.high};
-  constexpr std::size_t width = 4 * kLanes<float>;
-  auto* out = static_cast<std::uint8_t*>(job.out);
-  std::size_t i = 0;
-  for (; i + width <= job.count; i += width) quantize_vectors<Scaled>(rounder, job.in + i, out + i);
-  if (i == job.count) return;
-  float in[width] = {};
-  std::uint8_t rest[width];
-  std::memcpy(in, job.in + i, (job.count - i) * sizeof(float));
-  quantize_vectors<Scaled>(rounder, in, rest);
-  std::memcpy(out + i, rest, job.count - i);
+template <Range range, bool Scaled>
+ONNX_QUAROT_INLINE Bytes load_bytes(const Rounder& rounder, const float* in, Floats factor) {
+  Floats x[4];
+#pragma GCC unroll 4
+  for (std::size_t i = 0; i < 4; ++i) {
+    x[i] = load(in + i * kLanes<float>);
+    if constexpr (Scaled) x[i] *= factor;
+  }
+  return round_to_bytes<range>(rounder, x);
 }
 
-void quantize(const QuantizeJob& job) { return job.factor == 1.0f ? quantize<false>(job) : quantize<true>(job); }
+template <Range range, bool Scaled>
+void quantize_row(const QuantizeJob& job, const float* in, std::uint8_t* out, float scalar) {
+  const Rounder rounder{job.zero_point, job.low, job.high};
+  const Floats factor = Floats{} + scalar;
+  std::size_t i = 0;
+  for (; i + kVectorBytes <= job.count; i += kVectorBytes) {
+    *reinterpret_cast<BytesAnywhere*>(out + i) = load_bytes<range, Scaled>(rounder, in + i, factor);
+  }
+  if (i == job.count) return;
+  float rest[kVectorBytes] = {};
+  std::memcpy(rest, in + i, (job.count - i) * sizeof(float));
+  const Bytes bytes = load_bytes<range, Scaled>(rounder, rest, factor);
+  std::memcpy(out + i, &bytes, job.count - i);
+}
+
+template <Range range>
+void quantize(const QuantizeJob& job) {
+  auto* out = static_cast<std::uint8_t*>(job.out);
+  for (std::size_t r = 0; r < job.rows; ++r) {
+    const float* in = job.in + r * job.count;
+    if (job.factors == nullptr) {
+      quantize_row<range, false>(job, in, out + r * job.count, 1.0f);
+    } else {
+      quantize_row<range, true>(job, in, out + r * job.count, job.factors[r]);
+    }
+  }
+}
+
+void quantize(const QuantizeJob& job) {
+  if (job.within) return quantize<Range::within>(job);
+  return job.low < 0 ? quantize<Range::signed_bytes>(job) : quantize<Range::unsigned_bytes>(job);
+}
 
 // Magnitudes compare as integers, and a NaN as more than any of them.
+ONNX_QUAROT_INLINE Ints magnitude(Floats v) { return reinterpret_cast<Ints>(v) & 0x7fffffff; }
 ONNX_QUAROT_INLINE Ints larger(Ints a, Ints b) {
 #if defined(__AVX2__) && ONNX_QUAROT_VECTOR_BYTES == 32  // gcc compares and blends
   return reinterpret_cast<Ints>(_mm256_max_epi32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
@@ -102,33 +150,89 @@ ONNX_QUAROT_INLINE Ints larger(Ints a, Ints b) {
 }
 
 template <int D, int... I>
-ONNX_QUAROT_INLINE std::int32_t largest_lane(Ints x, Indices<I...> lanes) {
+ONNX_QUAROT_INLINE float largest_lane(Ints x, Indices<I...> lanes) {
   if constexpr (D > 0) {
     return largest_lane<D / 2>(larger(x, __builtin_shufflevector(x, x, (I ^ D)...)), lanes);
   } else {
-    return x[0];
+    return reinterpret_cast<Floats>(x)[0];
   }
+}
+ONNX_QUAROT_INLINE float largest_lane(Ints x) {
+  return largest_lane<static_cast<int>(kLanes<float> / 2)>(x, LanesOf<Ints>{});
 }
 
 float largest(const float* values, std::size_t count) {
   constexpr std::size_t lanes = kLanes<float>;
-  const auto magnitude = [](const float* from) { return reinterpret_cast<Ints>(load(from)) & 0x7fffffff; };
   Ints most[4] = {};
   std::size_t i = 0;
   for (; i + 4 * lanes <= count; i += 4 * lanes) {
 #pragma GCC unroll 4
-    for (std::size_t v = 0; v < 4; ++v) most[v] = larger(most[v], magnitude(values + i + v * lanes));
+    for (std::size_t v = 0; v < 4; ++v) most[v] = larger(most[v], magnitude(load(values + i + v * lanes)));
   }
   for (; i < count; i += lanes) {
     float rest[lanes] = {};
     std::memcpy(rest, values + i, (count - i < lanes ? count - i : lanes) * sizeof(float));
-    most[0] = larger(most[0], magnitude(rest));
+    most[0] = larger(most[0], magnitude(load(rest)));
   }
-  const Ints all = larger(larger(most[0], most[1]), larger(most[2], most[3]));
-  const std::int32_t bits = largest_lane<static_cast<int>(lanes / 2)>(all, LanesOf<Ints>{});
-  float value = 0;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
+  return largest_lane(larger(larger(most[0], most[1]), larger(most[2], most[3])));
+}
+
+class MeasuringLoop;
+
+// Values go to memory, and the largest magnitude of each lane to `most`, one vector a row.
+struct MeasuringSink {
+  static constexpr bool paired = false;
+  using Vector = Floats;
+  using Loop = MeasuringLoop;
+  float* values;
+  Ints* most;
+  Floats factor;
+  template <std::size_t R>
+  ONNX_QUAROT_INLINE void put_all(const Floats* x, std::size_t step) const {
+    Ints found[R];
+#pragma GCC unroll 64
+    for (std::size_t i = 0; i < R; ++i) {
+      const Floats scaled = x[i] * factor;
+      store(values + i * step, scaled);
+      found[i] = magnitude(scaled);
+    }
+#pragma GCC unroll 8
+    for (std::size_t half = R / 2; half > 0; half /= 2) {
+#pragma GCC unroll 64
+      for (std::size_t i = 0; i < half; ++i) found[i] = larger(found[i], found[i + half]);
+    }
+    *most = larger(*most, found[0]);
+  }
+  ONNX_QUAROT_INLINE MeasuringSink at(std::size_t i) const { return {values + i, most, factor}; }
+  ONNX_QUAROT_INLINE MeasuringSink at(std::size_t i, std::size_t row) const { return {values + i, most + row, factor}; }
+};
+
+// Its largest magnitudes in a register: through memory, columns would wait for those before them.
+class MeasuringLoop {
+ public:
+  ONNX_QUAROT_INLINE explicit MeasuringLoop(const MeasuringSink& sink) : sink_(sink), most_(*sink.most) {}
+  ONNX_QUAROT_INLINE ~MeasuringLoop() { *sink_.most = most_; }
+  MeasuringLoop(const MeasuringLoop&) = delete;
+  MeasuringLoop& operator=(const MeasuringLoop&) = delete;
+  ONNX_QUAROT_INLINE MeasuringSink at(std::size_t i) { return {sink_.values + i, &most_, sink_.factor}; }
+
+ private:
+  MeasuringSink sink_;
+  Ints most_;
+};
+
+void measure_powers(const MeasureJob& job) {
+  constexpr std::size_t together = 16;
+  const Floats one = opaque<Floats>(1.0f), scale = Floats{} + static_cast<float>(job.scale);
+  for (std::size_t done = 0; done < job.rows; done += together) {
+    const std::size_t rows = job.rows - done < together ? job.rows - done : together;
+    Ints most[together];
+    for (std::size_t r = 0; r < rows; ++r) most[r] = Ints{};
+    float* values = job.values + done * job.n;
+    power_rows(Source<float, false>{job.in + done * job.n, nullptr}, Rows<float>{values, job.n, kEveryRow},
+               MeasuringSink{values, most, scale}, rows, 1, job.n, one);
+    for (std::size_t r = 0; r < rows; ++r) job.largest[done + r] = largest_lane(most[r]);
+  }
 }
 
 }  // namespace

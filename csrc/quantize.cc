@@ -1,4 +1,4 @@
-// Transforms whose result is quantized at once, while it is in first-level cache.
+// Transforms whose result is quantized at once, while it is in registers or first-level cache.
 #include <algorithm>
 #include <cmath>
 #include <memory>
@@ -13,56 +13,70 @@ namespace {
 
 // Rows transformed together before they are quantized.
 constexpr std::size_t kBatchBytes = 16384;
+constexpr std::size_t kBatchRows = 64;
 
 struct AlignedDelete {
   void operator()(float* p) const { ::operator delete[](p, std::align_val_t{kScratchAlignment}); }
+};
+
+// Memory for values: on the stack where a batch is enough.
+class Values {
+ public:
+  explicit Values(std::size_t count) {
+    if (count * sizeof(float) <= sizeof(local_)) return;
+    heap_.reset(static_cast<float*>(::operator new[](count * sizeof(float), std::align_val_t{kScratchAlignment})));
+  }
+  float* data() { return heap_ ? heap_.get() : local_; }
+
+ private:
+  alignas(kScratchAlignment) float local_[kBatchBytes / sizeof(float)];
+  std::unique_ptr<float[], AlignedDelete> heap_;
 };
 
 constexpr float kSmallest = 0x1p-100f;
 
 }  // namespace
 
-// Calls batch(row, rows, values) for batches of transformed rows.
-template <class Batch>
-void Transform::in_batches(const float* in, std::size_t first, std::size_t count, const float* signs,
-                           Batch batch) const {
+void Transform::quantize(const float* in, void* out, std::size_t first, std::size_t count, const float* signs,
+                         QuantizedType type, std::int32_t zero_point) const {
   if (dtype_ != DType::float32) throw std::invalid_argument("only float32 can be quantized");
+  const std::int32_t low = type == QuantizedType::int8 ? -128 : 0;
   const std::size_t together = std::max<std::size_t>(1, kBatchBytes / sizeof(float) / size_);
-  alignas(kScratchAlignment) float local[kBatchBytes / sizeof(float)];
-  std::unique_ptr<float[], AlignedDelete> heap;
-  float* values = local;
-  if (together * size_ * sizeof(float) > sizeof(local)) {
-    heap.reset(static_cast<float*>(::operator new[](size_ * sizeof(float), std::align_val_t{kScratchAlignment})));
-    values = heap.get();
-  }
+  Values values(together * size_);
   const auto stride = static_cast<std::ptrdiff_t>(size_);
   for (std::size_t row = first; row < first + count; row += together) {
     const std::size_t some = std::min(together, first + count - row);
-    rows(in + row * size_, values, some, stride, stride, signs);
-    batch(row, some, values);
+    rows(in + row * size_, values.data(), some, stride, stride, signs);
+    kernels_->quantize({values.data(), static_cast<unsigned char*>(out) + row * size_, 1, some * size_, nullptr,
+                        zero_point, low, low + 255, false});
   }
-}
-
-void Transform::quantize(const float* in, void* out, std::size_t first, std::size_t count, const float* signs,
-                         QuantizedType type, std::int32_t zero_point) const {
-  const std::int32_t low = type == QuantizedType::int8 ? -128 : 0;
-  in_batches(in, first, count, signs, [&](std::size_t row, std::size_t some, const float* values) {
-    kernels_->quantize(
-        {values, static_cast<unsigned char*>(out) + row * size_, some * size_, 1.0f, zero_point, low, low + 255});
-  });
 }
 
 void Transform::quantize_dynamic(const float* in, std::int8_t* out, float* scales, std::size_t first, std::size_t count,
                                  const float* signs) const {
-  in_batches(in, first, count, signs, [&](std::size_t row, std::size_t some, const float* values) {
-    for (std::size_t i = 0; i < some; ++i) {
-      const float* from = values + i * size_;
-      const float most = kernels_->largest(from, size_);
-      const bool zero = most < kSmallest;
-      scales[row + i] = zero ? 1.0f : most / 127.0f;
-      kernels_->quantize({from, out + (row + i) * size_, size_, zero ? 0.0f : 127.0f / most, 0, -127, 127});
+  if (dtype_ != DType::float32) throw std::invalid_argument("only float32 can be quantized");
+  const std::size_t together = std::clamp<std::size_t>(kBatchBytes / sizeof(float) / size_, 1, kBatchRows);
+  Values values(together * size_);
+  const auto stride = static_cast<std::ptrdiff_t>(size_);
+  for (std::size_t row = first; row < first + count; row += together) {
+    const std::size_t some = std::min(together, first + count - row);
+    float factors[kBatchRows];  // first of all the largest magnitudes
+    if (plain_power() && signs == nullptr) {
+      kernels_->measure_powers({in + row * size_, values.data(), factors, some, size_, scale_});
+    } else {
+      rows(in + row * size_, values.data(), some, stride, stride, signs);
+      for (std::size_t i = 0; i < some; ++i) factors[i] = kernels_->largest(values.data() + i * size_, size_);
     }
-  });
+    bool finite = true;
+    for (std::size_t i = 0; i < some; ++i) {
+      const float most = factors[i];
+      const bool zero = most < kSmallest;
+      finite = finite && std::isfinite(most);
+      scales[row + i] = zero ? 1.0f : most / 127.0f;
+      factors[i] = zero ? 0.0f : 127.0f / most;
+    }
+    kernels_->quantize({values.data(), out + row * size_, some, size_, factors, 0, -127, 127, finite});
+  }
 }
 
 }  // namespace onnx_quarot

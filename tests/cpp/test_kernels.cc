@@ -47,6 +47,21 @@ struct Case {
 
 using Bytes = std::vector<unsigned char>;
 
+// Rows that are measured while they are transformed: the same bits, and the largest magnitude of each.
+void check_measures(const Kernels& kernels, const std::string& what, const Bytes& in, const Bytes& transformed,
+                    std::size_t rows, std::size_t n, double scale) {
+  std::vector<float> from(rows * n), values(rows * n), largest(rows);
+  std::memcpy(from.data(), in.data(), in.size());
+  kernels.measure_powers({from.data(), values.data(), largest.data(), rows, n, scale});
+  expect(std::memcmp(values.data(), transformed.data(), transformed.size()) == 0,
+         what + "measured rows of " + kernels.name + " differ");
+  for (std::size_t r = 0; r < rows; ++r) {
+    const float found = kernels.largest(values.data() + r * n, n);
+    expect(largest[r] == found,
+           what + kernels.name + " measures " + std::to_string(largest[r]) + ", not " + std::to_string(found));
+  }
+}
+
 // Runs a job on exactly sized, freshly allocated arrays, so that a sanitizer sees every access outside.
 Bytes run(const Kernels& kernels, DType dtype, const Case& c, const Bytes& in, std::size_t rows,
           const std::vector<float>& signs, bool in_place) {
@@ -81,7 +96,9 @@ Bytes run(const Kernels& kernels, DType dtype, const Case& c, const Bytes& in, s
       (compute_bytes <= kTwoRowsBytes || compute == element_size(dtype))) {
     Bytes again = in_place ? in : Bytes(in.size());
     run.powers(in_place ? again.data() : in.data(), again.data(), rows, c.size, job.scale);
-    expect(again == out, "size " + std::to_string(c.size) + ": powers and rows of " + kernels.name + " differ");
+    const std::string what = "size " + std::to_string(c.size) + ": ";
+    expect(again == out, what + "powers and rows of " + kernels.name + " differ");
+    if (dtype == DType::float32) check_measures(kernels, what, in, out, rows, c.size, job.scale);
   }
   std::free(scratch);
   return out;
@@ -175,6 +192,31 @@ void check(const Case& c, std::mt19937& random) {
   }
 }
 
+// More rows than are measured at once, one of them with a NaN, and magnitudes in every lane and place in turn.
+void check_measured_rows() {
+  constexpr std::size_t rows = 35;
+  for (const Kernels* kernels : all_kernels()) {
+    for (const std::size_t n : {16u, 256u, 512u, 1024u, 16384u}) {
+      std::vector<float> in(rows * n), values(rows * n), largest(rows);
+      for (std::size_t r = 0; r < rows; ++r) {
+        // A row of H times a number transforms to that number in one place.
+        for (std::size_t i = 0; i < n; ++i) {
+          std::size_t both = i & (7 * r % n), minus = 0;
+          for (; both != 0; both /= 2) minus ^= both & 1u;
+          in[r * n + i] = static_cast<float>(r + 1) * (minus != 0 ? -1.0f : 1.0f);
+        }
+      }
+      in[20 * n + 3] = NAN;
+      kernels->measure_powers({in.data(), values.data(), largest.data(), rows, n, -1.0 / static_cast<double>(n)});
+      for (std::size_t r = 0; r < rows; ++r) {
+        const bool right = r == 20 ? std::isnan(largest[r]) : largest[r] == static_cast<float>(r + 1);
+        expect(right, std::string(kernels->name) + ", size " + std::to_string(n) + ": row " + std::to_string(r) +
+                          " measures " + std::to_string(largest[r]));
+      }
+    }
+  }
+}
+
 // Quantization and the largest magnitude, of all counts around the width of vectors, with values half way between two
 // integers, beyond the range, infinite and NaN.
 void check_quantize(std::mt19937& random) {
@@ -190,6 +232,7 @@ void check_quantize(std::mt19937& random) {
       values[7] = INFINITY;
       values[8] = -INFINITY;
       values[9] = NAN;
+      values[10] = -NAN;
     }
     for (const Kernels* kernels : all) {
       const std::string what = std::string(kernels->name) + ", " + std::to_string(count) + " values: ";
@@ -201,14 +244,26 @@ void check_quantize(std::mt19937& random) {
         for (const float factor : {1.0f, 0.5f}) {
           const int zero_point = low < 0 ? -7 : 120, high = low + 255;
           Bytes bytes(count);
-          kernels->quantize({values.data(), bytes.data(), count, factor, zero_point, low, high});
+          kernels->quantize({values.data(), bytes.data(), 1, count, &factor, zero_point, low, high, false});
           for (std::size_t i = 0; i < count; ++i) {
             const double exact = std::nearbyint(static_cast<double>(values[i] * factor)) + zero_point;
-            const int wanted = !(exact < high) ? high : exact < low ? low : static_cast<int>(exact);
+            int wanted = !(exact < high) ? high : exact < low ? low : static_cast<int>(exact);
+            if (std::isnan(values[i]) && std::signbit(values[i])) wanted = low;
             const int got = low < 0 ? static_cast<int>(static_cast<std::int8_t>(bytes[i])) : static_cast<int>(bytes[i]);
             expect(got == wanted, what + std::to_string(values[i]) + " becomes " + std::to_string(got));
           }
         }
+      }
+      // Two rows with a factor each that leaves nothing to be cut off.
+      std::vector<float> small(2 * count);
+      for (float& value : small) value = static_cast<float>(static_cast<int>(random() % 255) - 127) / 4.0f;
+      const float factors[2] = {4.0f, 1.0f};
+      Bytes bytes(2 * count);
+      kernels->quantize({small.data(), bytes.data(), 2, count, factors, 0, -127, 127, true});
+      for (std::size_t i = 0; i < 2 * count; ++i) {
+        const auto wanted = static_cast<int>(std::nearbyint(small[i] * factors[i / count]));
+        const int got = static_cast<int>(static_cast<std::int8_t>(bytes[i]));
+        expect(got == wanted, what + std::to_string(small[i]) + " within the range becomes " + std::to_string(got));
       }
     }
   }
@@ -221,6 +276,7 @@ int main(int argc, char** argv) {
   const std::size_t limit = argc > 1 ? std::strtoul(argv[1], nullptr, 10) : std::size_t{1} << 20;
   std::mt19937 random(1);
   check_quantize(random);
+  check_measured_rows();
   std::vector<std::size_t> sizes;
   for (std::size_t n = 1; n <= 65536; n *= 2) sizes.push_back(n);
   for (const unsigned k : {12u, 20u, 28u, 36u, 44u, 52u, 92u, 108u, 140u, 156u, 188u}) {
