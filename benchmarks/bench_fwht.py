@@ -59,6 +59,25 @@ def test_fht_cpu(benchmark: Any, x: Any) -> None:
     np.testing.assert_allclose(once, hadamard(x, scale=1.0), atol=1e-2)
 
 
+@pytest.mark.parametrize("n", [512, 1024, 2048, 4096])
+@pytest.mark.parametrize("kind", ["transform alone", "static scale", "scale a row"])
+def test_quantize(benchmark: Any, n: int, kind: str) -> None:
+    """Rows in first-level cache, transformed and made int8: compare with the transform alone."""
+    x = np.random.default_rng(0).standard_normal((4096 // n, n)).astype(np.float32)
+    y, out, scales = np.empty_like(x), np.empty(x.shape, np.int8), np.empty((len(x), 1), np.float32)
+    benchmark.group = f"quantize, n={n}"
+    expected = hadamard(x)
+    if kind == "transform alone":
+        benchmark(_core.hadamard, x, y)
+        np.testing.assert_array_equal(y, expected)
+    elif kind == "static scale":
+        benchmark(_core.hadamard_quantize, x, out, 0.03)
+        assert np.abs(out - expected / 0.03).max() < 0.501
+    else:
+        benchmark(_core.hadamard_dynamic_quantize, x, out, scales)
+        assert np.abs(out - expected / scales).max() < 0.501
+
+
 @pytest.mark.parametrize("n", [64, 1536])
 def test_call_overhead(benchmark: Any, n: int) -> None:
     """One short row: what the Python call costs."""

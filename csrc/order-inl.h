@@ -81,22 +81,45 @@ __attribute__((noinline)) void small_order(C* values, std::size_t step, V scale,
   }
 }
 
+// Sums that are kept in registers: half of what there are.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr std::size_t kSumVectors = 16;
+#else
+constexpr std::size_t kSumVectors = 8;
+#endif
+
+// The codes of R adjacent outputs. Loads are what this step waits for: they are read together and taken apart.
+template <std::size_t R>
+class Codes {
+ public:
+  ONNX_QUAROT_INLINE explicit Codes(const std::uint8_t* codes) { std::memcpy(words_, codes, R); }
+  ONNX_QUAROT_INLINE std::size_t operator[](std::size_t r) const { return words_[r / 8] >> (8 * (r % 8)) & 0xffu; }
+
+ private:
+  std::uint64_t words_[(R + 7) / 8] = {};
+};
+
 // R outputs of W vectors each from `groups` groups: `codes` point at the first output's entry of group 0 and are
 // `outputs` apart; sums begin with `sum` or, for the first groups of all, with the first entry.
 template <std::size_t R, std::size_t W, class V>
 ONNX_QUAROT_INLINE void table_sums(const std::uint8_t* codes, std::size_t outputs, std::size_t groups, bool first,
                                    const V* table, V* sums) {
-  constexpr std::size_t unit = W * sizeof(V) / 8;  // a code is 8 times the index of a table entry, which is W vectors
-  const char* bytes = reinterpret_cast<const char*>(table);
+  constexpr std::size_t unit = W * sizeof(V) / 16;  // a code is 16 times the index of a table entry, which is W vectors
+  const char* group = reinterpret_cast<const char*>(table);
+  const auto entry = [&](const Codes<R>& code, std::size_t r) {
+    return reinterpret_cast<const V*>(group + code[r] * unit);
+  };
   V sum[R][W];
   std::size_t g = 0;
   if (first) {
+    const Codes<R> code(codes);
 #pragma GCC unroll 64
     for (std::size_t r = 0; r < R; ++r) {
-      const V* entry = reinterpret_cast<const V*>(bytes + codes[r] * unit);
-      for (std::size_t w = 0; w < W; ++w) sum[r][w] = entry[w];
+      for (std::size_t w = 0; w < W; ++w) sum[r][w] = entry(code, r)[w];
     }
     g = 1;
+    codes += outputs;
+    group += 16 * W * sizeof(V);
   } else {
 #pragma GCC unroll 64
     for (std::size_t r = 0; r < R; ++r) {
@@ -104,18 +127,26 @@ ONNX_QUAROT_INLINE void table_sums(const std::uint8_t* codes, std::size_t output
     }
   }
   for (; g < groups; ++g) {
-    const std::uint8_t* code = codes + g * outputs;
-    const char* group = bytes + g * 16 * W * sizeof(V);
+    const Codes<R> code(codes);
 #pragma GCC unroll 64
     for (std::size_t r = 0; r < R; ++r) {
-      const V* entry = reinterpret_cast<const V*>(group + code[r] * unit);
-      for (std::size_t w = 0; w < W; ++w) sum[r][w] += entry[w];
+      for (std::size_t w = 0; w < W; ++w) sum[r][w] += entry(code, r)[w];
     }
+    codes += outputs;
+    group += 16 * W * sizeof(V);
   }
 #pragma GCC unroll 64
   for (std::size_t r = 0; r < R; ++r) {
     for (std::size_t w = 0; w < W; ++w) sums[W * r + w] = sum[r][w];
   }
+}
+
+// The same for outputs [b, n), n even, as many at once as there are registers for, then half of that.
+template <std::size_t R, std::size_t W, class V>
+ONNX_QUAROT_INLINE void all_table_sums(const std::uint8_t* codes, std::size_t b, std::size_t n, std::size_t groups,
+                                       bool first, const V* table, V* sums) {
+  for (; b + R <= n; b += R) table_sums<R, W>(codes + b, n, groups, first, table, sums + W * b);
+  if constexpr (R > 2) all_table_sums<R / 2, W>(codes, b, n, groups, first, table, sums);
 }
 
 // W vectors of every input times a matrix of +-1 given by codes, left in `sums`, [outputs][W]. input(i, v) gives the
@@ -139,24 +170,7 @@ ONNX_QUAROT_INLINE void table_product(Input input, std::size_t n, const std::uin
         }
       }
     }
-    const std::uint8_t* code = codes + done * n;
-    std::size_t b = 0;
-    for (; b + 12 / W <= n; b += 12 / W) table_sums<12 / W, W>(code + b, n, count, done == 0, table, sums + W * b);
-    for (; b < n; b += 2) table_sums<2, W>(code + b, n, count, done == 0, table, sums + W * b);
-  }
-}
-
-template <std::size_t W, class C, class V>
-ONNX_QUAROT_INLINE void table_columns(C* column, std::size_t step, const OrderStep& order, V* table, V* sums, V scale,
-                                      V one) {
-  constexpr std::size_t lanes = sizeof(V) / sizeof(C);
-  table_product<W>(
-      [&](std::size_t i, V* x) {
-        for (std::size_t w = 0; w < W; ++w) x[w] = load(column + i * step + w * lanes);
-      },
-      order.order, order.codes, table, sums, one);
-  for (std::size_t i = 0; i < order.order; ++i) {
-    for (std::size_t w = 0; w < W; ++w) store(column + i * step + w * lanes, sums[W * i + w] * scale);
+    all_table_sums<kSumVectors / W, W>(codes + done * n, 0, n, count, done == 0, table, sums);
   }
 }
 
@@ -187,9 +201,12 @@ __attribute__((noinline)) void table_order(C* values, std::size_t step, const Or
     }
     return;
   }
-  std::size_t j = 0;
-  for (; j + 2 * lanes <= step; j += 2 * lanes) table_columns<2>(values + j, step, order, table, sums, scale, one);
-  for (; j < step; j += lanes) table_columns<1>(values + j, step, order, table, sums, scale, one);
+  for (std::size_t j = 0; j < step; j += lanes) {
+    C* column = values + j;
+    table_product<1>([&](std::size_t i, V* x) { x[0] = load(column + i * step); }, order.order, order.codes, table,
+                     sums, one);
+    for (std::size_t i = 0; i < order.order; ++i) store(column + i * step, sums[i] * scale);
+  }
 }
 
 template <std::size_t T, class V>

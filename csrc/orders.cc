@@ -311,7 +311,7 @@ std::vector<std::uint8_t> make_codes(const Matrix& h, std::size_t n, std::size_t
       for (std::size_t i = 0; i < 4 && 4 * g + i < n; ++i) {
         if (h[(4 * g + i) * row + b * column] > 0) bits |= 1u << i;
       }
-      codes[g * n + b] = static_cast<std::uint8_t>(8 * bits);
+      codes[g * n + b] = static_cast<std::uint8_t>(16 * bits);
     }
   }
   return codes;

@@ -29,8 +29,8 @@ constexpr std::size_t padded(std::size_t bytes) {
   return (bytes + kScratchAlignment - 1) / kScratchAlignment * kScratchAlignment;
 }
 
-// The step of order K works on two vectors at a time, and on so many bytes of its table.
-constexpr std::size_t kTableBytes = 16384;
+// The step of order K works on one or two vectors at a time, and on so many bytes of its table.
+constexpr std::size_t kTableBytes = 24576;
 
 constexpr std::size_t table_groups(std::size_t vector_bytes) { return kTableBytes / (2 * 16 * vector_bytes); }
 

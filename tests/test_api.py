@@ -17,12 +17,15 @@ from onnx_quarot.quantization.config import algorithm, spec
 
 NAMES = """
     ConfigError DataError ModelError ModelQuantizer OnnxQuarotError OrderError Plan Report Rotation SaveError
-    VerificationError custom_op_library discover evaluate hadamard hadamard_matrix quantize register rotate session
+    VerificationError custom_op_library discover evaluate hadamard hadamard_dynamic_quantize hadamard_matrix
+    hadamard_quantize quantize register rotate session
 """
 # The first parameters are positional; the others are keywords, so that more can be added.
 SIGNATURES = {
     "hadamard": "(x, *, block_size, signs, transpose, scale, out, threads)",
     "hadamard_matrix": "(n, *, block_size, signs, transpose, scale)",
+    "hadamard_quantize": "(x, y_scale, zero_point, *, dtype, block_size, signs, transpose, scale)",
+    "hadamard_dynamic_quantize": "(x, *, block_size, signs, transpose, scale)",
     "discover": "(model, *, rotations, block_size, seed, config",
     "rotate": "(source, target, *, plan, rotations, block_size, seed, config, verify, progress",
     "quantize": "(source, target, calibration, *, scheme",

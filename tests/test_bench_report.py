@@ -43,6 +43,7 @@ def test_command() -> None:
         assert all(value > 0 for value in row["nanoseconds"].values())
     assert any(name.startswith("n = 576") for name in facts["figures"])
     assert "bfloat16 over float32, n = 256" in facts["figures"]
+    assert "with int8 by a scale a row over the transform alone, n = 4096" in facts["figures"]
     assert all(np.isfinite(value) and value > 0 for value in facts["figures"].values())
 
 

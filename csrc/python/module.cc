@@ -17,6 +17,7 @@
 #include "cpu.h"
 #include "fwht.h"
 #include "orders.h"
+#include "quantize.h"
 
 namespace py = pybind11;
 
@@ -360,6 +361,7 @@ PYBIND11_MODULE(_core, module) {
   const py::object name = py::str("onnx_quarot._core");
   module.add_object("hadamard",
                     py::reinterpret_steal<py::object>(PyCFunction_NewEx(&hadamard_method, nullptr, name.ptr())));
+  add_quantize(module);
   module.def("convert", &convert_arrays, py::arg("source"), py::arg("target"),
              "target[:] = source, for matrices of any strides of which one is float64; rounds once. No common memory.");
   module.def("order_matrix", &order_matrix_array, py::arg("order"), "Hadamard matrix of a supported order, int8.");

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from onnx_quarot.plan import Plan
     from onnx_quarot.quantization.quantizer import ModelQuantizer
     from onnx_quarot.report import Report
-    from onnx_quarot.transform import Rotation, hadamard, hadamard_matrix
+    from onnx_quarot.transform import Rotation, hadamard, hadamard_dynamic_quantize, hadamard_matrix, hadamard_quantize
 
 __version__ = "0.1.0"
 
@@ -47,7 +47,9 @@ _HOME = {
     "Report": "report",
     "Rotation": "transform",
     "hadamard": "transform",
+    "hadamard_dynamic_quantize": "transform",
     "hadamard_matrix": "transform",
+    "hadamard_quantize": "transform",
 }
 
 __all__ = [
@@ -66,7 +68,9 @@ __all__ = [
     "discover",
     "evaluate",
     "hadamard",
+    "hadamard_dynamic_quantize",
     "hadamard_matrix",
+    "hadamard_quantize",
     "quantize",
     "register",
     "rotate",

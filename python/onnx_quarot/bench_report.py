@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from . import _core
 from .errors import ConfigError, OnnxQuarotError, SaveError
 from .progress import NullProgress, Progress
 from .resources import cpu_name
-from .transform import hadamard_matrix
+from .transform import hadamard_dynamic_quantize, hadamard_matrix, hadamard_quantize
 
 Array = npt.NDArray[Any]
 Calls = dict[str, Callable[[], object]]
 
 BATCH_BYTES = 16384  # rows that are transformed in one call: in first-level cache
+STEP = 0.04  # of normal values in 8 bits
 LARGEST_DENSE = 1024  # beyond, numpy's x @ H takes too long to wait for
 ORDERS = (12, 20, 28, 36, 44, 76, 100, 140, 172)
 MODEL_SIZES = (576, 1536, 8960, 13824, 14336, 25600)
@@ -92,7 +94,7 @@ def run_bench(*, largest: int = 2**20, seconds: float = 0.05, progress: Progress
             if n <= largest:
                 bench.rows.append(_power_of_two(n, 512, seconds))
         per_element = {row.n: row.nanoseconds["onnx-quarot"] / row.n for row in bench.rows[: len(sizes)]}
-        bench.figures |= _mixed(per_element, seconds) | _types(seconds) | _calls(seconds)
+        bench.figures |= _mixed(per_element, seconds) | _types(seconds) | _quantized(seconds) | _calls(seconds)
     return bench
 
 
@@ -160,8 +162,8 @@ def _power_of_two(n: int, rows: int, seconds: float) -> Row:
     return Row(n, rows, {name: max(best[name] - best[f"call {name}"], 1e-10) * 1e9 / rows for name in names})
 
 
-def _check(got: Array, expected: Array, what: str) -> None:
-    if np.abs(got - expected).max() > 1e-5 * np.abs(expected).max():
+def _check(got: Array, expected: Array, what: str, tolerance: float = 1e-5) -> None:
+    if np.abs(got - expected).max() > tolerance * np.abs(expected).max():
         raise OnnxQuarotError(f"the transform of size {what}: the answers differ")
 
 
@@ -200,6 +202,32 @@ def _types(seconds: float) -> dict[str, float]:
         for name in arrays:
             if name != "float32":
                 figures[f"{name} over float32, n = {n}"] = cost[name] / cost["float32"]
+    return figures
+
+
+def _quantized(seconds: float) -> dict[str, float]:
+    """Transforms that quantize over the transform alone, of rows in first-level cache."""
+    figures = {}
+    for n in (512, 1024, 2048, 4096):
+        x = np.random.default_rng(0).standard_normal((BATCH_BYTES // 4 // n, n)).astype(np.float32)
+        calls: Calls = {}
+        for prefix, rows in (("", x), ("call ", x[:0])):
+            y, integers, scales = (
+                np.empty_like(rows),
+                np.empty(rows.shape, np.int8),
+                np.empty((len(rows), 1), np.float32),
+            )
+            calls[f"{prefix}alone"] = partial(_core.hadamard, rows, y)
+            calls[f"{prefix}static"] = partial(_core.hadamard_quantize, rows, integers, STEP)
+            calls[f"{prefix}dynamic"] = partial(_core.hadamard_dynamic_quantize, rows, integers, scales)
+        expected = _core.hadamard(x)
+        _check(hadamard_quantize(x, STEP) * np.float32(STEP), expected, f"{n}, quantized", STEP)
+        integers, scales = hadamard_dynamic_quantize(x)
+        _check(integers * scales, expected, f"{n}, quantized by rows", STEP)
+        best = fastest(calls, max(seconds, 0.1))
+        cost = {name: best[name] - best[f"call {name}"] for name in ("alone", "static", "dynamic")}
+        figures[f"with int8 by a known scale over the transform alone, n = {n}"] = cost["static"] / cost["alone"]
+        figures[f"with int8 by a scale a row over the transform alone, n = {n}"] = cost["dynamic"] / cost["alone"]
     return figures
 
 

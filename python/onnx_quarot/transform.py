@@ -19,7 +19,15 @@ import numpy.typing as npt
 from onnx_quarot import _core
 from onnx_quarot.errors import ConfigError, OrderError
 
-__all__ = ["Rotation", "hadamard", "hadamard_matrix", "has_order", "largest_block"]
+__all__ = [
+    "Rotation",
+    "hadamard",
+    "hadamard_dynamic_quantize",
+    "hadamard_matrix",
+    "hadamard_quantize",
+    "has_order",
+    "largest_block",
+]
 
 Array = npt.NDArray[Any]
 
@@ -61,6 +69,97 @@ def hadamard(
     array([4., 2.])
     """
     return _core.hadamard(x, out, block_size, signs, transpose, scale, threads)
+
+
+def hadamard_quantize(
+    x: Array,
+    y_scale: float,
+    zero_point: int = 0,
+    *,
+    dtype: npt.DTypeLike = np.int8,
+    block_size: int | None = None,
+    signs: npt.ArrayLike | None = None,
+    transpose: bool = False,
+    scale: float | None = None,
+) -> Array:
+    """Transform the last axis and quantize it at once: ``saturate(round(hadamard(x, ...) / y_scale) + zero_point)``.
+
+    Args:
+        x: float32 ``[..., n]``.
+        y_scale: what a step of the result stands for; positive.
+        zero_point: the result that stands for 0.
+        dtype: int8 or uint8, of the result.
+        block_size, signs, transpose, scale: as in :func:`hadamard`.
+
+    Returns:
+        Integers of the shape of ``x``, rounded to nearest even. A NaN becomes the largest or the smallest one.
+
+    Raises:
+        OrderError, TypeError, ValueError: as :func:`hadamard`; ``y_scale``, ``zero_point`` or ``dtype`` does not fit.
+
+    >>> hadamard_quantize(np.array([1.0, 0.0, 0.0, 2.0], np.float32), 0.1)
+    array([15, -5, -5, 15], dtype=int8)
+    """
+    kind = np.dtype(dtype)
+    if kind not in (np.int8, np.uint8):
+        raise TypeError(f"dtype is {kind}: it must be int8 or uint8")
+    info = np.iinfo(kind)
+    if not info.min <= zero_point <= info.max:
+        raise ValueError(f"zero_point is {zero_point}: it must be a number of {kind}")
+    values = _rows(x)
+    out = np.empty(values.shape, kind)
+    _core.hadamard_quantize(values, out, y_scale, zero_point, block_size, _signs(signs), transpose, scale)
+    return out
+
+
+def hadamard_dynamic_quantize(
+    x: Array,
+    *,
+    block_size: int | None = None,
+    signs: npt.ArrayLike | None = None,
+    transpose: bool = False,
+    scale: float | None = None,
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """Transform the last axis and quantize each row by its own largest magnitude, symmetrically.
+
+    Args:
+        x: float32 ``[..., n]``.
+        block_size, signs, transpose, scale: as in :func:`hadamard`.
+
+    Returns:
+        int8 of the shape of ``x`` from -127 to 127, and float32 scales ``[..., 1]`` whose product with it is nearly
+        ``hadamard(x, ...)``. A row without a magnitude of 2**-100 or more has scale 1 and zeros; an infinity or a NaN
+        shows in the scale.
+
+    Raises:
+        OrderError, TypeError, ValueError: as :func:`hadamard`.
+
+    >>> y, y_scale = hadamard_dynamic_quantize(np.array([1.0, 0.0, 0.0, 2.0], np.float32))
+    >>> y, y_scale * 127
+    (array([127, -42, -42, 127], dtype=int8), array([1.5], dtype=float32))
+    """
+    values = _rows(x)
+    out, scales = np.empty(values.shape, np.int8), np.empty((*values.shape[:-1], 1), np.float32)
+    _core.hadamard_dynamic_quantize(values, out, scales, block_size, _signs(signs), transpose, scale)
+    return out, scales
+
+
+def _rows(x: Array) -> npt.NDArray[np.float32]:
+    if not isinstance(x, np.ndarray) or x.dtype != np.float32:
+        kind = x.dtype if isinstance(x, np.ndarray) else type(x).__name__
+        raise TypeError(f"x is {kind}: it must be a numpy array of float32")
+    if x.ndim == 0:
+        raise ValueError("x has no axis: the transform works along the last one")
+    return np.ascontiguousarray(x)
+
+
+def _signs(signs: npt.ArrayLike | None) -> npt.NDArray[np.float32] | None:
+    if signs is None:
+        return None
+    values = np.ascontiguousarray(signs, dtype=np.float32)
+    if values.ndim != 1 or values.size == 0 or not np.all(np.abs(values) == 1):
+        raise ValueError("signs must be one-dimensional, values of +1 or -1")
+    return values
 
 
 def hadamard_matrix(
