@@ -30,7 +30,7 @@ std::vector<Candidate> find_candidates() {
   const CpuFeatures cpu = detect_cpu();
 #if defined(__x86_64__)
   found.push_back({&avx512_kernels, cpu.avx512});
-  found.push_back({&avx2_kernels, cpu.avx2});
+  found.push_back({cpu.shared_adders ? &avx2_kernels : &avx2_fused_kernels, cpu.avx2});
 #elif defined(__aarch64__)
   found.push_back({&neon_kernels, cpu.neon});
 #endif
@@ -69,6 +69,21 @@ const Kernels& choose_from_environment() {
 
 }  // namespace
 
+#if defined(__x86_64__)
+namespace {
+
+// The vendor and the family, as cpuid's leaves 0 and 1 say.
+bool is_zen_1_to_4() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (__get_cpuid(0, &a, &b, &c, &d) == 0 || b != signature_AMD_ebx || c != signature_AMD_ecx) return false;
+  if (__get_cpuid(1, &a, &b, &c, &d) == 0) return false;
+  const unsigned base = a >> 8 & 0xfu, extended = a >> 20 & 0xffu;
+  return base == 0xfu && (extended == 0x8u || extended == 0xau);  // families 17h and 19h
+}
+
+}  // namespace
+#endif
+
 CpuFeatures detect_cpu() {
   CpuFeatures features;
 #if defined(__x86_64__)
@@ -80,6 +95,7 @@ CpuFeatures detect_cpu() {
   __asm__ volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return features;
   constexpr unsigned ymm = 0x6, zmm = 0xe6;
+  features.shared_adders = is_zen_1_to_4();
   features.avx2 = (saved & ymm) == ymm && fma && f16c && (b & bit_AVX2) != 0;
   const unsigned wanted = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
   features.avx512 = features.avx2 && (saved & zmm) == zmm && (b & wanted) == wanted;

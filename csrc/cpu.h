@@ -5,12 +5,13 @@
 namespace onnx_quarot {
 
 struct CpuFeatures {
-  bool avx2 = false;        // AVX2, FMA, F16C, and 256-bit registers saved by the system
-  bool avx512 = false;      // AVX-512 F, BW, DQ, VL, and 512-bit registers saved by the system
-  bool avx512vnni = false;  // and its dot products of bytes
-  bool avxvnni = false;     // the same in 256 bits, without AVX-512
-  bool neon = false;        // 64-bit Arm: always there
-  bool neon_dot = false;    // and its dot products of bytes
+  bool avx2 = false;           // AVX2, FMA, F16C, and 256-bit registers saved by the system
+  bool shared_adders = false;  // a multiply-add takes a port of an adder, as on AMD's Zen 1 to 4
+  bool avx512 = false;         // AVX-512 F, BW, DQ, VL, and 512-bit registers saved by the system
+  bool avx512vnni = false;     // and its dot products of bytes
+  bool avxvnni = false;        // the same in 256 bits, without AVX-512
+  bool neon = false;           // 64-bit Arm: always there
+  bool neon_dot = false;       // and its dot products of bytes
 };
 
 CpuFeatures detect_cpu();

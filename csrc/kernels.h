@@ -74,7 +74,7 @@ struct Kernels {
 };
 
 extern const Kernels baseline_kernels;
-extern const Kernels avx2_kernels;
+extern const Kernels avx2_kernels, avx2_fused_kernels;  // the same results; differences are multiply-adds in the latter
 extern const Kernels avx512_kernels;
 extern const Kernels neon_kernels;
 

@@ -115,14 +115,31 @@ ONNX_QUAROT_INLINE void load_pair(const BFloat* p, Floats& even, Floats& odd) {
   even = reinterpret_cast<Floats>(words << 16);
   odd = reinterpret_cast<Floats>(words & 0xffff0000u);
 }
-// To nearest even, in the upper half. A carry turns no NaN into a number: NaNs come from a bfloat16 or from an invalid
-// operation, and both leave the lower half zero.
-ONNX_QUAROT_INLINE Words rounded(Floats v) {
-  const Words bits = reinterpret_cast<Words>(v);
-  return bits + 0x7fffu + ((bits >> 16) & 1u);
-}
+// To nearest even: up where the lower half is more than a half, or just that and the upper half is odd. That turns no
+// NaN into a number: NaNs come from a bfloat16 or from an invalid operation, and both leave the lower half zero.
 ONNX_QUAROT_INLINE void store_pair(BFloat* p, Floats even, Floats odd) {
-  *reinterpret_cast<WordsAnywhere*>(p) = (rounded(even) >> 16) | (rounded(odd) & 0xffff0000u);
+  const Words e = reinterpret_cast<Words>(even), o = reinterpret_cast<Words>(odd);
+#if defined(__AVX512BW__)
+  constexpr __mmask32 odds = 0xaaaaaaaa;
+  const __m512i one = _mm512_set1_epi16(1), half = _mm512_set1_epi16(static_cast<std::int16_t>(0x8000));
+  const __m512i high = _mm512_mask_blend_epi16(odds, reinterpret_cast<__m512i>(e >> 16), reinterpret_cast<__m512i>(o));
+  const __m512i low = _mm512_mask_blend_epi16(odds, reinterpret_cast<__m512i>(e), reinterpret_cast<__m512i>(o << 16));
+  constexpr int first_or_both_others = 0xf8;
+  const __m512i rest = _mm512_ternarylogic_epi32(low, high, one, first_or_both_others);
+  const __m512i rounded = _mm512_mask_add_epi16(high, _mm512_cmpgt_epu16_mask(rest, half), high, one);
+  _mm512_storeu_si512(p, rounded);
+#elif defined(__AVX2__) && ONNX_QUAROT_VECTOR_BYTES == 32
+  const __m256i one = _mm256_set1_epi16(1), half = _mm256_set1_epi16(static_cast<std::int16_t>(0x8000));
+  const __m256i high = _mm256_blend_epi16(reinterpret_cast<__m256i>(e >> 16), reinterpret_cast<__m256i>(o), 0xaa);
+  const __m256i low = _mm256_blend_epi16(reinterpret_cast<__m256i>(e), reinterpret_cast<__m256i>(o << 16), 0xaa);
+  // Less a half, which makes it a signed comparison.
+  const __m256i rest = _mm256_or_si256(_mm256_xor_si256(low, half), _mm256_and_si256(high, one));
+  const __m256i up = _mm256_cmpgt_epi16(rest, _mm256_setzero_si256());
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_sub_epi16(high, up));
+#else
+  const auto rounded = [](Words bits) { return bits + 0x7fffu + ((bits >> 16) & 1u); };
+  *reinterpret_cast<WordsAnywhere*>(p) = (rounded(e) >> 16) | (rounded(o) & 0xffff0000u);
+#endif
 }
 template <int... I>
 ONNX_QUAROT_INLINE void load_pair(const float* p, Floats& even, Floats& odd, Indices<I...>) {

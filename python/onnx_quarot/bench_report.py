@@ -210,20 +210,18 @@ def _quantized(seconds: float) -> dict[str, float]:
     figures = {}
     for n in (512, 1024, 2048, 4096):
         x = np.random.default_rng(0).standard_normal((BATCH_BYTES // 4 // n, n)).astype(np.float32)
+        y, integers, scales = np.empty_like(x), np.empty(x.shape, np.int8), np.empty((len(x), 1), np.float32)
         calls: Calls = {}
-        for prefix, rows in (("", x), ("call ", x[:0])):
-            y, integers, scales = (
-                np.empty_like(rows),
-                np.empty(rows.shape, np.int8),
-                np.empty((len(rows), 1), np.float32),
+        for prefix, rows in (("", len(x)), ("call ", 0)):
+            calls[f"{prefix}alone"] = partial(_core.hadamard, x[:rows], y[:rows])
+            calls[f"{prefix}static"] = partial(_core.hadamard_quantize, x[:rows], integers[:rows], STEP)
+            calls[f"{prefix}dynamic"] = partial(
+                _core.hadamard_dynamic_quantize, x[:rows], integers[:rows], scales[:rows]
             )
-            calls[f"{prefix}alone"] = partial(_core.hadamard, rows, y)
-            calls[f"{prefix}static"] = partial(_core.hadamard_quantize, rows, integers, STEP)
-            calls[f"{prefix}dynamic"] = partial(_core.hadamard_dynamic_quantize, rows, integers, scales)
         expected = _core.hadamard(x)
         _check(hadamard_quantize(x, STEP) * np.float32(STEP), expected, f"{n}, quantized", STEP)
-        integers, scales = hadamard_dynamic_quantize(x)
-        _check(integers * scales, expected, f"{n}, quantized by rows", STEP)
+        by_rows = hadamard_dynamic_quantize(x)
+        _check(by_rows[0] * by_rows[1], expected, f"{n}, quantized by rows", STEP)
         best = fastest(calls, max(seconds, 0.1))
         cost = {name: best[name] - best[f"call {name}"] for name in ("alone", "static", "dynamic")}
         figures[f"with int8 by a known scale over the transform alone, n = {n}"] = cost["static"] / cost["alone"]

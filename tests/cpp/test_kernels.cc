@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu.h"
 #include "fwht.h"
 #include "kernels.h"
 #include "orders.h"
@@ -36,6 +37,9 @@ std::vector<const Kernels*> all_kernels() {
   all.push_back(&wide_kernels);
 #endif
   for (const std::string& name : available_isas()) all.push_back(&find_kernels(name.c_str()));
+#if defined(__x86_64__)
+  if (detect_cpu().avx2) all.push_back(detect_cpu().shared_adders ? &avx2_fused_kernels : &avx2_kernels);
+#endif
   return all;
 }
 
