@@ -72,7 +72,7 @@ def test_quantize(benchmark: Any, n: int, kind: str) -> None:
         np.testing.assert_array_equal(y, expected)
     elif kind == "static scale":
         benchmark(_core.hadamard_quantize, x, out, 0.03)
-        assert np.abs(out - expected / 0.03).max() < 0.501
+        assert np.abs(out - np.clip(expected / 0.03, -128, 127)).max() < 0.501
     else:
         benchmark(_core.hadamard_dynamic_quantize, x, out, scales)
         assert np.abs(out - expected / scales).max() < 0.501

@@ -400,7 +400,7 @@ def test_what_is_not_finite_shows_when_quantized(n: int) -> None:
         q, scales = np.empty(x.shape, np.int8), np.empty((4, 1), np.float32)
         _core.hadamard_dynamic_quantize(x, q, scales, isa=isa)
         assert not np.isfinite(scales[:3]).any()
-        assert scales[3, 0] == np.float32(np.sqrt(n)) / 127 or n == 12
+        np.testing.assert_allclose(scales[3, 0], np.abs(hadamard(x[3])).max() / 127, rtol=1e-6)
         results.append((q, scales))
     for q, scales in results:
         np.testing.assert_array_equal(q[3], results[0][0][3])
