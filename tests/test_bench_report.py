@@ -32,6 +32,11 @@ def test_fastest_takes_turns() -> None:
     assert {"a", "b"} == set(calls)
 
 
+def test_a_call_that_takes_longer_alone_leaves_a_cost() -> None:
+    assert bench_report._cost({"x": 3.0, "call": 1.0}, "x", "call") == 2.0
+    assert 0 < bench_report._cost({"x": 1.0, "call": 1.5}, "x", "call") < 1e-9
+
+
 def test_command() -> None:
     arguments = ["bench", "--json", "--largest", "1024", "--seconds", "0.001"]
     result = CliRunner().invoke(cli, arguments)

@@ -120,6 +120,11 @@ def fastest(calls: Calls, seconds: float) -> dict[str, float]:
     return best
 
 
+def _cost(best: dict[str, float], name: str, call: str) -> float:
+    """Seconds of `name` without the call: something where a busy machine let the call alone take longer."""
+    return max(best[name] - best[call], 1e-10)
+
+
 def _in_place(x: Array) -> Callable[[], object]:
     return lambda: _core.hadamard(x, x)
 
@@ -159,7 +164,7 @@ def _power_of_two(n: int, rows: int, seconds: float) -> Row:
         _check(_core.hadamard(x), x @ matrix, f"{n}, against numpy")
     best = fastest(calls, seconds)
     names = [name for name in best if not name.startswith("call ")]
-    return Row(n, rows, {name: max(best[name] - best[f"call {name}"], 1e-10) * 1e9 / rows for name in names})
+    return Row(n, rows, {name: _cost(best, name, f"call {name}") * 1e9 / rows for name in names})
 
 
 def _check(got: Array, expected: Array, what: str, tolerance: float = 1e-5) -> None:
@@ -179,7 +184,7 @@ def _mixed(per_element: dict[int, float], seconds: float) -> dict[str, float]:
         rows = max(1, BATCH_BYTES // 4 // n)
         x = np.zeros((rows, n), np.float32)
         best = fastest({"x": _in_place(x), "call": _in_place(np.zeros((1, 2), np.float32))}, seconds)
-        cost = (best["x"] - best["call"]) * 1e9 / x.size
+        cost = _cost(best, "x", "call") * 1e9 / x.size
         order = _core.factorize(n)[0]
         factors = " x ".join(str(factor) for factor in _core.order_factors(order))
         name = f"n = {n} ({kind}: {factors} x {n // order}), an element's cost over powers of two"
@@ -198,7 +203,7 @@ def _types(seconds: float) -> dict[str, float]:
         calls = {name: _in_place(x) for name, x in arrays.items()}
         calls |= {f"call {name}": _in_place(np.zeros((1, 2), x.dtype)) for name, x in arrays.items()}
         best = fastest(calls, seconds)
-        cost = {name: best[name] - best[f"call {name}"] for name in arrays}
+        cost = {name: _cost(best, name, f"call {name}") for name in arrays}
         for name in arrays:
             if name != "float32":
                 figures[f"{name} over float32, n = {n}"] = cost[name] / cost["float32"]
@@ -223,7 +228,7 @@ def _quantized(seconds: float) -> dict[str, float]:
         by_rows = hadamard_dynamic_quantize(x)
         _check(by_rows[0] * by_rows[1], expected, f"{n}, quantized by rows", STEP)
         best = fastest(calls, max(seconds, 0.1))
-        cost = {name: best[name] - best[f"call {name}"] for name in ("alone", "static", "dynamic")}
+        cost = {name: _cost(best, name, f"call {name}") for name in ("alone", "static", "dynamic")}
         figures[f"with int8 by a known scale over the transform alone, n = {n}"] = cost["static"] / cost["alone"]
         figures[f"with int8 by a scale a row over the transform alone, n = {n}"] = cost["dynamic"] / cost["alone"]
     return figures
