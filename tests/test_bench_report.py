@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
+from command_line import answer
 from onnx_quarot import bench_report
 from onnx_quarot.bench_report import Bench, Row, draw, fastest, run_bench
-from onnx_quarot.cli import cli
 from onnx_quarot.errors import OnnxQuarotError
 
 
@@ -38,10 +36,7 @@ def test_a_call_that_takes_longer_alone_leaves_a_cost() -> None:
 
 
 def test_command() -> None:
-    arguments = ["bench", "--json", "--largest", "1024", "--seconds", "0.001"]
-    result = CliRunner().invoke(cli, arguments)
-    assert result.exit_code == 0, result.output
-    facts = json.loads(result.stdout)
+    facts = answer("bench", "--largest", "1024", "--seconds", "0.001")
     assert {row["n"] for row in facts["rows"]} == {64, 128, 256, 512, 1024}
     for row in facts["rows"]:
         assert {"onnx-quarot", "memcpy", "numpy"} <= set(row["nanoseconds"])

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,10 @@ import click
 import numpy as np
 import onnx
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 import small_llama
+from command_line import answer, run
 from onnx_quarot import __version__, pipeline, scheme
 from onnx_quarot.cli import METHODS, cli
 from onnx_quarot.progress import NullProgress, PlainProgress, RichProgress, terminal_progress
@@ -47,19 +47,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     feeds = [small_llama.decoder_feeds(CONFIG, rng) for _ in range(3)]
     np.savez(path, **{name: np.concatenate([f[name] for f in feeds]) for name in feeds[0]})
     return path
-
-
-def run(*arguments: str | Path) -> Result:
-    # Before 8.2 click keeps the two streams apart only if asked to.
-    apart: dict[str, Any] = {"mix_stderr": False} if "mix_stderr" in signature(CliRunner).parameters else {}
-    return CliRunner(**apart).invoke(cli, [str(argument) for argument in arguments])
-
-
-def answer(*arguments: str | Path) -> Any:
-    """What a command says to a machine."""
-    result = run(*arguments, "--json")
-    assert result.exit_code == 0, result.stderr
-    return json.loads(result.stdout)
 
 
 def assert_fails(result: Result, code: int, pattern: str) -> None:
