@@ -253,7 +253,7 @@ def test_an_interrupt_ends_a_command_soon_and_cleans_up(tmp_path: Path, number: 
     script = (
         "import ctypes, sys\n"
         "from onnx_quarot import cli, pipeline\n"
-        "def busy(*arguments):\n"
+        "def busy(*arguments, **options):\n"
         "    print('busy', flush=True)\n"
         "    " + wait + "\n"
         "pipeline.verify_model = busy\n"

@@ -13,7 +13,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import onnx_quarot as oq
+import onnx_quarot.verify as verify_module
 import small_llama
+from onnx_quarot.rewrite import rotate_model
 from onnx_quarot.verify import relative_error
 from small_llama import Config
 
@@ -33,6 +35,52 @@ def test_weights_of_every_type_are_rotated_and_verified(tmp_path: Path, dtype: A
     assert report.verification.worst < tolerance / 5
     kinds = {t.data_type for t in onnx.load(tmp_path / "r.onnx").graph.initializer if len(t.dims) == 2}
     assert kinds == {ir.DataType.from_numpy(np.dtype(dtype)).value}
+
+
+def half_model(path: Path) -> Path:
+    class Builder(small_llama.Builder):
+        dtype = np.dtype(np.float16)
+
+    onnx.save(Builder(Config(), 0).model(), path)
+    return path
+
+
+def test_rounding_that_a_model_makes_much_of_is_told_from_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Off by more than allowed, but right in float32: nothing but the rounding of its weights is to blame."""
+    monkeypatch.setitem(verify_module._TOLERANCE, "float16", 2e-5)
+    report = oq.rotate(half_model(tmp_path / "m.onnx"), tmp_path / "r.onnx")
+    proof = report.verification
+    assert proof is not None
+    assert proof.unrounded is not None
+    assert proof.unrounded < 1e-5 < 2e-5 < proof.worst < 2e-2
+    assert proof.tolerance == 0.15
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "r.onnx"]
+    kinds = {t.data_type for t in onnx.load(tmp_path / "r.onnx").graph.initializer if len(t.dims) == 2}
+    assert kinds == {TensorProto.FLOAT16}
+
+
+def test_an_error_is_not_taken_for_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(verify_module._TOLERANCE, "float16", 2e-5)
+    source, plan = half_model(tmp_path / "m.onnx"), oq.discover(tmp_path / "m.onnx")
+
+    def off(name: str, factor: float) -> Path:
+        model = ir.load(source)
+        rotate_model(model, plan, unrounded=True)
+        weight = next(v for v in model.graph.initializers.values() if v.shape is not None and len(v.shape) == 2)
+        assert weight.const_value is not None
+        weight.const_value = ir.tensor(weight.const_value.numpy() * np.float32(factor), name=weight.name)
+        ir.save(model, tmp_path / name)
+        return tmp_path / name
+
+    candidate = off("c.onnx", 1.005)
+    with pytest.raises(oq.VerificationError, match=r"allowed 1e-04.*first difference at"):
+        verify_module.verify(source, candidate, plan, unrounded=lambda: off("u.onnx", 1.005))
+    proof = verify_module.verify(source, candidate, plan, unrounded=lambda: off("u.onnx", 1.0))
+    assert proof.unrounded is not None
+    with pytest.raises(oq.VerificationError, match="differs by"):  # rounding never does that much
+        verify_module.verify(source, off("far.onnx", 3.0), plan, unrounded=lambda: pytest.fail("not asked for"))
 
 
 def two_layers(path: Path, weight: np.ndarray[Any, Any]) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import onnx_ir as ir
@@ -27,12 +28,13 @@ from onnx_quarot.rewrite import rotate_model
 from onnx_quarot.save import Staged, check_output, stage, workspace
 from onnx_quarot.scheme import Scheme, parse_scheme
 from onnx_quarot.seed_search import plain_seed, searches_seeds
+from onnx_quarot.segments import runs_wide
 from onnx_quarot.sites import linear_sites
 from onnx_quarot.tables import TableReport, quantize_tables
 from onnx_quarot.tied_tables import share_tables
 from onnx_quarot.verify import Verification
 from onnx_quarot.verify import verify as verify_model
-from onnx_quarot.widen import widen_layers
+from onnx_quarot.widen import widen_layers, widened
 
 
 def discover(
@@ -236,8 +238,19 @@ def _rotated(
         staged = stage(model, target, folder, on_tensor=task.advance, workers=2)
     if not verify:
         return staged, None
-    with clock.step("verify"), show.task("verifying", None):
-        return staged, verify_model(source, staged.path, plan)
+
+    def unrounded() -> Path:
+        exact = load(source)
+        rotate_model(exact, plan, unrounded=True)
+        return stage(exact, target.with_name(f"unrounded.{target.name}"), Path(scratch)).path
+
+    narrow = runs_wide(load(source)) and not widened(model)  # else its weights are in float32, or it runs as it is
+    with (
+        clock.step("verify"),
+        show.task("verifying", None),
+        TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch,
+    ):
+        return staged, verify_model(source, staged.path, plan, unrounded=unrounded if narrow else None)
 
 
 def _cache_notes(caches: Sequence[CacheReport]) -> list[str]:

@@ -108,10 +108,10 @@ class Report:
             yield "online transforms", f"{s['online_ops']}"
         if self.verification is not None:
             v = self.verification
-            yield (
-                "exactness",
-                f"largest difference {v.worst:.1e} (allowed {v.tolerance:.0e}), over {v.outputs} outputs",
-            )
+            text = f"largest difference {v.worst:.1e} (allowed {v.tolerance:.0e}), over {v.outputs} outputs"
+            if v.unrounded is not None:
+                text += f"; {v.unrounded:.1e} before weights are rounded"
+            yield "exactness", text
         elif self.plan is not None:
             yield "exactness", "not verified, as asked"
         ratio = self.bytes_out / max(1, self.bytes_in)

@@ -29,6 +29,7 @@ from onnx_quarot.load import unmap
 from onnx_quarot.nodes import add_behind, bypass, subtract_mean, to_rms_norm
 from onnx_quarot.plan import Addition, AxisChange, NewBias, Online, Placement, Plan, Rebase
 from onnx_quarot.transform import Rotation, hadamard
+from onnx_quarot.wide_products import HALVES
 
 Array = np.ndarray[Any, Any]
 _SLICE_ELEMENTS = 1 << 17  # of a weight, converted to float64 at a time: 1 MB, which stays in the cache
@@ -37,13 +38,17 @@ _THREADS = min(4, os.cpu_count() or 1)
 _COMPUTING = threading.Lock()
 
 
-def rotate_model(model: ir.Model, plan: Plan) -> None:
-    """Apply ``plan`` to ``model`` in place. Raises ConfigError if the plan was made for another graph."""
+def rotate_model(model: ir.Model, plan: Plan, *, unrounded: bool = False) -> None:
+    """Apply ``plan`` to ``model`` in place. Raises ConfigError if the plan was made for another graph.
+
+    unrounded: rewritten constants of half precision become float32. No runtime takes such a graph as it is, but
+    :mod:`segments`, which computes in float32, can: for a proof in which their rounding has no part.
+    """
     prepare(model, keys=plan.keys)
     if plan.fingerprint != fingerprint(model):
         raise ConfigError("plan: it was made for another model (the graphs differ)")
     nodes = list(model.graph)
-    biases = _Weights(model, plan, nodes).rewrite()
+    biases = _Weights(model, plan, nodes, unrounded).rewrite()
     for number, online in enumerate(plan.online):
         _insert_online(model, plan.rotations[online.rotation], online, nodes, number)
     # Whatever was put behind a value so far reads the value with its bias.
@@ -63,8 +68,11 @@ def rotate_model(model: ir.Model, plan: Plan) -> None:
 class _Weights:
     """Rewrites constants: in place if all their uses agree, else as one clone a different use."""
 
-    def __init__(self, model: ir.Model, plan: Plan, nodes: Sequence[ir.Node]) -> None:
-        self.graph, self.plan, self.nodes = model.graph, plan, nodes
+    def __init__(self, model: ir.Model, plan: Plan, nodes: Sequence[ir.Node], unrounded: bool) -> None:
+        self.graph, self.plan, self.nodes, self.unrounded = model.graph, plan, nodes, unrounded
+
+    def _stored(self, dtype: ir.DataType) -> ir.DataType:
+        return ir.DataType.FLOAT if self.unrounded and dtype in HALVES else dtype
 
     def rewrite(self) -> list[tuple[ir.Node, ir.Value]]:
         """Returns the new biases: (node, constant to add behind it)."""
@@ -90,7 +98,7 @@ class _Weights:
         name = _fresh_name(self.graph, f"{self.nodes[new.node].outputs[0].name}.bias")
         recipe = _Recipe(job, self.plan.rotations, folded, None)
         zeros = ir.tensor(np.zeros(width, weight.dtype.numpy()), name=name)
-        return self._register(recipe.lazy(zeros, name, weight.dtype, (width,)))
+        return self._register(recipe.lazy(zeros, name, self._stored(weight.dtype), (width,)))
 
     def _register(self, tensor: ir.TensorProtocol) -> ir.Value:
         value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape))  # type: ignore[arg-type]
@@ -105,7 +113,8 @@ class _Weights:
             job, view = jobs[0]
             inverse = {axis: i for i, axis in enumerate(view.permutation)}
             recipe = _Recipe(job, self.plan.rotations, folded, tuple(inverse[a] for a in range(len(inverse))))
-            root.const_value = recipe.lazy(root_tensor(root), str(root.name), root_tensor(root).dtype, view.shape)
+            source = root_tensor(root)
+            root.const_value = recipe.lazy(source, str(root.name), self._stored(source.dtype), view.shape)
             return
         clones: dict[Any, ir.Value] = {}
         for job, view in jobs:
@@ -114,7 +123,8 @@ class _Weights:
                 name = _fresh_name(self.graph, f"{root.name}.{len(clones)}")
                 recipe = _Recipe(job, self.plan.rotations, folded, None)
                 source = root_tensor(root)
-                tensor = recipe.lazy(source, name, view.dtype, view.shape, view.permutation)
+                dtype = self._stored(view.dtype)
+                tensor = recipe.lazy(source, name, dtype, view.shape, view.permutation)
                 clones[key] = self._register(tensor)
             self.nodes[job.node].replace_input_with(job.input, clones[key])
 

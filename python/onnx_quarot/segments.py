@@ -21,7 +21,7 @@ import onnxruntime as ort
 from onnx_quarot import custom_op, runtime_faults
 from onnx_quarot.discovery.rope import unfuse_norms
 from onnx_quarot.errors import ModelError
-from onnx_quarot.load import external_files, load, total_bytes, unmap
+from onnx_quarot.load import external_files, load, unmap
 from onnx_quarot.products import reproducible
 from onnx_quarot.wide_products import HALVES, large_matrix, wide_product
 
@@ -62,11 +62,13 @@ def run_in_segments(
 
 
 def runs_wide(model: ir.Model) -> bool:
-    """Whether half precision is widened: bfloat16 always, float16 if the weights take no more than 1 GiB."""
+    """Whether half precision is widened: bfloat16 always, float16 if its weights take no more than 1 GiB."""
     graph = model.graph
+    tensors = (value.const_value for value in graph.initializers.values())
+    narrow = sum(t.nbytes for t in tensors if t is not None and t.dtype in HALVES)
     values = [*graph.initializers.values(), *graph.inputs, *(v for node in graph for v in node.outputs)]
     kinds = {value.dtype for value in values}
-    return ir.DataType.BFLOAT16 in kinds or (ir.DataType.FLOAT16 in kinds and total_bytes(model) <= _WIDE_BYTES)
+    return ir.DataType.BFLOAT16 in kinds or (ir.DataType.FLOAT16 in kinds and narrow <= _WIDE_BYTES)
 
 
 def _segments(model: ir.Model, limit: int) -> Iterator[list[ir.Node]]:
