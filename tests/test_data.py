@@ -187,7 +187,7 @@ def test_tokenizer_json(tmp_path: Path) -> None:
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     made.save(str(tmp_path / "tokenizer.json"))
-    assert load_tokenizer(tmp_path)("a b c") == [0, 1, 2]
+    assert load_tokenizer(tmp_path).encode("a b c").ids == [0, 1, 2]
     (tmp_path / "text.txt").write_text("b a b a")
     (only,) = as_batches(tmp_path / "text.txt", DECODER, tokenizer=tmp_path / "tokenizer.json")
     assert only["input_ids"].tolist() == [[1, 0, 1, 0]]

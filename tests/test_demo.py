@@ -19,11 +19,12 @@ from tokenizers import Tokenizer
 
 import tiny_gguf
 from onnx_quarot import demo
+from onnx_quarot.data import load_tokenizer
 from onnx_quarot.demo import fetch
 from onnx_quarot.demo.gguf_model import GgufLlama
 from onnx_quarot.demo.tokenizer import tokenizer_json
 from onnx_quarot.errors import ConfigError, DataError, ModelError, SaveError
-from onnx_quarot.generate import Decoder, chat_prompt, extends_in_place, generate, load_tokenizer, session_specs
+from onnx_quarot.generate import Decoder, chat_prompt, extends_in_place, generate, session_specs
 
 
 def open_session(folder: Path) -> ort.InferenceSession:

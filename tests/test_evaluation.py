@@ -16,7 +16,8 @@ import tiny_gguf
 from onnx_quarot.comparison import Comparison, log_softmax
 from onnx_quarot.demo import build_model
 from onnx_quarot.errors import ConfigError, DataError, ModelError
-from onnx_quarot.evaluation import Metrics, evaluate, evaluate_many, measure, model_size
+from onnx_quarot.evaluation import Metrics, evaluate, evaluate_many, measure
+from onnx_quarot.load import model_size
 
 # The probability of each next token (columns) after each token (rows).
 REFERENCE = np.array([[0.5, 0.25, 0.125, 0.125], [0.125, 0.125, 0.5, 0.25], [0.25] * 4, [0.1, 0.2, 0.3, 0.4]])

@@ -23,7 +23,7 @@ import onnx_ir.passes.common as passes
 import onnxruntime as ort
 
 from . import runtime_faults
-from .errors import DataError, ModelError
+from .errors import DataError, ModelError, first_line
 from .observers import MinMax, Percentile, Range, Sink, TokenMSE, make_observer
 from .partial import disposable
 
@@ -121,7 +121,7 @@ def run(session: ort.InferenceSession, names: list[str], batch: Mapping[str, Arr
         feeds = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
         outputs = session.run_with_ort_values(names, feeds)
     except Exception as error:  # ONNX Runtime's own exceptions share no base class
-        raise ModelError(f"model: does not run on the calibration data: {_first_line(error)}") from None
+        raise ModelError(f"model: does not run on the calibration data: {first_line(error)}") from None
     outputs.reverse()
     for name in names:
         yield name, outputs.pop().numpy()
@@ -192,7 +192,7 @@ def open_model(model: ir.Model, folder: Path, stack: ExitStack, threads: int | N
         )
     except Exception as error:  # ONNX Runtime's own exceptions share no base class
         hint = "; its CPU knows little of bfloat16: convert the model to float32 or float16" if half else ""
-        raise ModelError(f"model: {folder} cannot be run by ONNX Runtime: {_first_line(error)}{hint}") from None
+        raise ModelError(f"model: {folder} cannot be run by ONNX Runtime: {first_line(error)}{hint}") from None
 
 
 def _prune(model: ir.Model, names: list[str]) -> list[str]:
@@ -216,10 +216,6 @@ def _register_custom_ops(model: ir.Model, options: ort.SessionOptions) -> None:
 
     if any(node.domain == custom_op.DOMAIN for node in model.graph.all_nodes()):
         custom_op.register(options)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from .errors import DataError, ModelError
+from .errors import DataError, ModelError, first_line
 from .sites import constant_root, view_shape
 
 Array = npt.NDArray[Any]
@@ -178,8 +178,8 @@ def token_batches(ids: Sequence[int], inputs: Sequence[InputSpec], window: int =
         yield {spec.name: _text_input(spec, window_ids) for spec in inputs}
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> Callable[[str], list[int]]:
-    """A function from text to token ids, none added, from a tokenizer.json or the folder it is in."""
+def load_tokenizer(path: str | os.PathLike[str]) -> Any:
+    """The `tokenizers.Tokenizer` of a tokenizer.json, or of the folder that holds one. Raises DataError."""
     file = Path(path)
     file = file / "tokenizer.json" if file.is_dir() else file
     if not file.is_file():
@@ -191,10 +191,9 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Callable[[str], list[int]]:
             "tokenizer: text needs the tokenizers package, not installed: pip install 'onnx-quarot[demo]'"
         ) from None
     try:
-        loaded = tokenizers.Tokenizer.from_file(str(file))
+        return tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
-        raise DataError(f"tokenizer: {file} cannot be read: {_first_line(error)}") from None
-    return lambda text: list(loaded.encode(text, add_special_tokens=False).ids)
+        raise DataError(f"tokenizer: {file} cannot be read: {first_line(error)}") from None
 
 
 def _open(data: object, inputs: Sequence[InputSpec], tokenizer: object, window: int) -> Iterable[object]:
@@ -233,7 +232,7 @@ def _open_path_or_text(
     if tokenizer is None:
         raise DataError("tokenizer: text needs the path of a tokenizer.json")
     if isinstance(tokenizer, str | os.PathLike):
-        ids = load_tokenizer(tokenizer)(text)
+        ids = list(load_tokenizer(tokenizer).encode(text, add_special_tokens=False).ids)
     else:
         ids = list(cast(Any, tokenizer).encode(text).ids)
     return token_batches(ids, inputs, window)
@@ -244,9 +243,9 @@ def _npz_batches(path: str, inputs: Sequence[InputSpec]) -> Iterator[Batch]:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except OSError as error:
-        raise DataError(f"data: {path} cannot be read: {error.strerror or _first_line(error)}") from None
+        raise DataError(f"data: {path} cannot be read: {error.strerror or first_line(error)}") from None
     except Exception as error:  # a broken archive raises zipfile, zlib and value errors
-        raise DataError(f"data: {path} is no valid .npz file: {_first_line(error)}") from None
+        raise DataError(f"data: {path} is no valid .npz file: {first_line(error)}") from None
     counts: dict[str, int | None] = {}
     for spec in inputs:
         if spec.name in arrays and spec.shape is not None:
@@ -310,7 +309,3 @@ def _text_input(spec: InputSpec, ids: Array) -> Array:
 
 def _dim(dim: int | ir.SymbolicDim) -> Dim:
     return dim if isinstance(dim, int) else dim.value
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -29,3 +29,8 @@ class VerificationError(OnnxQuarotError):
 
 class SaveError(OnnxQuarotError):
     """An output that cannot be written."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of another library says, its first line, or the name of its type if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -22,8 +22,9 @@ import onnx_ir as ir
 from onnx_quarot.comparison import Comparison, real_tokens, summed_loss
 from onnx_quarot.custom_op import session as open_session
 from onnx_quarot.data import Batch, InputSpec, as_batches, input_specs
-from onnx_quarot.errors import ConfigError, DataError, ModelError
+from onnx_quarot.errors import ConfigError, DataError, ModelError, first_line
 from onnx_quarot.generate import Decoder, extends_in_place
+from onnx_quarot.load import model_size
 from onnx_quarot.progress import NullProgress, Progress
 
 Array = npt.NDArray[Any]
@@ -163,21 +164,6 @@ def measure(
     return runs[0].figures()
 
 
-def model_size(path: ModelPath) -> int:
-    """Bytes of an ONNX file together with the external data files it refers to."""
-    file = Path(path)
-    if not file.is_file():
-        raise ModelError(f"model: no file at {file}")
-    model = ir.load(file)
-    external = {
-        Path(value.const_value.path)
-        for graph in model.graphs()
-        for value in graph.initializers.values()
-        if isinstance(value.const_value, ir.ExternalTensor)
-    }
-    return sum(found.stat().st_size for found in {file, *external})
-
-
 def fitted(model: ModelPath, specs: Sequence[InputSpec], batch: Batch) -> dict[str, Array]:
     """What `model`, whose inputs are `specs`, takes of a batch made for its reference. DataError if it does not fit."""
     feeds: dict[str, Array] = {}
@@ -218,8 +204,7 @@ class _Run:
         try:
             results: list[Array] = self.session.run(list(outputs), feeds)
         except Exception as error:  # onnxruntime raises its own kinds, without a common base
-            reason = str(error).splitlines()[0]
-            raise DataError(f"{os.fspath(self.path)} cannot be run on this data: {reason}") from error
+            raise DataError(f"{os.fspath(self.path)} cannot be run on this data: {first_line(error)}") from error
         seconds = time.perf_counter() - start
         ids = batch.get("input_ids")
         if ids is not None:

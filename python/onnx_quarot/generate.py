@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 
-from onnx_quarot.data import InputSpec
+from onnx_quarot.data import InputSpec, load_tokenizer
 from onnx_quarot.errors import ConfigError, DataError, ModelError
 
 Array = npt.NDArray[Any]
@@ -91,22 +91,6 @@ def chat_prompt(tokenizer: Any, message: str, system: str | None = None) -> str:
     turns.append(("user", message))
     written = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
     return written + "<|im_start|>assistant\n"
-
-
-def load_tokenizer(path: str | os.PathLike[str]) -> Any:
-    """The `tokenizers.Tokenizer` of a tokenizer.json, or of the folder that holds one. Raises DataError."""
-    file = Path(path)
-    file = file / "tokenizer.json" if file.is_dir() else file
-    if not file.is_file():
-        raise DataError(f"tokenizer: no file at {file}")
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise DataError("tokenizer: the package tokenizers is not installed: pip install tokenizers") from error
-    try:
-        return tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception
-        raise DataError(f"tokenizer: {file} cannot be read: {str(error).splitlines()[0]}") from error
 
 
 class Decoder:

@@ -47,7 +47,7 @@ def model_facts(path: str | Path) -> dict[str, Any]:
     import onnx_ir as ir
 
     from .custom_op import DOMAIN, OP_TYPE
-    from .load import external_files, load
+    from .load import load, model_size
     from .sites import linear_sites
 
     path = Path(path)
@@ -58,7 +58,7 @@ def model_facts(path: str | Path) -> dict[str, Any]:
     online = [node for node in model.graph if node.domain == DOMAIN and node.op_type == OP_TYPE]
     return {
         "path": str(path),
-        "bytes": path.stat().st_size + sum(file.stat().st_size for file in external_files(model)),
+        "bytes": model_size(path),
         "parameters": sum(weight.size for weight in weights if weight.dtype in _weight_types(ir)),
         "ir_version": model.ir_version,
         "opsets": {domain or "ai.onnx": number for domain, number in sorted(model.opset_imports.items())},

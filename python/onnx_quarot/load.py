@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
-from onnx_quarot.errors import ModelError, OnnxQuarotError
+from onnx_quarot.errors import ModelError, OnnxQuarotError, first_line
 
 
 def load(path: str | Path) -> ir.Model:
@@ -28,7 +28,7 @@ def load(path: str | Path) -> ir.Model:
     try:
         model = ir.load(path)
     except Exception as error:  # whatever the parser stumbled over in this file
-        raise ModelError(f"model: {str(path)!r} is not a readable ONNX model ({_first_line(_root(error))})") from error
+        raise ModelError(f"model: {str(path)!r} is not a readable ONNX model ({_told(_root(error))})") from error
     if not model.graph.outputs:
         raise ModelError(f"model: {str(path)!r} is not an ONNX model, or its graph has no outputs")
     with blamed_on(path):
@@ -57,7 +57,7 @@ def blamed_on(path: str | Path) -> Iterator[None]:
         if complaint is not None:
             raise ModelError(f"model: {str(path)!r} is not a valid ONNX model ({complaint})") from error
         raise ModelError(
-            f"model: {str(path)!r} is not understood ({_first_line(error)}); if onnxruntime runs it, please report this"
+            f"model: {str(path)!r} is not understood ({_told(error)}); if onnxruntime runs it, please report this"
         ) from error
 
 
@@ -66,7 +66,7 @@ def _complaint(path: str | Path) -> str | None:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:
         # ONNX Runtime has operators of its own in ONNX's domain: no fault of the model's.
-        return None if "No Op registered for" in str(error) else _first_line(error)
+        return None if "No Op registered for" in str(error) else _told(error)
     return None
 
 
@@ -111,7 +111,7 @@ def _check_order(model: ir.Model) -> None:
         try:
             model.graph.sort()
         except ValueError as error:
-            raise ModelError(f"model: the graph has a cycle ({_first_line(error)})") from error
+            raise ModelError(f"model: the graph has a cycle ({_told(error)})") from error
 
 
 def _check_sizes(model: ir.Model) -> None:
@@ -196,10 +196,14 @@ def _allowed(folder: Path, location: str, name: str) -> Path:
 
 
 def external_files(model: ir.Model) -> set[Path]:
-    """The files that hold the model's weights."""
-    return {
-        Path(t.path) for v in model.graph.initializers.values() if isinstance(t := v.const_value, ir.ExternalTensor)
-    }
+    """The files that hold the model's weights, those of its subgraphs among them."""
+    values = (value for graph in model.graphs() for value in graph.initializers.values())
+    return {Path(t.path) for v in values if isinstance(t := v.const_value, ir.ExternalTensor)}
+
+
+def model_size(path: str | os.PathLike[str]) -> int:
+    """Bytes of an ONNX file together with the external data files it refers to."""
+    return sum(file.stat().st_size for file in {Path(path), *external_files(ir.load(path))})
 
 
 def unmap(tensor: ir.TensorProtocol) -> None:
@@ -224,6 +228,5 @@ def _root(error: BaseException) -> BaseException:
     return error
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {first_line(error)[:160]}" if str(error).strip() else type(error).__name__

@@ -16,7 +16,7 @@ from onnx_quarot.errors import ConfigError, DataError, ModelError
 from onnx_quarot.forms import check_schemes, layer_schemes, quantize_sites
 from onnx_quarot.genai_folder import complete_folder
 from onnx_quarot.kv_cache import CacheReport, check_cache, quantize_cache
-from onnx_quarot.load import blamed_on, external_files, load
+from onnx_quarot.load import blamed_on, load, model_size
 from onnx_quarot.plan import DEFAULT_ROTATIONS, Plan
 from onnx_quarot.plan_options import PlanOptions
 from onnx_quarot.products import reproducible
@@ -287,13 +287,8 @@ def _report(
         verification=proof,
         quantized=quantized,
         tables=tables,
-        bytes_in=_file_bytes(Path(source)),
-        bytes_out=_file_bytes(target),
+        bytes_in=model_size(source),
+        bytes_out=model_size(target),
         seconds=clock.seconds,
         notes=(*(plan.notes if plan is not None else ()), *notes),
     ).finished()
-
-
-def _file_bytes(path: Path) -> int:
-    """The .onnx file and the files of its external data."""
-    return path.stat().st_size + sum(p.stat().st_size for p in external_files(ir.load(path)))

@@ -20,7 +20,7 @@ import onnxruntime as ort
 
 from onnx_quarot import custom_op, runtime_faults
 from onnx_quarot.discovery.rope import unfuse_norms
-from onnx_quarot.errors import ModelError
+from onnx_quarot.errors import ModelError, first_line
 from onnx_quarot.load import external_files, load, unmap
 from onnx_quarot.products import reproducible
 from onnx_quarot.wide_products import HALVES, large_matrix, wide_product
@@ -147,8 +147,7 @@ def _run(
         session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
         result: list[Array] = session.run(outputs, inputs)
     except Exception as error:  # ONNX Runtime's own exceptions share no base class
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"model: the part from node {nodes[0].name!r} on cannot be run: {line}") from None
+        raise ModelError(f"model: the part from node {nodes[0].name!r} on cannot be run: {first_line(error)}") from None
     return result
 
 

@@ -19,7 +19,7 @@ from onnx_quarot.custom_op import session
 from onnx_quarot.data import Dim, InputSpec, input_specs
 from onnx_quarot.discovery.constants import constant
 from onnx_quarot.discovery.rope import has_fused_norms
-from onnx_quarot.errors import ModelError, VerificationError
+from onnx_quarot.errors import ModelError, VerificationError, first_line
 from onnx_quarot.load import load, total_bytes
 from onnx_quarot.plan import Placement, Plan
 from onnx_quarot.rewrite import change_basis
@@ -246,8 +246,9 @@ def _run(path: Path, feeds: dict[str, Array], names: list[str]) -> list[Array]:
     try:
         result: list[Array] = runnable.run(names, feeds)
     except Exception as error:  # ONNX Runtime's own exceptions share no base class
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise VerificationError(f"model: it cannot be run on random inputs ({line}); nothing was written") from error
+        raise VerificationError(
+            f"model: it cannot be run on random inputs ({first_line(error)}); nothing was written"
+        ) from error
     return result
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from onnx_quarot.errors import ModelError
+from onnx_quarot.errors import ModelError, first_line
 
 Array = npt.NDArray[np.float32]
 
@@ -69,7 +69,7 @@ class GgufLlama:
                 raise
             raise ModelError(f"{self.path} cannot be read as a GGUF file: {error}") from error
         except Exception as error:  # whatever the reader stumbled over in this file
-            raise ModelError(f"{self.path} cannot be read as a GGUF file: {_first_line(error)}") from error
+            raise ModelError(f"{self.path} cannot be read as a GGUF file: {first_line(error)[:160]}") from error
 
     def metadata(self, key: str, default: Any = None) -> Any:
         """The value of a metadata key as Python values, or `default` when the file has no such key."""
@@ -77,7 +77,7 @@ class GgufLlama:
         try:
             return default if field is None else field.contents()
         except (UnicodeDecodeError, IndexError) as error:
-            raise ModelError(f"{self.path} cannot be read as a GGUF file: {key}: {_first_line(error)}") from error
+            raise ModelError(f"{self.path} cannot be read as a GGUF file: {key}: {first_line(error)[:160]}") from error
 
     def weight(self, name: str) -> Array:
         """The tensor `name` (without ".weight") as float32 [out, in] or [n]; Q, K in half-split RoPE order.
@@ -94,7 +94,7 @@ class GgufLlama:
         try:
             values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
         except (NotImplementedError, ValueError) as error:
-            raise ModelError(f"{self.path}: tensor {full_name} cannot be read ({_first_line(error)})") from error
+            raise ModelError(f"{self.path}: tensor {full_name} cannot be read ({first_line(error)[:160]})") from error
         if name.endswith("attn_q"):
             return _deinterleave(values, self.config.heads)
         if name.endswith("attn_k"):
@@ -203,10 +203,6 @@ def _bounded(reader: type[Any]) -> type[Any]:
             return super()._get(offset, dtype, count, *order, **orders)
 
     return Bounded
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def _deinterleave(weight: Array, heads: int) -> Array:

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from onnx_quarot.custom_op import session
+from onnx_quarot.data import load_tokenizer
 from onnx_quarot.demo.fetch import SYSTEM_PROMPT, fetch_smollm2
 from onnx_quarot.demo.job import Done, quantize_apart
 from onnx_quarot.demo.text import calibration_text, evaluation_text
 from onnx_quarot.errors import DataError, ModelError, SaveError
 from onnx_quarot.evaluation import ModelFigures, evaluate_many
-from onnx_quarot.generate import generate, load_tokenizer
+from onnx_quarot.generate import generate
 from onnx_quarot.partial import disposable
 from onnx_quarot.progress import NullProgress, Progress
 
