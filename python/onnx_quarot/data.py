@@ -29,6 +29,8 @@ Array = npt.NDArray[Any]
 Batch = dict[str, Array]
 Dim = int | str | None
 
+_VIEWS = ("Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")
+
 
 @dataclass(frozen=True)
 class InputSpec:
@@ -76,13 +78,17 @@ def input_specs(model: ir.Model | str | os.PathLike[str]) -> list[InputSpec]:
 
 
 def _table_rows(value: ir.Value) -> int | None:
-    rows = []
-    for node, index in value.uses():
-        if node.op_type != "Gather" or node.domain != "" or index != 1 or node.attributes.get_int("axis", 0) != 0:
-            continue
-        table = constant_root(node.inputs[0])
-        if table is not None:
-            rows.append(view_shape(*table)[0])
+    """The rows of the smallest table that an input selects from, directly or through views of it."""
+    rows, pending, seen = [], [value], {value}
+    while pending:
+        for node, index in pending.pop().uses():
+            if node.op_type == "Gather" and node.domain == "" and index == 1:
+                table = constant_root(node.inputs[0])
+                if table is not None:
+                    rows.append(view_shape(*table)[node.attributes.get_int("axis", 0)])
+            elif node.op_type in _VIEWS and node.domain == "" and index == 0:
+                pending += [v for v in node.outputs if v not in seen]
+                seen.update(node.outputs)
     return min(rows, default=None)
 
 

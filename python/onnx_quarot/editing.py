@@ -11,7 +11,7 @@ class GraphNames:
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
         self._taken = {value.name for value in graph.inputs} | set(graph.initializers)
-        self._taken |= {value.name for node in graph for value in node.outputs}
+        self._taken |= {value.name for node in graph.all_nodes() for value in node.outputs}
 
     def unique(self, name: str) -> str:
         """`name`, or it with a number, whichever is free; taken from now on."""

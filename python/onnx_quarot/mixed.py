@@ -19,13 +19,14 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from .calibrate import Range, observe, open_model, run_all
+from .editing import GraphNames
 from .errors import ConfigError
 from .judged import keep_judged_outputs, squared_error
 from .progress import Progress
 from .qparams import activation_parameters
 from .scheme import TensorSpec
 from .sites import LinearSite
-from .switches import FLAGS, Switches, constant
+from .switches import FLAGS, Switches
 
 Array = npt.NDArray[Any]
 
@@ -163,14 +164,15 @@ def _insert_switches(
     graph = model.graph
     values = {value.name: value for value in graph.inputs}
     values |= {value.name: value for node in graph for value in node.outputs}
-    switches = Switches(model, len(names))
+    free = GraphNames(graph)
+    switches = Switches(free, len(names))
     for number, name in enumerate(names):
         value, uses = values[name], tuple(values[name].uses())
         scale, zero = parameters[name]
         prefix = f"onnx_quarot.probe.{number}"
         inputs = [
-            constant(graph, f"{prefix}.scale", ir.Tensor(np.array(scale, np.float32))),
-            constant(graph, f"{prefix}.zero", ir.Tensor(np.array(zero, spec.numpy_dtype), dtype=spec.dtype)),
+            free.initializer(ir.Tensor(np.array(scale, np.float32)), f"{prefix}.scale"),
+            free.initializer(ir.Tensor(np.array(zero, spec.numpy_dtype), dtype=spec.dtype), f"{prefix}.zero"),
         ]
         quantize = ir.node("QuantizeLinear", [value, *inputs])
         dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], *inputs])

@@ -21,8 +21,8 @@ import numpy as np
 import onnx_ir as ir
 
 from .calibrate import Range
+from .editing import GraphNames, take_over
 from .errors import ConfigError, ModelError
-from .load import unmap
 from .qparams import (
     Array,
     QuantizedWeight,
@@ -37,13 +37,13 @@ from .scheme import Scheme, TensorSpec
 from .sites import (
     LINEAR_OPS,
     LinearSite,
-    apply_view,
+    WeightSource,
     constant_array,
-    constant_tensor,
     drop_unused,
     linear_sites,
     readers,
 )
+from .stand_in import add_bias
 from .tied_tables import Layout, SharedWeight
 
 __all__ = ["LINEAR_OPS", "LinearSite", "SiteReport", "linear_sites", "quantize_linears"]
@@ -151,8 +151,7 @@ class _Editor:
         self.readers: Counter[tuple[object, ...]] = Counter()
         self.replaced: list[ir.Value] = []
         self.pending: list[tuple[ir.TensorProtocol, str]] = []
-        self.names = {value.name for value in graph.inputs} | set(graph.initializers)
-        self.names |= {value.name for node in graph for value in node.outputs}
+        self.names = GraphNames(graph)
 
     def quantize(self, site: LinearSite) -> str:
         node = site.node
@@ -162,7 +161,7 @@ class _Editor:
         node.replace_input_with(0, activation)
         node.replace_input_with(1, operand)
         if node.op_type == "Gemm":
-            self._gemm_bias(node, site.channels, scale, weight)
+            self._gemm_bias(site, scale, weight)
             node.attributes["alpha"] = ir.AttrFloat32("alpha", 1.0)
             node.attributes["beta"] = ir.AttrFloat32("beta", 1.0)
         else:
@@ -203,12 +202,12 @@ class _Editor:
         name = value.name or ""
         if (name, spec) not in self.activations:
             scale, zero = activation_parameters(self.ranges[name], spec)
-            scale_value = self._initializer(ir.Tensor(np.array(scale)), f"{name}_scale")
-            zero_value = self._initializer(
+            scale_value = self.names.initializer(ir.Tensor(np.array(scale)), f"{name}_scale")
+            zero_value = self.names.initializer(
                 ir.Tensor(np.array(zero, spec.numpy_dtype), dtype=spec.dtype), f"{name}_zero_point"
             )
-            quantized = self._value(f"{name}_quantized", spec.dtype, value.shape)
-            dequantized = self._value(f"{name}_dequantized", ir.DataType.FLOAT, value.shape)
+            quantized = self.names.value(f"{name}_quantized", spec.dtype, value.shape)
+            dequantized = self.names.value(f"{name}_dequantized", ir.DataType.FLOAT, value.shape)
             parameters = [scale_value, zero_value]
             nodes = [
                 ir.Node(
@@ -244,37 +243,28 @@ class _Editor:
 
     def weight_key(self, site: LinearSite) -> tuple[object, ...]:
         """Equal for sites that can share one integer weight."""
-        spec = self.schemes[site.node_name].weight
-        return site.root, site.view_signature(), site.channel_axis, _alpha(site), spec
+        return *site.weight_key(), self.schemes[site.node_name].weight
 
     def _new_weight(self, site: LinearSite, *, unsigned: bool) -> tuple[QuantizedWeight, ir.Value]:
-        tensor = constant_tensor(site.root)
-        assert tensor is not None
-        alpha = _alpha(site)
+        source = WeightSource(site)
         spec = self.schemes[site.node_name].weight
         axis = site.channel_axis if spec.per_channel else None
-
-        def read() -> Array:
-            array = apply_view(tensor.numpy(), site.view)
-            return array if alpha == 1.0 else array * np.float32(alpha)
-
-        def close() -> None:
-            unmap(tensor)
-
         shape = (site.depth, site.channels) if site.channel_axis == 1 else (site.channels, site.depth)
         # ONNX Runtime's exact mode on CPUs without VNNI turns an int8 weight into uint8 at each of its
         # readers, and fails on the second: a weight with several readers is stored as it would make it.
         solved = self.solved.get(site.node_name)
-        weight = QuantizedWeight(site.weight, shape, spec, axis, read, close, unsigned=unsigned, solved=solved)
+        weight = QuantizedWeight(
+            site.weight, shape, spec, axis, source.operand, source.close, unsigned=unsigned, solved=solved
+        )
         base = site.weight
         # Integers before scales: written in this order, the weight is read once.
-        quantized = self._initializer(weight.tensor(""), f"{base}_quantized")
-        scale = self._initializer(weight.scale_tensor(""), f"{base}_scale")
+        quantized = self.names.initializer(weight.tensor(""), f"{base}_quantized")
+        scale = self.names.initializer(weight.scale_tensor(""), f"{base}_scale")
         if site.root in self.tied and axis == 1 and spec.bits == 8:  # runtimes look no 4-bit rows up
             self.shared[site.root] = SharedWeight(site, quantized, scale, weight.zero_point, layout=Layout.COLUMNS)
         # Not shared between weights, for the same reason.
         zero = self._constant_of(weight.zero_point, weight.dtype, weight.scale_shape, f"{base}_zero_point")
-        operand = self._value(f"{base}_dequantized", ir.DataType.FLOAT, ir.Shape(shape))
+        operand = self.names.value(f"{base}_dequantized", ir.DataType.FLOAT, ir.Shape(shape))
         attributes = [] if axis is None else [ir.AttrInt64("axis", axis)]
         self._dequantize([quantized, scale, zero], attributes, operand, site.node)
         return weight, operand
@@ -289,31 +279,25 @@ class _Editor:
 
     # Biases
 
-    def _gemm_bias(self, node: ir.Node, channels: int, scale: np.float32, weight: QuantizedWeight) -> None:
+    def _gemm_bias(self, site: LinearSite, scale: np.float32, weight: QuantizedWeight) -> None:
+        node = site.node
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         if bias is None:
             return
-        beta = np.float32(_float(node, "beta", 1.0))
         array = constant_array(bias)
-        if array is not None and _is_vector(array, channels):
-            node.replace_input_with(2, self._int32_bias(array * beta, bias.name or "", scale, weight, node))
+        if array is not None and _is_vector(array, site.channels):
+            array = array * np.float32(site.beta)
+            node.replace_input_with(2, self._int32_bias(array, bias.name or "", scale, weight, node))
             return
         # QGemm takes no other bias: add it afterwards.
+        product = node.outputs[0]
+        added = add_bias(self.names, site, product)
         node.resize_inputs(2)
-        result = node.outputs[0]
-        if array is not None:
-            bias = self._initializer(ir.Tensor((array * beta).astype(np.float32)), f"{bias.name}_scaled")
-        elif beta != 1.0:
-            factor = self._initializer(ir.Tensor(np.array(beta)), f"{bias.name}_beta")
-            scaled = self._value(f"{bias.name}_scaled", ir.DataType.FLOAT, bias.shape)
-            self.graph.insert_before(
-                node, ir.Node("", "Mul", [bias, factor], outputs=[scaled], name=f"{scaled.name}_Mul")
-            )
-            bias = scaled
-        sum_ = self._value(f"{result.name}_product", ir.DataType.FLOAT, None)
-        name = f"{node.name or result.name}_Add"
-        self.graph.insert_after(node, add := ir.Node("", "Add", [result, bias], outputs=[sum_], name=name))
-        _move_output(node, add)
+        take_over(product, added[-1].outputs[0])
+        added[-1].replace_input_with(0, product)  # which was taken for a reader
+        product.name = self.names.unique(f"{added[-1].outputs[0].name}_product")
+        product.type = ir.TensorType(ir.DataType.FLOAT)
+        self.graph.insert_after(node, added)
 
     def _following_add(self, site: LinearSite, scale: np.float32, weight: QuantizedWeight) -> None:
         node = site.node
@@ -332,7 +316,7 @@ class _Editor:
             if rank is not None and rank > 2:
                 shape = [1] * (rank - 1) + [array.size]
                 widened = ir.Tensor(np.ascontiguousarray(array, np.float32).reshape(shape))
-                add.replace_input_with(1 - index, self._initializer(widened, f"{bias.name}_widened"))
+                add.replace_input_with(1 - index, self.names.initializer(widened, f"{bias.name}_widened"))
             else:
                 add.replace_input_with(1 - index, self._int32_bias(array, bias.name or "", scale, weight, node))
         elif rank == 2:
@@ -348,11 +332,11 @@ class _Editor:
         steps = lazy(quantized_bias(vector, scale, weight), ir.DataType.INT32, [channels], "")
         unit = lazy(bias_scale(scale, weight), ir.DataType.FLOAT, [channels], "")
         inputs = [
-            self._initializer(steps, f"{name}_quantized"),
-            self._initializer(unit, f"{name}_scale"),
+            self.names.initializer(steps, f"{name}_quantized"),
+            self.names.initializer(unit, f"{name}_scale"),
             self._constant_of(0, ir.DataType.INT32, (channels,), f"{name}_zero_point"),
         ]
-        output = self._value(f"{name}_dequantized", ir.DataType.FLOAT, ir.Shape([channels]))
+        output = self.names.value(f"{name}_dequantized", ir.DataType.FLOAT, ir.Shape([channels]))
         self._dequantize(inputs, [ir.AttrInt64("axis", 0)], output, node)
         return output
 
@@ -360,41 +344,7 @@ class _Editor:
 
     def _constant_of(self, number: int, dtype: ir.DataType, shape: Sequence[int], name: str) -> ir.Value:
         array = np.full(tuple(shape), number, dtype.numpy())
-        return self._initializer(ir.Tensor(array, dtype=dtype), name)
-
-    def _initializer(self, tensor: ir.TensorProtocol, name: str) -> ir.Value:
-        value = self._value(name, tensor.dtype, ir.Shape(list(tensor.shape.numpy())))
-        tensor.name = value.name
-        value.const_value = tensor
-        self.graph.register_initializer(value)
-        return value
-
-    def _value(self, name: str, dtype: ir.DataType, shape: ir.Shape | None) -> ir.Value:
-        unique, count = name, 1
-        while unique in self.names:
-            count += 1
-            unique = f"{name}_{count}"
-        self.names.add(unique)
-        return ir.Value(name=unique, type=ir.TensorType(dtype), shape=shape)
-
-
-def _move_output(node: ir.Node, successor: ir.Node) -> None:
-    """Let `successor`, which reads the node's output, take over that output's name and its other readers."""
-    product, result = node.outputs[0], successor.outputs[0]
-    result.type, result.shape = product.type, product.shape
-    for reader, index in tuple(product.uses()):
-        if reader is not successor:
-            reader.replace_input_with(index, result)
-    graph = successor.graph
-    assert graph is not None
-    for position, output in enumerate(graph.outputs):
-        if output is product:
-            graph.outputs[position] = result
-    product.name, result.name = result.name, product.name
-
-
-def _alpha(site: LinearSite) -> float:
-    return _float(site.node, "alpha", 1.0) if site.op_type == "Gemm" else 1.0
+        return self.names.initializer(ir.Tensor(array, dtype=dtype), name)
 
 
 def _is_vector(array: Array, channels: int) -> bool:
@@ -404,8 +354,3 @@ def _is_vector(array: Array, channels: int) -> bool:
 
 def _rank(value: ir.Value) -> int | None:
     return None if value.shape is None else len(value.shape)
-
-
-def _float(node: ir.Node, name: str, default: float) -> float:
-    attribute = node.attributes.get(name)
-    return default if attribute is None else float(attribute.as_float())

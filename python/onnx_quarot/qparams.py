@@ -112,11 +112,11 @@ class QuantizedWeight:
 
     def tensor(self, name: str) -> ir.LazyTensor:
         """The integers."""
-        return _lazy(self._integers, self.dtype, self.shape, name)
+        return lazy(self._integers, self.dtype, self.shape, name)
 
     def scale_tensor(self, name: str) -> ir.LazyTensor:
         """The scales: one a channel, or a scalar."""
-        return _lazy(self.scale, ir.DataType.FLOAT, self.scale_shape, name)
+        return lazy(self.scale, ir.DataType.FLOAT, self.scale_shape, name)
 
     @property
     def scale_shape(self) -> tuple[int, ...]:
@@ -218,8 +218,4 @@ def bias_scale(activation_scale: np.float32, weight: QuantizedWeight) -> Callabl
 
 def lazy(function: Callable[[], Array], dtype: ir.DataType, shape: Sequence[int], name: str) -> ir.LazyTensor:
     """A tensor evaluated when it is read."""
-    return _lazy(function, dtype, shape, name)
-
-
-def _lazy(function: Callable[[], Array], dtype: ir.DataType, shape: Sequence[int], name: str) -> ir.LazyTensor:
     return ir.LazyTensor(lambda: ir.Tensor(function(), dtype=dtype, name=name), dtype, ir.Shape(shape), name=name)

@@ -24,6 +24,7 @@ from onnx_quarot.custom_op import add_hadamard
 from onnx_quarot.discovery import fingerprint
 from onnx_quarot.discovery.constants import Constant, constant, root_tensor
 from onnx_quarot.discovery.prepare import prepare
+from onnx_quarot.editing import GraphNames
 from onnx_quarot.errors import ConfigError
 from onnx_quarot.load import unmap
 from onnx_quarot.nodes import add_behind, bypass, subtract_mean, to_rms_norm
@@ -69,7 +70,7 @@ class _Weights:
     """Rewrites constants: in place if all their uses agree, else as one clone a different use."""
 
     def __init__(self, model: ir.Model, plan: Plan, nodes: Sequence[ir.Node], unrounded: bool) -> None:
-        self.graph, self.plan, self.nodes, self.unrounded = model.graph, plan, nodes, unrounded
+        self.names, self.plan, self.nodes, self.unrounded = GraphNames(model.graph), plan, nodes, unrounded
 
     def _stored(self, dtype: ir.DataType) -> ir.DataType:
         return ir.DataType.FLOAT if self.unrounded and dtype in HALVES else dtype
@@ -95,16 +96,10 @@ class _Weights:
         width = weight.shape[1 - new.adds[0].axis]
         changes = (AxisChange(0, new.placements, new.centre),) if new.placements else ()
         job = Rebase(new.node, -1, changes, new.scales, adds=new.adds)
-        name = _fresh_name(self.graph, f"{self.nodes[new.node].outputs[0].name}.bias")
+        name = f"{self.nodes[new.node].outputs[0].name}.bias"
         recipe = _Recipe(job, self.plan.rotations, folded, None)
-        zeros = ir.tensor(np.zeros(width, weight.dtype.numpy()), name=name)
-        return self._register(recipe.lazy(zeros, name, self._stored(weight.dtype), (width,)))
-
-    def _register(self, tensor: ir.TensorProtocol) -> ir.Value:
-        value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape))  # type: ignore[arg-type]
-        value.const_value = tensor
-        self.graph.register_initializer(value)
-        return value
+        zeros = ir.tensor(np.zeros(width, weight.dtype.numpy()))
+        return self.names.initializer(recipe.lazy(zeros, self._stored(weight.dtype), (width,)), name)
 
     def _rewrite_root(self, root: ir.Value, jobs: list[tuple[Rebase, Constant]], folded: _Folded) -> None:
         signatures = {_root_signature(job, view) for job, view in jobs}
@@ -114,18 +109,16 @@ class _Weights:
             inverse = {axis: i for i, axis in enumerate(view.permutation)}
             recipe = _Recipe(job, self.plan.rotations, folded, tuple(inverse[a] for a in range(len(inverse))))
             source = root_tensor(root)
-            root.const_value = recipe.lazy(source, str(root.name), self._stored(source.dtype), view.shape)
+            root.const_value = recipe.lazy(source, self._stored(source.dtype), view.shape, name=str(root.name))
             return
         clones: dict[Any, ir.Value] = {}
         for job, view in jobs:
             key = (job.changes, job.scales, job.expand, job.adds, view.permutation, view.dtype)
             if key not in clones:
-                name = _fresh_name(self.graph, f"{root.name}.{len(clones)}")
                 recipe = _Recipe(job, self.plan.rotations, folded, None)
                 source = root_tensor(root)
-                dtype = self._stored(view.dtype)
-                tensor = recipe.lazy(source, name, dtype, view.shape, view.permutation)
-                clones[key] = self._register(tensor)
+                tensor = recipe.lazy(source, self._stored(view.dtype), view.shape, view.permutation)
+                clones[key] = self.names.initializer(tensor, f"{root.name}.{len(clones)}")
             self.nodes[job.node].replace_input_with(job.input, clones[key])
 
     def _set_ones(self) -> None:
@@ -136,9 +129,8 @@ class _Weights:
             assert view is not None
             key = (view.dtype, view.shape)
             if key not in made:
-                name = _fresh_name(self.graph, f"norm.ones.{'x'.join(map(str, view.shape))}")
-                tensor = ir.tensor(np.ones(view.shape, view.dtype.numpy()), name=name)
-                made[key] = self._register(tensor)
+                tensor = ir.tensor(np.ones(view.shape, view.dtype.numpy()))
+                made[key] = self.names.initializer(tensor, f"norm.ones.{'x'.join(map(str, view.shape))}")
             self.nodes[number].replace_input_with(index, made[key])
 
 
@@ -162,14 +154,6 @@ def _terminal_uses(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
                 yield from _terminal_uses(view)
         else:
             yield use.node, use.idx
-
-
-def _fresh_name(graph: ir.Graph, wanted: str) -> str:
-    name, n = wanted, 0
-    while name in graph.initializers:
-        n += 1
-        name = f"{wanted}.{n}"
-    return name
 
 
 class _Folded:
@@ -223,10 +207,11 @@ class _Recipe:
     def lazy(
         self,
         source: ir.TensorProtocol,
-        name: str,
         dtype: ir.DataType,
         shape: Sequence[int],
         permutation: tuple[int, ...] | None = None,
+        *,
+        name: str = "",
     ) -> ir.LazyTensor:
         out_shape = self._expanded(tuple(shape))
         back = self.back

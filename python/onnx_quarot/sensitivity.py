@@ -25,7 +25,7 @@ from .comparison import real_tokens
 from .custom_op import session as open_session
 from .data import Batch
 from .discovery.shapes import FLOATS
-from .editing import has_subgraphs, take_over
+from .editing import GraphNames, has_subgraphs, take_over
 from .errors import ModelError
 from .judged import Divergence, keep_judged_outputs, squared_error
 from .load import load
@@ -36,7 +36,7 @@ from .provenance import recorded
 from .rewrite import rotate_model
 from .save import write
 from .sites import LinearSite, linear_sites
-from .switches import FLAGS, Switches, constant
+from .switches import FLAGS, Switches
 from .widen import widen_alike
 
 Array = npt.NDArray[Any]
@@ -179,10 +179,11 @@ def _join(model: ir.Model, other: ir.Model) -> list[str]:
         part = None if end is None else _between(end, known)
         if end is not None and part is not None and _is_quantized(part):
             pairs.append((site, part, end))
-    switches = Switches(model, len(pairs))
+    names = GraphNames(model.graph)
+    switches = Switches(names, len(pairs))
     copied: dict[ir.Value, ir.Value] = {}
     for number, (site, part, end) in enumerate(pairs):
-        _switch(model, switches, number, site, _Copy(model, known, copied, part, end))
+        _switch(model, switches, number, site, _Copy(names, known, copied, part, end))
     for key, function in other.functions.items():
         model.functions.setdefault(key, function)
     for domain, version in other.opset_imports.items():
@@ -225,13 +226,13 @@ class _Copy:
 
     def __init__(
         self,
-        model: ir.Model,
+        names: GraphNames,
         known: Mapping[str, ir.Value],
         copied: dict[ir.Value, ir.Value],
         part: Sequence[ir.Node],
         end: ir.Value,
     ) -> None:
-        self._model, self._known, self._constants = model, known, copied
+        self._names, self._known, self._constants = names, known, copied
         self._made: dict[ir.Value, ir.Value] = {}
         self.nodes = [self._node(node) for node in part]
         self.end = self._made[end]
@@ -259,7 +260,7 @@ class _Copy:
         if old not in self._constants:
             assert old.const_value is not None
             name = f"onnx_quarot.candidate.{len(self._constants)}"
-            self._constants[old] = constant(self._model.graph, name, old.const_value)
+            self._constants[old] = self._names.initializer(old.const_value, name)
         return self._constants[old]
 
 

@@ -53,7 +53,7 @@ class LinearSite:
     @property
     def channel_axis(self) -> int:
         """The axis of the operand that counts output channels."""
-        return 0 if self.op_type == "Gemm" and _int(self.node, "transB", 0) else 1
+        return 0 if self.op_type == "Gemm" and self.node.attributes.get_int("transB", 0) != 0 else 1
 
     @property
     def dtype(self) -> ir.DataType:
@@ -63,17 +63,17 @@ class LinearSite:
     @property
     def alpha(self) -> float:
         """Gemm's factor of the product, 1 for a MatMul."""
-        return _float(self.node, "alpha", 1.0) if self.op_type == "Gemm" else 1.0
+        return self.node.attributes.get_float("alpha", 1.0) if self.op_type == "Gemm" else 1.0
 
     @property
     def beta(self) -> float:
         """Gemm's factor of the bias, 1 for a MatMul."""
-        return _float(self.node, "beta", 1.0) if self.op_type == "Gemm" else 1.0
+        return self.node.attributes.get_float("beta", 1.0) if self.op_type == "Gemm" else 1.0
 
     @property
     def transposes_input(self) -> bool:
         """Whether a Gemm reads its activations transposed."""
-        return self.op_type == "Gemm" and bool(_int(self.node, "transA", 0))
+        return self.op_type == "Gemm" and bool(self.node.attributes.get_int("transA", 0))
 
     def weight_key(self) -> tuple[object, ...]:
         """Equal for sites whose products use the same matrix."""
@@ -84,7 +84,7 @@ class LinearSite:
         return tuple(
             (node.op_type, *_permutation(node, 2))
             if node.op_type == "Transpose"
-            else (node.op_type, _int(node, "to", 0))
+            else (node.op_type, node.attributes.get_int("to", 0))
             for node in self.view
             if node.op_type != "Identity"
         )
@@ -149,6 +149,16 @@ def constant_root(value: ir.Value | None) -> tuple[ir.Value, tuple[ir.Node, ...]
     return None if value is None else (value, tuple(reversed(view)))
 
 
+def looked_up(node: ir.Node) -> tuple[ir.Value, tuple[ir.Node, ...]] | None:
+    """The constant a Gather looks rows up in, and its view as of :func:`constant_root`; None for any other node.
+
+    Rows that are themselves chosen by a constant are part of the model, not looked up.
+    """
+    if node.op_type != "Gather" or node.domain != "" or node.attributes.get_int("axis", 0) != 0:
+        return None
+    return None if constant_root(node.inputs[1]) is not None else constant_root(node.inputs[0])
+
+
 def constant_array(value: ir.Value | None) -> Array | None:
     """The values of a constant or of a view of one; None if it is not constant."""
     found = constant_root(value)
@@ -178,9 +188,11 @@ class WeightSource:
 
     def read(self) -> Array:
         """[depth, channels], float32, Gemm's alpha included; it may be mapped memory."""
+        return self.operand().T if self._transposed else self.operand()
+
+    def operand(self) -> Array:
+        """The same as the node has it: [channels, depth] for a Gemm that transposes it."""
         array = apply_view(self._tensor.numpy(), self._view)
-        if self._transposed:
-            array = array.T
         return array if self._alpha == 1.0 else array * np.float32(self._alpha)
 
     def close(self) -> None:
@@ -195,7 +207,7 @@ def constant_dtype(root: ir.Value, view: Sequence[ir.Node]) -> ir.DataType:
     dtype = tensor.dtype
     for node in view:
         if node.op_type == "Cast":
-            dtype = ir.DataType(_int(node, "to", int(dtype)))
+            dtype = ir.DataType(node.attributes.get_int("to", int(dtype)))
     return dtype
 
 
@@ -210,7 +222,7 @@ def _site(node: ir.Node) -> LinearSite | None:
     if len(shape) != 2:
         return None
     depth, channels = shape
-    if node.op_type == "Gemm" and _int(node, "transB", 0):
+    if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) != 0:
         depth, channels = channels, depth
     return LinearSite(
         node_name=node.name or node.outputs[0].name or "",
@@ -240,24 +252,13 @@ def _step(node: ir.Node) -> Callable[[Array], Array] | None:
     if node.op_type == "Transpose":
         return lambda array: array.transpose(_permutation(node, array.ndim))
     if node.op_type == "Cast":
-        dtype = np.dtype(ir.DataType(_int(node, "to", int(ir.DataType.FLOAT))).numpy())
+        dtype = np.dtype(ir.DataType(node.attributes.get_int("to", int(ir.DataType.FLOAT))).numpy())
         return lambda array: array.astype(dtype, copy=False)
     return None
 
 
 def _permutation(node: ir.Node, rank: int) -> list[int]:
-    attribute = node.attributes.get("perm")
-    return list(range(rank))[::-1] if attribute is None else list(attribute.as_ints())
-
-
-def _int(node: ir.Node, name: str, default: int) -> int:
-    attribute = node.attributes.get(name)
-    return default if attribute is None else int(attribute.as_int())
-
-
-def _float(node: ir.Node, name: str, default: float) -> float:
-    attribute = node.attributes.get(name)
-    return default if attribute is None else float(attribute.as_float())
+    return list(node.attributes.get_ints("perm", range(rank)[::-1]))
 
 
 def _input(node: ir.Node, index: int) -> ir.Value:

@@ -7,16 +7,18 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from .editing import GraphNames
+
 FLAGS = "onnx_quarot.flags"
 
 
 class Switches:
     """`If(flags[i])` for i from 0 to `count` - 1; the flags, [count] booleans, are the graph's last input, `FLAGS`."""
 
-    def __init__(self, model: ir.Model, count: int) -> None:
-        self._model = model
+    def __init__(self, names: GraphNames, count: int) -> None:
+        self._names = names
         self._flags = ir.Value(name=FLAGS, type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([count]))
-        model.graph.inputs.append(self._flags)
+        names.graph.inputs.append(self._flags)
 
     def nodes(
         self, number: int, on: Sequence[ir.Node], off: Sequence[ir.Node], ends: tuple[ir.Value, ir.Value]
@@ -32,25 +34,10 @@ class Switches:
             for position, value in enumerate(v for node in nodes for v in node.outputs):
                 value.name = f"{prefix}.{key}.{position}"
             branches.append(ir.Graph([], [end], nodes=nodes, name=f"{prefix}.{key}"))
-        flag = ir.node("Gather", [self._flags, self._constant(f"{prefix}.index", number)], {"axis": 0})
+        index = self._names.initializer(ir.Tensor(np.array(number, np.int64)), f"{prefix}.index")
+        flag = ir.node("Gather", [self._flags, index], {"axis": 0})
         flag.outputs[0].name, flag.name = f"{prefix}.flag", f"{prefix}.Gather"
         switch = ir.node("If", [flag.outputs[0]], {"then_branch": branches[0], "else_branch": branches[1]})
         switch.outputs[0].name, switch.name = f"{prefix}.result", f"{prefix}.If"
         switch.outputs[0].type = ends[0].type
         return flag, switch
-
-    def _constant(self, name: str, number: int) -> ir.Value:
-        return constant(self._model.graph, name, ir.Tensor(np.array(number, np.int64)))
-
-
-def constant(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    """A new initializer called `name`, which must be free."""
-    tensor.name = name
-    value = ir.Value(
-        name=name,
-        type=ir.TensorType(tensor.dtype),
-        shape=ir.Shape(list(tensor.shape.numpy())),
-        const_value=tensor,
-    )
-    graph.register_initializer(value)
-    return value

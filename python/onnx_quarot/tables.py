@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
+from .editing import GraphNames, take_over
 from .errors import ConfigError
 from .load import unmap
-from .qparams import Array, QuantizedWeight
+from .qparams import Array, QuantizedWeight, lazy
 from .scheme import TensorSpec
-from .sites import apply_view, constant_dtype, constant_root, constant_tensor, drop_unused, view_shape
+from .sites import apply_view, constant_dtype, constant_tensor, drop_unused, looked_up, view_shape
 
 TABLE_SPEC = TensorSpec(bits=8, signed=True, symmetric=True, per_channel=True)
 
@@ -52,20 +52,18 @@ def quantize_tables(
     """
     if not (spec.signed and spec.symmetric and spec.per_channel and spec.bits >= 8):
         raise ConfigError(f"spec: {spec} does not suit a table; use 8 or 16 bits, signed, symmetric, per channel")
+    names = GraphNames(model.graph)
     return [
         report
         for node in tuple(model.graph)
         if node.inputs and node.inputs[0] not in skip
-        if (report := _quantize(model.graph, node, spec, min_elements)) is not None
+        if (report := _quantize(names, node, spec, min_elements)) is not None
     ]
 
 
-def _quantize(graph: ir.Graph, node: ir.Node, spec: TensorSpec, min_elements: int) -> TableReport | None:
-    if node.op_type != "Gather" or node.domain != "":
-        return None
-    axis = node.attributes.get("axis")
-    found = constant_root(node.inputs[0])
-    if found is None or constant_root(node.inputs[1]) is not None or (axis is not None and axis.as_int() != 0):
+def _quantize(names: GraphNames, node: ir.Node, spec: TensorSpec, min_elements: int) -> TableReport | None:
+    found = looked_up(node)
+    if found is None:
         return None
     root, view = found
     shape = view_shape(root, view)
@@ -80,8 +78,7 @@ def _quantize(graph: ir.Graph, node: ir.Node, spec: TensorSpec, min_elements: in
     def close() -> None:
         unmap(tensor)
 
-    weight = QuantizedWeight(root.name or "", shape, spec, 0, read, close)
-    _replace(graph, node, weight)
+    _replace(names, node, QuantizedWeight(root.name or "", shape, spec, 0, read, close))
     return TableReport(
         node_name=node.name or node.outputs[0].name or "",
         table=root.name or "",
@@ -92,60 +89,25 @@ def _quantize(graph: ir.Graph, node: ir.Node, spec: TensorSpec, min_elements: in
     )
 
 
-def _replace(graph: ir.Graph, node: ir.Node, weight: QuantizedWeight) -> None:
-    table, ids = node.inputs[0], node.inputs[1]
+def _replace(names: GraphNames, node: ir.Node, weight: QuantizedWeight) -> None:
+    """The node looks integers up from now on; what it made before stands behind it."""
+    (table, ids), rows = node.inputs, node.outputs[0]
     assert table is not None
-    result = node.outputs[0]
-    taken = set(graph.initializers) | {v.name for v in graph.inputs} | {v.name for n in graph for v in n.outputs}
-
-    def unique(name: str) -> str:
-        candidate, count = name, 1
-        while candidate in taken:
-            count += 1
-            candidate = f"{name}_{count}"
-        taken.add(candidate)
-        return candidate
-
-    integers = _initializer(graph, weight.tensor(unique(f"{weight.name}_rows_quantized")))
+    integers = names.initializer(weight.tensor(""), f"{weight.name}_rows_quantized")
     # One column, so that gathered scales broadcast over gathered rows.
-    scales = ir.LazyTensor(
-        lambda: ir.Tensor(np.ascontiguousarray(weight.scale()[:, None])),
-        ir.DataType.FLOAT,
-        ir.Shape([weight.shape[0], 1]),
-        name=unique(f"{weight.name}_rows_scale"),
-    )
-    scale_table = _initializer(graph, scales)
-    name = node.name or result.name or "Gather"
-    node.replace_input_with(0, integers)
-    rows, result_name = result, result.name
-    readers, outputs = tuple(rows.uses()), [i for i, output in enumerate(graph.outputs) if output is rows]
-    floats = ir.Value(name=unique(f"{result_name}_float"), type=ir.TensorType(ir.DataType.FLOAT), shape=rows.shape)
-    row_scales = ir.Value(name=unique(f"{result_name}_scale"), type=ir.TensorType(ir.DataType.FLOAT))
-    scaled = ir.Value(name=result_name, type=ir.TensorType(ir.DataType.FLOAT), shape=rows.shape)
-    rows.name, rows.type = unique(f"{result_name}_quantized"), ir.TensorType(weight.dtype)
-    to = ir.AttrInt64("to", int(ir.DataType.FLOAT))
+    column = lazy(lambda: weight.scale()[:, None], ir.DataType.FLOAT, [weight.shape[0], 1], "")
+    scales = names.initializer(column, f"{weight.name}_rows_scale")
+    base, real, result = node.name or rows.name or "Gather", ir.DataType.FLOAT, rows.name
+    floats = names.value(f"{result}_float", real, rows.shape)
+    factors = names.value(f"{result}_scale", real)
     added = [
-        ir.Node("", "Cast", [rows], [to], outputs=[floats], name=f"{name}_Cast"),
-        ir.Node(
-            "",
-            "Gather",
-            [scale_table, ids],
-            [ir.AttrInt64("axis", 0)],
-            outputs=[row_scales],
-            name=f"{name}_Scale",
-        ),
-        ir.Node("", "Mul", [floats, row_scales], outputs=[scaled], name=f"{name}_Mul"),
+        ir.node("Cast", [rows], {"to": int(real)}, outputs=[floats], name=f"{base}_Cast"),
+        ir.node("Gather", [scales, ids], {"axis": 0}, outputs=[factors], name=f"{base}_Scale"),
+        ir.node("Mul", [floats, factors], name=f"{base}_Mul"),
     ]
-    graph.insert_after(node, added)
-    for reader, index in readers:
-        reader.replace_input_with(index, scaled)
-    for index in outputs:
-        graph.outputs[index] = scaled
-    drop_unused(graph, table)
-
-
-def _initializer(graph: ir.Graph, tensor: ir.LazyTensor) -> ir.Value:
-    value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(list(tensor.shape)))
-    value.const_value = tensor
-    graph.register_initializer(value)
-    return value
+    take_over(rows, added[-1].outputs[0])
+    added[0].replace_input_with(0, rows)  # which was taken for a reader
+    node.replace_input_with(0, integers)
+    rows.name, rows.type = names.unique(f"{result}_quantized"), ir.TensorType(weight.dtype)
+    names.graph.insert_after(node, added)
+    drop_unused(names.graph, table)

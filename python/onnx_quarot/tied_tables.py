@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .editing import GraphNames, take_over
-from .sites import LinearSite, constant_root, drop_unused
+from .sites import LinearSite, constant_root, drop_unused, looked_up
 
 
 class Layout(Enum):
@@ -74,11 +74,8 @@ def share_tables(model: ir.Model, shared: Iterable[SharedWeight]) -> list[tuple[
 
 def _table_root(node: ir.Node) -> ir.Value | None:
     """The constant a Gather of rows looks up, where the rank of its indices is known."""
-    if node.op_type != "Gather" or node.domain != "" or node.attributes.get_int("axis", 0) != 0:
-        return None
-    ids = node.inputs[1]
-    found = constant_root(node.inputs[0])
-    if found is None or ids is None or ids.shape is None or constant_root(ids) is not None:
+    found = looked_up(node)
+    if found is None or node.inputs[1] is None or node.inputs[1].shape is None:
         return None
     return found[0]
 

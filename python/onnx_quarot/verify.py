@@ -17,7 +17,6 @@ import onnxruntime as ort
 
 from onnx_quarot.custom_op import session
 from onnx_quarot.data import Dim, InputSpec, input_specs
-from onnx_quarot.discovery.constants import constant
 from onnx_quarot.discovery.rope import has_fused_norms
 from onnx_quarot.errors import ModelError, VerificationError, first_line
 from onnx_quarot.load import load, total_bytes
@@ -64,13 +63,13 @@ def verify(
     of their weights: they are off by more than that, but by 0.15 at most, and are accepted if weights that were not
     rounded differ by no more than is allowed in float32.
     """
-    specs = input_specs(original)
-    names = [str(v.name) for v in load(original).graph.outputs]
-    feeds, reference = _reference(original, specs, names)
-    if runs_wide(load(original)):  # caches in a new basis are not rounded either
+    model = load(original)
+    names = [str(v.name) for v in model.graph.outputs]
+    feeds, reference = _reference(original, input_specs(model), names)
+    if runs_wide(model):  # caches in a new basis are not rounded either
         halves = [half.numpy() for half in HALVES]
         feeds = {name: a.astype(np.float32) if a.dtype in halves else a for name, a in feeds.items()}
-    stored = _weight_tolerance(original)
+    stored = _weight_tolerance(model)
     given = tolerance
     limits = [given if given is not None else max(stored, _TOLERANCE.get(str(a.dtype), 0.0)) for a in reference]
 
@@ -104,23 +103,22 @@ def verify(
     return Verification(found[last], names[last], limits[last], len(names), exact)
 
 
-def _weight_tolerance(path: Path) -> float:
+def _weight_tolerance(model: ir.Model) -> float:
     """What rounding matrices in their own type allows, whatever type the outputs have."""
-    matrices = (v for v in load(path).graph.initializers.values() if v.shape is not None and len(v.shape) > 1)
+    matrices = (v for v in model.graph.initializers.values() if v.shape is not None and len(v.shape) > 1)
     types = {v.dtype.name.lower() for v in matrices if v.dtype is not None}
     return max(_TOLERANCE[name] if name in ("float16", "bfloat16") else 0.0 for name in {*types, ""})
 
 
-def _reference(original: Path, specs: Iterable[InputSpec], names: list[str]) -> tuple[dict[str, Array], list[Array]]:
+def _reference(original: Path, specs: list[InputSpec], names: list[str]) -> tuple[dict[str, Array], list[Array]]:
     """Inputs that the original accepts, and what it makes of them: with lengths by the names of dimensions, behind a
     cache or behind an empty one (not every model takes a prompt behind a cache), or by their places.
     """
-    specs, model = list(specs), load(original)
-    attempts = [random_feeds(model, specs)]
+    attempts = [random_feeds(specs)]
     if any("past" in str(d).lower() for spec in specs for d in spec.shape or ()):
-        attempts.append(random_feeds(model, specs, past=0))
+        attempts.append(random_feeds(specs, past=0))
     if any(not isinstance(d, int) for spec in specs for d in spec.shape or ()):
-        attempts.append(random_feeds(model, _by_place(specs)))
+        attempts.append(random_feeds(_by_place(specs)))
     refused: VerificationError | ModelError | None = None
     for feeds in attempts:
         try:
@@ -171,20 +169,17 @@ def relative_error(a: Array, b: Array) -> float:
     return float(np.abs(x - y).max() / max(np.abs(x).max(), np.finfo(np.float64).tiny))
 
 
-def random_feeds(
-    model: ir.Model, specs: Iterable[InputSpec], seed: int = 0, past: int = _LENGTHS["past"]
-) -> dict[str, Array]:
+def random_feeds(specs: Iterable[InputSpec], seed: int = 0, past: int = _LENGTHS["past"]) -> dict[str, Array]:
     """Inputs that exercise the whole graph: a short prompt behind a cache that is not empty.
 
     Symbolic dimensions get a small size each; one that is named after the total or past length of a sequence gets a
     consistent one. Integer inputs that select rows of a table stay inside it.
     """
     rng = np.random.default_rng(seed)
-    limits = _index_limits(model)
-    return {spec.name: _feed(spec, limits.get(spec.name), rng, past) for spec in specs}
+    return {spec.name: _feed(spec, rng, past) for spec in specs}
 
 
-def _feed(spec: InputSpec, limit: int | None, rng: np.random.Generator, past: int) -> Array:
+def _feed(spec: InputSpec, rng: np.random.Generator, past: int) -> Array:
     if spec.shape is None:
         raise VerificationError(f"model: input {spec.name!r} has no shape; verification needs one (or verify=False)")
     shape = tuple(d if isinstance(d, int) else _length(str(d), past) for d in spec.shape)
@@ -192,8 +187,8 @@ def _feed(spec: InputSpec, limit: int | None, rng: np.random.Generator, past: in
     if dtype == np.bool_:
         return np.ones(shape, dtype)
     if dtype.kind in "iu":
-        if limit is not None:
-            return rng.integers(0, limit, shape).astype(dtype)
+        if spec.rows is not None:
+            return rng.integers(0, spec.rows, shape).astype(dtype)
         return np.ones(shape, dtype)
     return rng.standard_normal(shape).astype(dtype)
 
@@ -207,28 +202,6 @@ def _length(symbol: str, past: int) -> int:
     if "batch" in low:
         return _LENGTHS["batch"]
     return _LENGTHS["sequence"]
-
-
-def _index_limits(model: ir.Model) -> dict[str, int]:
-    """For every integer input, the rows of the smallest table it selects from (directly or through views)."""
-    limits: dict[str, int] = {}
-    for value in model.graph.inputs:
-        pending, seen = [value], set()
-        while pending:
-            current = pending.pop()
-            seen.add(current)
-            for use in current.uses():
-                node = use.node
-                if node.op_type == "Gather" and use.idx == 1:
-                    table = constant(node.inputs[0])
-                    if table is not None:
-                        rows = table.shape[node.attributes.get_int("axis", 0)]
-                        limits[str(value.name)] = min(rows, limits.get(str(value.name), rows))
-                elif (
-                    node.op_type in ("Cast", "Reshape", "Identity", "Unsqueeze", "Squeeze", "Flatten") and use.idx == 0
-                ):
-                    pending += [v for v in node.outputs if v not in seen]
-    return limits
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from .editing import GraphNames
 from .errors import ModelError
 from .load import unmap
-from .sites import LinearSite, constant_root, constant_tensor, linear_sites, view_shape
+from .sites import LinearSite, constant_root, constant_tensor, linear_sites, looked_up, view_shape
 
 KEY = "onnx_quarot.widened"
 OTHERS = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
@@ -66,10 +66,8 @@ def widen_alike(model: ir.Model, other: ir.Model) -> None:
 
 def _reads_table(node: ir.Node) -> bool:
     """Whether a node looks rows of a constant matrix up."""
-    if node.op_type != "Gather" or node.domain != "" or node.attributes.get_int("axis", 0) != 0:
-        return False
-    found = constant_root(node.inputs[0])
-    return found is not None and constant_root(node.inputs[1]) is None and len(view_shape(*found)) == 2
+    found = looked_up(node)
+    return found is not None and len(view_shape(*found)) == 2
 
 
 class _Edit:
