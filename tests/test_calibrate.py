@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_quarot.calibrate import MinMax, Percentile, Range, TokenMSE, calibrate
 from onnx_quarot.errors import ConfigError, DataError, ModelError
-from onnx_quarot.observers import Entropy
+from onnx_quarot.observers import Entropy, MinMax, Percentile, Range, TokenMSE
+from ranges import calibrate
 
 K, N = 16, 24
 

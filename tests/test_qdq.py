@@ -12,10 +12,12 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_quarot.calibrate import Range, calibrate
 from onnx_quarot.errors import ConfigError, ModelError
-from onnx_quarot.qdq import linear_sites, quantize_linears
+from onnx_quarot.observers import Range
+from onnx_quarot.qdq import quantize_linears
 from onnx_quarot.scheme import Scheme, TensorSpec, parse_scheme
+from onnx_quarot.sites import linear_sites
+from ranges import calibrate
 
 Array = np.ndarray[Any, Any]
 K, N = 32, 48

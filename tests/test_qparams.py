@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnx_quarot.calibrate import Range
+from onnx_quarot.observers import Range
 from onnx_quarot.qparams import (
     QuantizedWeight,
     activation_parameters,

@@ -9,10 +9,11 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_quarot.calibrate import Range
 from onnx_quarot.errors import ConfigError
-from onnx_quarot.qdq import linear_sites, quantize_linears
+from onnx_quarot.observers import Range
+from onnx_quarot.qdq import quantize_linears
 from onnx_quarot.scheme import TensorSpec, parse_scheme
+from onnx_quarot.sites import linear_sites
 from onnx_quarot.tables import quantize_tables
 
 ROWS, WIDTH = 40, 16

@@ -24,40 +24,12 @@ import onnxruntime as ort
 
 from . import runtime_faults
 from .errors import DataError, ModelError, first_line
-from .observers import MinMax, Percentile, Range, Sink, TokenMSE, make_observer
+from .observers import Sink
 from .partial import disposable
-
-__all__ = ["MinMax", "Percentile", "Range", "TokenMSE", "calibrate", "observe", "open_model", "probe", "run"]
 
 Array = npt.NDArray[Any]
 
 _INLINE_LIMIT = 64 * 2**20
-
-
-def calibrate(
-    model_path: str | PathLike[str],
-    tensors: Sequence[str],
-    batches: Iterable[Mapping[str, Array]],
-    *,
-    method: str = "minmax",
-    percentile: float = 99.999,
-    bits: int = 8,
-    symmetric: bool = False,
-    threads: int | None = None,
-    progress: Any = None,
-) -> dict[str, Range]:
-    """Run the float model on `batches` and return the range of each of `tensors` (names of values in its
-    graph).
-
-    method: "minmax", "percentile", "mse" or "entropy" (see observers); bits and symmetric are the type that is fitted.
-    threads: of the runtime, None for its default; ranges do not depend on it beyond the rounding of the model itself.
-    Memory: the mapped weights that are used, the asked tensors of one batch, and at most 512 KiB a tensor (not for
-    minmax). Raises ModelError for a tensor the graph does not have or a model that does not run, DataError for a
-    tensor with a value that is not finite and for data without a batch, ConfigError for an unknown method.
-    """
-    observers = {name: make_observer(method, percentile=percentile, bits=bits, symmetric=symmetric) for name in tensors}
-    observe(model_path, observers, batches, threads=threads, progress=progress)
-    return {name: observer.range() for name, observer in observers.items()}
 
 
 def observe(
@@ -70,9 +42,12 @@ def observe(
     task: str = "calibrating",
     readers: Mapping[str, str] | None = None,
 ) -> None:
-    """Run the float model on `batches` and show each observer the tensor it is listed under; errors as `calibrate`.
+    """Run the float model on `batches` and show each observer the tensor it is listed under, a value of the graph.
 
-    readers: for messages, a node that reads the tensor.
+    threads: of the runtime, None for its default; what is seen does not depend on it beyond the rounding of the model
+    itself. readers: for messages, a node that reads the tensor. Memory: the mapped weights that are used, the asked
+    tensors of one batch, and the observers. Raises ModelError for a tensor the graph does not have or a model that does
+    not run, DataError for a tensor with a value that is not finite and for data without a batch.
     """
     if not observers:
         return
@@ -218,10 +193,9 @@ def _register_custom_ops(model: ir.Model, options: ort.SessionOptions) -> None:
         custom_op.register(options)
 
 
-@contextmanager
-def probe(path: Path, tensors: Sequence[str]) -> Iterator[ort.InferenceSession]:
-    """A session whose outputs are `tensors`, inner values of the graph at `path`."""
-    with _session(path, list(tensors), None) as (session, _):
-        if session is None:
-            raise ModelError(f"tensors {', '.join(tensors)} are inputs of the graph: nothing to run")
-        yield session
+def inner_values(path: Path, tensors: Iterable[str], batch: Mapping[str, Array]) -> dict[str, Array]:
+    """The values `tensors` of the graph at `path` for one batch, all held at once."""
+    names = list(dict.fromkeys(tensors))
+    with _session(path, names, None) as (session, computed):
+        values = {name: _fed(batch, name) for name in names if name not in computed}
+        return values if session is None else values | dict(run(session, computed, batch))

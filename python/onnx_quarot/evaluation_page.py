@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from onnx_quarot.data import Batch, as_batches, input_specs
-from onnx_quarot.errors import DataError, ModelError
+from onnx_quarot.errors import ModelError
 from onnx_quarot.evaluation import Metrics, ModelFigures, fitted
 from onnx_quarot.layers import LayerFigures, compare_layers
 from onnx_quarot.op_times import op_times
@@ -49,10 +49,7 @@ def evaluation_page(
     specs = input_specs(reference)
 
     def first_batch(length: int) -> Batch:
-        batch = next(iter(as_batches(data, specs, tokenizer=tokenizer, window=length, limit=1)), None)
-        if batch is None:
-            raise DataError("data: holds no batch; at least one is needed")
-        return batch
+        return next(as_batches(data, specs, tokenizer=tokenizer, window=length, limit=1))
 
     batch = first_batch(window)
     feeds = (fitted(reference, specs, batch), fitted(candidate, input_specs(candidate), batch))

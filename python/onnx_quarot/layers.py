@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnx_quarot.calibrate import probe
+from onnx_quarot.calibrate import inner_values
 from onnx_quarot.errors import ModelError
 from onnx_quarot.load import load
 from onnx_quarot.progress import NullProgress, Progress
@@ -87,8 +87,8 @@ def compare_layers(
     with (progress or NullProgress()).task("layers", len(pairs)) as task:
         rest = iter(pairs)
         while group := list(islice(rest, _AT_ONCE)):
-            known = _values(reference, [n for p in group for n in p.reference], feeds[0])
-            found = _values(
+            known = inner_values(reference, [n for p in group for n in p.reference], feeds[0])
+            found = inner_values(
                 candidate, [n for p in group for n in (*p.candidate, p.dequantized) if n is not None], feeds[1]
             )
             for pair in group:
@@ -115,15 +115,6 @@ def _pairs(sites: Sequence[LinearSite], candidate: ir.Model) -> Any:
             (str(entering.name), str(node.outputs[0].name)),
             dequantized,
         )
-
-
-def _values(path: Path, names: Sequence[str], batch: Mapping[str, Array]) -> dict[str, Array]:
-    wanted = list(dict.fromkeys(names))
-    inputs = {name: batch[name] for name in wanted if name in batch}
-    computed = [name for name in wanted if name not in inputs]
-    with probe(path, computed) as session:
-        feeds = {i.name: batch[i.name] for i in session.get_inputs()}
-        return inputs | dict(zip(computed, session.run(computed, feeds), strict=True))
 
 
 def _figures(pair: _Pair, known: dict[str, Array], found: dict[str, Array], bases: tuple[Bases, Bases]) -> LayerFigures:

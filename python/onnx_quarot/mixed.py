@@ -18,10 +18,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from .calibrate import Range, observe, open_model, run_all
+from .calibrate import observe, open_model, run_all
 from .editing import GraphNames
 from .errors import ConfigError
 from .judged import keep_judged_outputs, squared_error
+from .observers import Range
 from .progress import Progress
 from .qparams import activation_parameters
 from .scheme import TensorSpec

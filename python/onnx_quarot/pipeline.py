@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from onnx_quarot.buffers import reused_memory
 from onnx_quarot.data import as_batches, input_specs
-from onnx_quarot.errors import ConfigError, DataError, ModelError
+from onnx_quarot.errors import ConfigError, ModelError
 from onnx_quarot.forms import check_schemes, layer_schemes, quantize_sites
 from onnx_quarot.genai_folder import complete_folder
 from onnx_quarot.kv_cache import CacheReport, check_cache, quantize_cache
@@ -162,7 +162,7 @@ def quantize(
         options = PlanOptions.of(wanted, block_size, plain_seed(seed), config, tied=tied, keys=centred)
         plan = _plan(model, options, matrix_dim) if wanted or centred else None
         batches = as_batches(calibration, specs, tokenizer=tokenizer, window=window, limit=windows)
-        batches = chain([_first(batches)], batches)  # data that does not fit is found before any work is done
+        batches = chain([next(batches)], batches)  # data that does not fit is found before any work is done
     with workspace(path) as folder:
         proof, float_path = None, Path(source)
         if plan is not None:
@@ -258,13 +258,6 @@ def _cache_notes(caches: Sequence[CacheReport]) -> list[str]:
         return []
     before, after = sum(c.float_bytes for c in caches), sum(c.quantized_bytes for c in caches)
     return [f"key/value cache: {len(caches)} layers, {before:,} -> {after:,} bytes a token ({after / before:.3f}x)"]
-
-
-def _first(batches: Any) -> Any:
-    try:
-        return next(batches)
-    except StopIteration:
-        raise DataError("calibration: no data") from None
 
 
 def _report(

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from .calibrate import Range
 from .editing import GraphNames, take_over
 from .errors import ConfigError, ModelError
+from .observers import Range
 from .qparams import (
     Array,
     QuantizedWeight,
@@ -35,18 +35,14 @@ from .qparams import (
 )
 from .scheme import Scheme, TensorSpec
 from .sites import (
-    LINEAR_OPS,
     LinearSite,
     WeightSource,
     constant_array,
     drop_unused,
-    linear_sites,
     readers,
 )
 from .stand_in import add_bias
 from .tied_tables import Layout, SharedWeight
-
-__all__ = ["LINEAR_OPS", "LinearSite", "SiteReport", "linear_sites", "quantize_linears"]
 
 
 @dataclass(frozen=True)

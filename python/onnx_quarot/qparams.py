@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from .calibrate import Range
 from .clipping import fit_rows
 from .errors import ModelError
+from .observers import Range
 from .scheme import TensorSpec
 
 Array = npt.NDArray[Any]

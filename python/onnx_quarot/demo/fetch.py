@@ -16,6 +16,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+import platformdirs
+
 from onnx_quarot.demo.build import build_model
 from onnx_quarot.errors import ModelError
 from onnx_quarot.progress import NullProgress, Progress
@@ -35,13 +37,6 @@ def cache_folder() -> Path:
     override = os.environ.get("ONNX_QUAROT_CACHE")
     if override:
         return Path(override).expanduser()
-    try:
-        import platformdirs
-    except ImportError as error:
-        raise ModelError(
-            "platformdirs is not installed, so there is no folder to keep the demo model in: "
-            "pip install 'onnx-quarot[demo]', or set ONNX_QUAROT_CACHE to a folder"
-        ) from error
     return Path(platformdirs.user_cache_dir("onnx-quarot"))
 
 

@@ -9,11 +9,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
-import onnxruntime as ort
 
 from onnx_quarot import pipeline
-from onnx_quarot.custom_op import register
+from onnx_quarot.calibrate import inner_values
 from onnx_quarot.data import as_batches, input_specs
 from onnx_quarot.errors import ConfigError, ModelError, SaveError
 from onnx_quarot.load import load
@@ -63,19 +61,8 @@ def draw(
 def _inputs(model: Path, batch: Mapping[str, Any], only: str | None = None) -> dict[str, Array]:
     """What enters each linear layer (or `only` one), as tokens by channels; by node name."""
     sites = [site for site in linear_sites(load(model)) if only in (None, site.node_name)]
-    wanted = dict.fromkeys(site.activation for site in sites)
-    proto = onnx.load(str(model), load_external_data=False)
-    have = {value.name for value in proto.graph.output}
-    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in have)
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    # A model given as bytes has no folder of its own to look for its weights in.
-    options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(model.parent.resolve())
-    )
-    register(options)
-    opened = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    values = dict(zip(wanted, opened.run(list(wanted), dict(batch)), strict=True))
+    wanted = [site.activation for site in sites]
+    values = inner_values(model, wanted, batch)
     return {s.node_name: values[s.activation].reshape(-1, values[s.activation].shape[-1]) for s in sites}
 
 

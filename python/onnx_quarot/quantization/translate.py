@@ -7,7 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import ConfigError
+from ..plan import DEFAULT_ROTATIONS
 from ..scheme import Scheme, TensorSpec, parse_scheme
+from ..sites import LINEAR_OPS
 from .config.algorithm import AlgoConfig, GPTQConfig, QuarotConfig
 from .config.config import QConfig
 from .config.data_type import DataType
@@ -20,8 +22,6 @@ METHODS = {
     CalibMethod.Percentile: "percentile",
     CalibMethod.Entropy: "entropy",
 }
-OP_TYPES = ("MatMul", "Gemm")
-DEFAULT_ROTATIONS = ("R1", "R2", "R4")
 
 
 def translate(config: QConfig, algorithms: Sequence[AlgoConfig] | None = None) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def _layers(config: QConfig, gptq: GPTQConfig | None) -> dict[str, Scheme | None
             if isinstance(names, str) or not all(isinstance(name, str) for name in names):
                 raise ConfigError(f"{option} holds {names!r}; it must be a list of names")
             for name in names:
-                if option == "layer_type_config" and name not in OP_TYPES:
+                if option == "layer_type_config" and name not in LINEAR_OPS:
                     raise ConfigError(f"layer_type_config holds {name!r}; supported are MatMul and Gemm")
                 layers.setdefault(name, None if layer is None else _scheme(layer, gptq))
     return layers
@@ -198,6 +198,6 @@ def _op_types(value: Any) -> tuple[str, ...]:
     if isinstance(value, str) or not isinstance(value, Sequence) or not value:
         raise ConfigError(f"OpTypesToQuantize is {value!r}; it must be a list such as ['MatMul', 'Gemm']")
     for op_type in value:
-        if op_type not in OP_TYPES:
+        if op_type not in LINEAR_OPS:
             raise ConfigError(f"OpTypesToQuantize holds {op_type!r}; supported are MatMul and Gemm")
     return tuple(value)
