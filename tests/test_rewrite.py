@@ -131,6 +131,23 @@ def test_a_tied_table_stays_tied_when_the_final_scale_is_uniform(tmp_path: Path)
         assert "lm_head.MatMul.weight" in before.graph.initializers
 
 
+def test_a_clone_gets_a_name_that_no_value_has(tmp_path: Path) -> None:
+    path = small_llama.save(tmp_path / "a.onnx", Config(tied=True))
+    model = load(path)
+    rotate_model(model, discover_model(model, rotations=ALL))
+    added = model.graph.initializers.keys() - load(path).graph.initializers.keys()
+    (clone,) = (name for name in added if name.endswith(".1"))  # the tied table became two
+    taken = load(path)
+    next(iter(taken.graph)).outputs[0].name = clone
+    ir.save(taken, path)
+    model = load(path)
+    plan = discover_model(model, rotations=ALL)
+    rotate_model(model, plan)
+    assert f"{clone}_2" in model.graph.initializers
+    write(model, tmp_path / "b.onnx", "b.data")
+    verify(path, tmp_path / "b.onnx", plan)
+
+
 def test_a_plan_for_another_model_is_refused(tmp_path: Path) -> None:
     plan = discover_model(load(small_llama.save(tmp_path / "a.onnx")), rotations=ALL)
     other = load(small_llama.save(tmp_path / "b.onnx", Config(layers=1)))
