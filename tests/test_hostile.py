@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 import onnx_quarot as oq
 import small_llama
@@ -89,6 +89,45 @@ def test_a_shape_that_overflows(tmp_path: Path) -> None:
     path.write_bytes(model.SerializeToString())
     with contextlib.suppress(oq.OnnxQuarotError):
         oq.discover(path)
+
+
+DISCOVER = """
+import sys, onnx_quarot as oq
+from onnx_quarot.resources import peak_memory
+print(len(oq.discover(sys.argv[1]).sites), peak_memory())
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no count of memory")
+@pytest.mark.parametrize("op_type", ["ConstantOfShape", "Expand", "Tile", "Range", "Mul"])
+def test_a_few_numbers_that_ask_for_gigabytes(tmp_path: Path, op_type: str) -> None:
+    many = 1 << 29
+    inputs = {
+        "ConstantOfShape": [np.array([many])],
+        "Expand": [np.array([7]), np.array([many])],
+        "Tile": [np.array([7, 8]), np.array([many // 2])],
+        "Range": [np.array(0), np.array(many), np.array(1)],
+        "Mul": [np.full((1 << 15, 1), 0.5, np.float32), np.full((1, 1 << 15), 0.5, np.float32)],
+    }[op_type]
+    path = two_matmuls(tmp_path / "m.onnx")
+    model = onnx.load(path)
+    names = [f"i{number}" for number in range(len(inputs))]
+    model.graph.initializer.extend(numpy_helper.from_array(a, n) for a, n in zip(inputs, names, strict=True))
+    made = [
+        helper.make_node(op_type, names, ["bomb"]),
+        helper.make_node("Cast", ["bomb"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMax", ["float"], ["most"], keepdims=0),
+        helper.make_node("Add", ["h", "most"], ["sum"]),
+    ]
+    model.graph.node[1].input[0] = "sum"
+    for number, node in enumerate(made):
+        model.graph.node.insert(1 + number, node)
+    path.write_bytes(model.SerializeToString())
+    done = subprocess.run([sys.executable, "-c", DISCOVER, path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    sites, peak = map(int, done.stdout.split())
+    assert sites == 2
+    assert peak < 1 << 30
 
 
 @pytest.mark.parametrize("content", [b"[" * 200_000, b'{"R1_pairs":' * 50_000, b"9" * 10_000, b"\xff\xfe{}", b"NaN"])

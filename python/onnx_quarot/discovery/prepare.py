@@ -5,6 +5,8 @@ Done in place before discovery and again before rewriting, with the same outcome
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -18,9 +20,8 @@ from onnx_quarot.discovery.rules.registry import MICROSOFT
 from onnx_quarot.discovery.shapes import FLOATS, Shapes
 from onnx_quarot.discovery.typing import Typing
 
-_FOLDABLE = frozenset(
-    ("Add", "Sub", "Mul", "Div", "Neg", "Sqrt", "Reciprocal", "Pow", "Exp", "Squeeze", "Unsqueeze", "Reshape", "Concat")
-)
+_BROADCASTING = frozenset(("Add", "Sub", "Mul", "Div", "Pow"))
+_FOLDABLE = _BROADCASTING | {"Neg", "Sqrt", "Reciprocal", "Exp", "Squeeze", "Unsqueeze", "Reshape", "Concat"}
 _MAX_ELEMENTS = 1 << 16
 _SKIP_NORMS = {"SkipSimplifiedLayerNormalization": (None, 3), "SkipLayerNormalization": (3, 4)}
 
@@ -53,6 +54,10 @@ def _fold(model: ir.Model, node: ir.Node) -> None:
     result = node.outputs[0]
     if result.is_graph_output() or views[0] is None or views[0].dtype not in FLOATS:
         return
+    if node.op_type in _BROADCASTING:
+        sizes = np.broadcast_shapes(*(v.shape for v in views if v is not None))
+        if math.prod(sizes) > _MAX_ELEMENTS:  # a column and a row are a matrix
+            return
     inputs = {f"i{i}": v.numpy() for i, v in enumerate(views) if v is not None}
     if any(a.dtype.name == "bfloat16" for a in inputs.values()):
         return

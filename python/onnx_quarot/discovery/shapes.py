@@ -8,6 +8,7 @@ shape inference one node at a time, and contrib operators through :data:`CONTRIB
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ Array = np.ndarray[Any, Any]
 FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
 _MAX_TRACKED_ELEMENTS = 4096  # integer constants up to this size may be shapes, axes or bounds; larger ones are data
 _MAX_TRACKED_FLOATS = 4  # sizes are scaled in floating point (the side of a square of patches)
+_GROWING = frozenset(("ConstantOfShape", "Expand", "OneHot", "Pad", "Range", "Resize", "Tile", "Upsample"))
+_MAX_GROWN_ELEMENTS = 1 << 20  # of their results: a few numbers can ask for any amount of memory
 _TRACKED_FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE})
 # Small ones first: a length beyond a model's table of positions would be cut.
 _PRIMES = ((3, 7, 13, 19, 29, 37, 43, 53, 61, 71, 79, 89), (5, 11, 17, 23, 31, 41, 47, 59, 67, 73, 83, 97))
@@ -247,6 +250,8 @@ class _Walk:
     def _evaluate(self, node: ir.Node, inputs: Sequence[ir.Value]) -> bool:
         """Constant-fold one small integer node; False where the reference has no implementation of it."""
         st = self.state
+        if node.op_type in _GROWING and self._grown(node, inputs) > _MAX_GROWN_ELEMENTS:
+            return False
         make = onnx.helper
         unique = list(dict.fromkeys(inputs))
         ins = [make.make_tensor_value_info(str(v.name), int(st.dtype[v]), None) for v in unique]
@@ -263,11 +268,33 @@ class _Walk:
             self._set_value(value, np.asarray(result))
         return True
 
+    def _grown(self, node: ir.Node, inputs: Sequence[ir.Value]) -> float:
+        """How many elements a node would make; no limit where inference does not say."""
+        results = self._inference(node, inputs) or {}
+        shapes = [r.tensor_type.shape.dim for r in results.values() if r.tensor_type.HasField("shape")]
+        known = shapes and all(d.HasField("dim_value") for dims in shapes for d in dims)
+        return sum(math.prod(d.dim_value for d in dims) for dims in shapes) if known else math.inf
+
     def _infer(self, node: ir.Node, inputs: Sequence[ir.Value]) -> None:
         st = self.state
-        make = onnx.helper
         if any(v not in st.shape for v in inputs):
             return
+        results = self._inference(node, inputs)
+        if results is None:
+            self._merge_conflicting(node, inputs)
+            return
+        for value in node.outputs:
+            tensor = results[value.name].tensor_type if value.name in results else None
+            if tensor is None:
+                continue
+            st.dtype[value] = ir.DataType(tensor.elem_type)
+            if tensor.HasField("shape") and all(d.HasField("dim_value") for d in tensor.shape.dim):
+                st.shape[value] = tuple(int(d.dim_value) for d in tensor.shape.dim)
+
+    def _inference(self, node: ir.Node, inputs: Sequence[ir.Value]) -> dict[str, onnx.TypeProto] | None:
+        """The types of the outputs as ONNX infers them, none for an operator it does not know; None if it refuses."""
+        st = self.state
+        make = onnx.helper
         proto = ir.serde.serialize_node(node)
         if (node.domain, node.op_type) == (_MICROSOFT, "FusedConv"):  # a Conv with an activation
             proto.domain, proto.op_type = "", "Conv"
@@ -278,9 +305,9 @@ class _Walk:
         try:
             schema = onnx.defs.get_schema(proto.op_type, self.opsets.get(proto.domain, 1), proto.domain)
         except onnx.defs.SchemaError:
-            return
+            return {}
         try:
-            results = onnx.shape_inference.infer_node_outputs(
+            return onnx.shape_inference.infer_node_outputs(
                 schema,
                 proto,
                 {str(v.name): make.make_tensor_type_proto(int(st.dtype[v]), st.shape[v]) for v in inputs},
@@ -293,15 +320,7 @@ class _Walk:
                 ir_version=8,
             )
         except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError, TypeError, ValueError):
-            self._merge_conflicting(node, inputs)
-            return
-        for value in node.outputs:
-            tensor = results[value.name].tensor_type if value.name in results else None
-            if tensor is None:
-                continue
-            st.dtype[value] = ir.DataType(tensor.elem_type)
-            if tensor.HasField("shape") and all(d.HasField("dim_value") for d in tensor.shape.dim):
-                st.shape[value] = tuple(int(d.dim_value) for d in tensor.shape.dim)
+            return None
 
     def _merge_conflicting(self, node: ir.Node, inputs: Sequence[ir.Value]) -> None:
         """Exporters give one dimension several symbols; where two meet and differ, they are the same. Where one meets a
