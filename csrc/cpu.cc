@@ -23,18 +23,22 @@ constexpr const char* kVariable = "ONNX_QUAROT_ISA";
 struct Candidate {
   const Kernels* kernels;
   bool runs;
+  const char* name;  // in the variable
 };
 
 std::vector<Candidate> find_candidates() {
   std::vector<Candidate> found;
   const CpuFeatures cpu = detect_cpu();
 #if defined(__x86_64__)
-  found.push_back({&avx512_kernels, cpu.avx512});
-  found.push_back({cpu.shared_adders ? &avx2_kernels : &avx2_fused_kernels, cpu.avx2});
+  found.push_back({&avx512_kernels, cpu.avx512, "avx512"});
+  const Kernels* const avx2 = cpu.shared_adders ? &avx2_kernels : &avx2_fused_kernels;
+  found.push_back({avx2, cpu.avx2, "avx2"});
+  // Transforms have no use for its dot products, which QLinear has.
+  found.push_back({avx2, cpu.avxvnni, "avxvnni"});
 #elif defined(__aarch64__)
-  found.push_back({&neon_kernels, cpu.neon});
+  found.push_back({&neon_kernels, cpu.neon, "neon"});
 #endif
-  found.push_back({&baseline_kernels, true});
+  found.push_back({&baseline_kernels, true, "baseline"});
   return found;
 }
 
@@ -47,13 +51,13 @@ const std::vector<Candidate>& candidates() {
 // `source` says who asked, for the message.
 const Kernels& choose(const std::string& name, const char* source) {
   for (const Candidate& candidate : candidates()) {
-    if (name != candidate.kernels->name) continue;
+    if (name != candidate.name) continue;
     if (candidate.runs) return *candidate.kernels;
     throw std::invalid_argument(std::string(source) + " is '" + name + "', which this CPU cannot run");
   }
   std::string known;
   for (const Candidate& candidate : candidates()) {
-    known += (known.empty() ? "" : ", ") + std::string(candidate.kernels->name);
+    known += (known.empty() ? "" : ", ") + std::string(candidate.name);
   }
   throw std::invalid_argument(std::string(source) + " is '" + name + "'; this build knows " + known);
 }
@@ -126,7 +130,8 @@ const Kernels& find_kernels(const char* name) { return choose(name, "isa"); }
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
   for (const Candidate& candidate : candidates()) {
-    if (candidate.runs) names.emplace_back(candidate.kernels->name);
+    const bool other = std::strcmp(candidate.name, candidate.kernels->name) != 0;
+    if (candidate.runs && !other) names.emplace_back(candidate.name);
   }
   return names;
 }

@@ -86,7 +86,7 @@ def fuzz_transform(seed: int, folder: Path) -> str:
 
 def run(node: NodeProto, inputs: list[ValueInfoProto], feeds: dict[str, Array], rng: random.Random) -> str:
     """Whatever ONNX Runtime or the operator has against it is an answer; what must not happen ends the process."""
-    graph = helper.make_graph([node], "g", inputs, [helper.make_empty_tensor_value_info(name) for name in node.output])
+    graph = helper.make_graph([node], "g", inputs, [helper.make_empty_tensor_value_info(v) for v in node.output if v])
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("onnx_quarot", 1)]
     content = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
     options = ort.SessionOptions()
@@ -111,7 +111,7 @@ def fuzz_qlinear(seed: int, folder: Path) -> str:
     values = np.random.default_rng(seed)
     k, n, block = (
         rng.choice([1, 3, 4, 32, 64, 96, 128, 576]),
-        rng.choice([1, 15, 16, 40, 130]),
+        rng.choice([1, 15, 16, 40, 64, 130]),
         rng.choice([None, 32, 128]),
     )
     kind = rng.choice([TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16])
@@ -130,11 +130,20 @@ def fuzz_qlinear(seed: int, folder: Path) -> str:
     attributes: dict[str, Any] = {"K": k, "N": n, "layout_version": 1, "rotate": rng.choice([0, 1])}
     if block is not None:
         attributes |= {"bits": 4, "block": block}
+    outputs = ["y"]
+    if n > 32 and rng.random() < 0.5:
+        attributes["splits"] = [16, n - 16] if rng.random() < 0.5 else [16, 16, n - 32]
+        outputs = ["y", "y1", "y2"][: len(attributes["splits"])]
+    elif n == 64:
+        attributes["gated"] = 1
+    if rng.random() < 0.3:
+        attributes["epsilon"] = 1e-5
     for _ in range(rng.choice([0, 0, 1, 1, 2, 3])):
-        match rng.randrange(4):
+        match rng.randrange(5):
             case 0:
-                names = [*attributes, "block_size", "transpose", "scale", "bits", "block"]
-                attributes[rng.choice(names)] = rng.choice([*NUMBERS, k, k // 2, 0.5, float("nan"), "text"])
+                names = [*attributes, "block_size", "transpose", "scale", "bits", "block", "splits", "gated", "epsilon"]
+                numbers = [*NUMBERS, k, k // 2, 0.5, float("nan"), "text", [n], [16, n], [16, n - 16], [-1, n + 1]]
+                attributes[rng.choice(names)] = rng.choice(numbers)
             case 1:
                 attributes.pop(rng.choice([*attributes]), None)
             case 2:
@@ -145,8 +154,10 @@ def fuzz_qlinear(seed: int, folder: Path) -> str:
                 name = rng.choice([*feeds])
                 with np.errstate(all="ignore"):
                     feeds[name] = feeds[name].astype(rng.choice([np.float32, np.uint8, np.int8, np.float64]))
+            case 4:
+                outputs = rng.choice([outputs[:-1], [*outputs, "z"], ["", *outputs[1:]], [*outputs[:-1], ""]])
     try:
-        node = helper.make_node("QLinear", [*feeds], ["y"], domain="onnx_quarot", **attributes)
+        node = helper.make_node("QLinear", [*feeds], outputs, domain="onnx_quarot", **attributes)
     except (TypeError, ValueError, OverflowError):
         return "not a node"
     inputs = [

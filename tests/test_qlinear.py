@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,10 @@ def make_model(
     bias: bool = False,
     rotated: bool = False,
     signs: Array | None = None,
+    residual: bool = False,
+    **more: Any,
 ) -> tuple[onnx.ModelProto, Array, Array]:
+    """residual: a second input of the graph instead of the bias. more: of the QLinearSpec."""
     weight, scales = make_weight(depth, columns, block)
     x = ir.Value(name="x", type=ir.TensorType(dtype), shape=ir.Shape(["m", depth]))
     graph = ir.Graph([x], [], nodes=[], opset_imports={"": 21}, name="g")
@@ -53,36 +57,45 @@ def make_model(
         graph.register_initializer(value)
         return value
 
-    spec = QLinearSpec(depth, columns, block, dtype, bias)
+    spec = QLinearSpec(depth, columns, block, dtype, bias or residual, **more)
     sign_value = None
     if rotated:
         node = add_hadamard(model, x, size=depth, signs=signs, name="h")
         sign_value = node.inputs[1] if signs is not None else None
         transform = _Transform.make(depth, None, signs, False, None, ir.DataType.FLOAT)
-        spec = QLinearSpec(depth, columns, block, dtype, bias, transform)
+        spec = replace(spec, rotation=transform)
+    bias_value = constant("b", np.linspace(-1, 1, columns, dtype=np.float32)) if bias else None
+    if residual:
+        bias_value = ir.Value(name="r", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["m", columns]))
+        graph.inputs.append(bias_value)
     operands = [
         x,
         constant("w", pack(weight, block)),
         constant("s", scales if block is None else pack_scales(scales)),
-        constant("b", np.linspace(-1, 1, columns, dtype=np.float32)) if bias else None,
+        bias_value,
         sign_value,
     ]
     linear = add_qlinear(model, spec, operands, "linear")
-    linear.outputs[0].name = "y"
-    linear.outputs[0].shape = ir.Shape(["m", columns])
+    for index, (output, width) in enumerate(zip(linear.outputs, spec.outputs, strict=True)):
+        output.name = f"y{index}" if index else "y"
+        assert output.shape == ir.Shape(["m", width])
+        graph.outputs.append(output)
     graph.append(linear)
-    graph.outputs.append(linear.outputs[0])
     return ir.to_proto(model), weight, scales
 
 
 def run(model: onnx.ModelProto, x: Array, library: bool = True, threads: int = 1, name: str = "x") -> Array:
+    return run_all(model, {name: x}, library, threads)[0]
+
+
+def run_all(model: onnx.ModelProto, feeds: dict[str, Array], library: bool = True, threads: int = 1) -> list[Array]:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     if library:
         register(options)
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    result: Array = session.run(None, {name: x})[0]
-    return result
+    results: list[Array] = session.run(None, feeds)
+    return results
 
 
 def reference(x: Array, weight: Array, scales: Array, block: int | None, bias: Array | None = None) -> Array:
@@ -115,6 +128,58 @@ def test_operator_is_exact(block: int | None, rows: int, depth: int, columns: in
     wanted = reference(x, weight, scales, block, np.linspace(-1, 1, columns, dtype=np.float32))
     for threads in (1, 2):
         np.testing.assert_array_equal(run(model, x, threads=threads), wanted)
+
+
+@pytest.mark.parametrize("block", [None, 64])
+@pytest.mark.parametrize("rows", [1, 40, 300])
+@pytest.mark.parametrize("bias", [False, True])
+def test_several_outputs(block: int | None, rows: int, bias: bool) -> None:
+    splits = (48, 16, 33)
+    model, weight, scales = make_model(130, 97, block, bias=bias, splits=splits)
+    onnx.checker.check_model(model)
+    x = activations(rows, 130)
+    wanted = reference(x, weight, scales, block, np.linspace(-1, 1, 97, dtype=np.float32) if bias else None)
+    for threads in (1, 2):
+        found = run_all(model, {"x": x}, threads=threads)
+        assert [y.shape[1] for y in found] == list(splits)
+        np.testing.assert_array_equal(np.concatenate(found, axis=1), wanted)
+    portable = run_all(model, {"x": x}, library=False)
+    np.testing.assert_allclose(np.concatenate(portable, axis=1), wanted, rtol=1e-4, atol=0.02 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("block", [None, 32])
+@pytest.mark.parametrize("rows", [1, 40, 300])
+@pytest.mark.parametrize("dtype", [ir.DataType.FLOAT, ir.DataType.FLOAT16])
+def test_gate(block: int | None, rows: int, dtype: ir.DataType) -> None:
+    model, weight, scales = make_model(100, 160, block, dtype, bias=True, gated=True)
+    x = activations(rows, 100).astype(dtype.numpy())
+    bias = np.linspace(-1, 1, 160, dtype=np.float32)
+    sides = reference(x.astype(np.float32), weight, scales, block, bias).reshape(rows, 5, 2, 16).astype(np.float64)
+    a, b = (sides[:, :, side].reshape(rows, 80) for side in (0, 1))
+    wanted = a / (1 + np.exp(-a)) * b
+    tolerance = 1e-6 if dtype == ir.DataType.FLOAT else 1e-3
+    for threads in (1, 2):
+        np.testing.assert_allclose(run(model, x, threads=threads), wanted, rtol=tolerance, atol=tolerance)
+    step = 0.02 * np.abs(wanted).max()
+    np.testing.assert_allclose(run(model, x, library=False).astype(np.float64), wanted, rtol=1e-2, atol=step)
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_norm_and_residual(rotated: bool) -> None:
+    epsilon = 1e-3
+    model, weight, scales = make_model(128, 50, rotated=rotated, residual=True, epsilon=epsilon)
+    x = activations(20, 128) * np.float32(10) ** np.arange(-10, 10, dtype=np.float32)[:, None]
+    residual = np.random.default_rng(3).standard_normal((20, 50)).astype(np.float32)
+    rows = oq.hadamard(x) if rotated else x
+    factor = 1 / np.sqrt(np.square(x.astype(np.float64)).mean(axis=1, keepdims=True) + epsilon)
+    wanted = reference(rows, weight, scales, None) * factor + residual
+    for threads in (1, 2):
+        found = run_all(model, {"x": x, "r": residual}, threads=threads)[0]
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    portable = run_all(model, {"x": x, "r": residual}, library=False)[0]
+    np.testing.assert_allclose(portable, wanted, rtol=1e-4, atol=0.02 * np.abs(wanted).max())
+    with pytest.raises(Exception, match=r"bias has shape \[19, 50\]: it must be \[50\] or \[20, 50\]"):
+        run_all(model, {"x": x, "r": residual[1:]})
 
 
 @pytest.mark.parametrize("isa", _core.isas())
@@ -210,6 +275,10 @@ def test_leading_axes_and_no_rows() -> None:
     for attribute, value, message in [
         ("layout_version", 2, "layout_version is 2: this library reads 1"),
         ("bits", 5, "bits is 5: it must be 8 or 4"),
+        ("gated", 1, "N is 20: with gated=1 it must be a multiple of 32"),
+        ("splits", [8, 12], r"splits is \[8, 12\]: it must be up to 3 numbers that add up to N, which is 20"),
+        ("splits", [16, 5], r"splits is \[16, 5\]: it must be up to 3 numbers that add up to N, which is 20"),
+        ("epsilon", -1.0, "epsilon is -1"),
         ("N", 33, r"W has shape \[2, 8, 16, 4\]: it must be \[3, 8, 16, 4\]"),
     ]:
         broken = onnx.ModelProto()
@@ -235,6 +304,44 @@ def test_session_knows_the_shape(dtype: int, block: int | None) -> None:
     output = session.get_outputs()[0]
     assert output.shape == ["a", "b", 20]
     assert output.type == ("tensor(float)" if dtype == TensorProto.FLOAT else "tensor(float16)")
+
+
+@pytest.mark.parametrize(("more", "width"), [({"gated": True}, 32), ({"splits": (48, 16)}, 48)])
+def test_session_knows_the_shape_of_a_part(more: dict[str, Any], width: int) -> None:
+    """Of the first output: which others a node has is not known when shapes are inferred."""
+    model, _, _ = make_model(64, 64, **more)
+    model.graph.output[0].CopyFrom(onnx.ValueInfoProto(name="y"))
+    options = ort.SessionOptions()
+    register(options)
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    assert session.get_outputs()[0].shape == ["m", width]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["y"], r"outputs are 1: with splits \[16, 16, 32\] there must be 3"),
+        (["y", "y1"], r"outputs are 2: with splits \[16, 16, 32\] there must be 3"),
+        (["y", "", "y2"], r"output Y1 is left out: with splits \[16, 16, 32\] there must be 3"),
+    ],
+)
+def test_outputs_that_are_not_there_are_refused(names: list[str], message: str) -> None:
+    model, _, _ = make_model(64, 64, splits=(16, 16, 32))
+    del model.graph.node[0].output[:]
+    model.graph.node[0].output.extend(names)
+    kept = [output for output in model.graph.output if output.name in names]
+    del model.graph.output[:]
+    model.graph.output.extend(kept)
+    with pytest.raises(Exception, match=f"QLinear node 'linear': {message}"):
+        run(model, activations(2, 64))
+
+
+def test_outputs_that_nothing_fills_are_refused() -> None:
+    model, _, _ = make_model(64, 64, splits=(32, 32))
+    del model.graph.node[0].attribute[-1]
+    assert "splits" not in {attribute.name for attribute in model.graph.node[0].attribute}
+    with pytest.raises(Exception, match=r"outputs are 2: with splits \[\] there must be 1"):
+        run(model, activations(2, 64))
 
 
 def test_packing_refuses_what_does_not_fit() -> None:

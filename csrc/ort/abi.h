@@ -47,7 +47,7 @@ enum ElementType : int { kFloat = 1, kUInt8 = 2, kInt8 = 3, kFloat16 = 10, kDoub
 
 enum Characteristic : int { kRequired = 0, kOptional = 1 };
 
-enum AttributeType : int { kIntAttribute = 1 };
+enum AttributeType : int { kIntAttribute = 1, kIntsAttribute = 2 };
 
 enum MemoryType : int { kDefaultMemory = 0 };
 
@@ -90,6 +90,10 @@ inline constexpr Entry<163, Status*(const KernelInfo*, const char* name, std::in
     KernelInfoGetAttributeArray_int64{};
 inline constexpr Entry<244, Status*(const KernelInfo*, char* out, std::size_t* size)> KernelInfo_GetNodeName{};
 inline constexpr Entry<230, Status*(const KernelInfo*, std::size_t* out)> KernelInfo_GetInputCount{};
+inline constexpr Entry<231, Status*(const KernelInfo*, std::size_t* out)> KernelInfo_GetOutputCount{};
+// Empty for an optional output that is left out.
+inline constexpr Entry<233, Status*(const KernelInfo*, std::size_t index, char* out, std::size_t* size)>
+    KernelInfo_GetOutputName{};
 // Makes a TypeInfo that the caller releases; the TensorInfo that it is cast to is part of it.
 inline constexpr Entry<234, Status*(const KernelInfo*, std::size_t index, TypeInfo** out)>
     KernelInfo_GetInputTypeInfo{};
@@ -132,6 +136,7 @@ inline constexpr Entry<62, Status*(const TensorInfo*, std::int64_t* dims, std::s
 // from here is ignored unless the session asks for strict inference, so arguments are checked when kernels are made.
 inline constexpr Entry<268, Status*(const ShapeInferContext*, std::size_t index, TensorInfo** out)>
     ShapeInferContext_GetInputTypeShape{};
+// Undefined behaviour for an output the node does not have, and nothing tells how many those are.
 inline constexpr Entry<270, Status*(const ShapeInferContext*, std::size_t index, const TensorInfo*)>
     ShapeInferContext_SetOutputTypeShape{};
 // The attribute belongs to the context; *attribute stays null where there is none of this name. Reading one of another

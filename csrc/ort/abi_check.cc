@@ -24,6 +24,8 @@ CHECK_SLOT(KernelInfo_GetInputTypeInfo);
 CHECK_SLOT(CastTypeInfoToTensorInfo);
 CHECK_SLOT(ReleaseTypeInfo);
 CHECK_SLOT(KernelInfo_GetInputCount);
+CHECK_SLOT(KernelInfo_GetOutputCount);
+CHECK_SLOT(KernelInfo_GetOutputName);
 CHECK_SLOT(KernelInfoGetConstantInput_tensor);
 CHECK_SLOT(KernelContext_GetInputCount);
 CHECK_SLOT(KernelContext_GetInput);
@@ -81,6 +83,7 @@ static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE == static_cast<int>(kDouble))
 static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16 == static_cast<int>(kBFloat16));
 static_assert(INPUT_OUTPUT_REQUIRED == static_cast<int>(kRequired));
 static_assert(INPUT_OUTPUT_OPTIONAL == static_cast<int>(kOptional));
+static_assert(ORT_OP_ATTR_INTS == static_cast<int>(kIntsAttribute));
 static_assert(ORT_OP_ATTR_INT == static_cast<int>(kIntAttribute) && sizeof(OrtOpAttrType) == sizeof(AttributeType));
 static_assert(OrtMemTypeDefault == static_cast<int>(kDefaultMemory));
 static_assert(sizeof(OrtErrorCode) == sizeof(ErrorCode) && sizeof(OrtMemType) == sizeof(MemoryType));

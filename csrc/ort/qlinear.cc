@@ -1,6 +1,7 @@
 #include "qlinear.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -18,6 +19,8 @@ namespace {
 
 // Rows quantized at a time: their integers stay in the second cache, or near it.
 constexpr std::size_t kRows = 256;
+// q, k and v.
+constexpr std::size_t kMostOutputs = 3;
 // Work handed to a thread at once, in products: about 20 us.
 constexpr std::size_t kTaskProducts = std::size_t{1} << 21;
 constexpr std::size_t kTaskValues = std::size_t{1} << 15;
@@ -102,6 +105,20 @@ class Reader {
     return static_cast<std::size_t>(value);
   }
 
+  // Empty where there is none.
+  std::vector<std::size_t> integers(const char* name, std::int64_t least) const {
+    std::size_t size = 0;
+    if (!succeeded(api_, KernelInfoGetAttributeArray_int64(api_, info_, name, nullptr, &size)) || size == 0) return {};
+    std::vector<std::int64_t> values(size);
+    check(api_, KernelInfoGetAttributeArray_int64(api_, info_, name, values.data(), &size));
+    for (const std::int64_t value : values) {
+      if (value >= least) continue;
+      throw std::invalid_argument(std::string(name) + " holds " + std::to_string(value) + ": it must be at least " +
+                                  std::to_string(least));
+    }
+    return {values.begin(), values.end()};
+  }
+
   std::optional<double> real(const char* name) const {
     float value = 0;
     if (!succeeded(api_, KernelInfoGetAttribute_float(api_, info_, name, &value))) return std::nullopt;
@@ -145,8 +162,15 @@ struct Inputs {
   const std::uint8_t* weights = nullptr;
   const float* scales = nullptr;
   const float* bias = nullptr;
+  bool bias_rows = false;  // one for each row
   std::vector<float> signs;
   std::vector<std::int64_t> x_dims;
+};
+
+// An output of the operator, and what its columns are of the weights'.
+struct Part {
+  void* y = nullptr;
+  std::size_t columns = 0, first = 0, end = 0;
 };
 
 // Room for a row: on a boundary of cache lines, where the transform is fastest, and not cleared.
@@ -179,6 +203,20 @@ class QLinearKernel {
       throw std::invalid_argument("layout_version is " + std::to_string(layout) + ": this library reads " +
                                   std::to_string(kPackedLayout));
     }
+    gated_ = reader.integer("gated", 0, 0) != 0;
+    if (gated_ && shape_.columns % (2 * kPanelColumns) != 0) {
+      throw std::invalid_argument("N is " + std::to_string(shape_.columns) +
+                                  ": with gated=1 it must be a multiple of " + std::to_string(2 * kPanelColumns));
+    }
+    splits_ = reader.integers("splits", 1);
+    check_splits();
+    check_outputs(info);
+    if (const std::optional<double> epsilon = reader.real("epsilon")) {
+      if (!(*epsilon >= 0)) {
+        throw std::invalid_argument("epsilon is " + std::to_string(*epsilon) + ": it must be at least 0");
+      }
+      epsilon_ = static_cast<float>(*epsilon);
+    }
     if (reader.integer("rotate", 0, 0) == 0) return;
     rotation_.emplace();
     rotation_->size = shape_.depth;
@@ -195,21 +233,59 @@ class QLinearKernel {
     std::vector<std::int64_t> dims = inputs.x_dims;
     std::size_t rows = 1;
     for (std::size_t i = 0; i + 1 < dims.size(); ++i) rows *= static_cast<std::size_t>(dims[i]);
-    dims.back() = static_cast<std::int64_t>(shape_.columns);
-    Value* output = nullptr;
-    check(api_, KernelContext_GetOutput(api_, context, 0, dims.data(), dims.size(), &output));
-    auto* y = static_cast<char*>(const_cast<void*>(data_of(api_, output)));
+    Parts parts{};
+    std::size_t column = 0;
+    for (std::size_t i = 0; i < outputs(); ++i) {
+      const std::size_t width = splits_.empty() ? shape_.columns : splits_[i];
+      parts[i].columns = gated_ ? width / 2 : width;
+      parts[i].first = column;
+      parts[i].end = column += width;
+      dims.back() = static_cast<std::int64_t>(parts[i].columns);
+      Value* output = nullptr;
+      check(api_, KernelContext_GetOutput(api_, context, i, dims.data(), dims.size(), &output));
+      parts[i].y = const_cast<void*>(data_of(api_, output));
+    }
     std::optional<TransformSpec> spec = rotation_;
     if (spec) spec->signs_length = inputs.signs.size();
     const std::optional<Transform> transform = spec ? std::optional<Transform>(*spec) : std::nullopt;
-    const std::size_t item = type_ == kFloat ? 4 : 2;
     for (std::size_t row = 0; row < rows; row += kRows) {
-      const std::size_t count = std::min(kRows, rows - row);
-      run(context, inputs, transform ? &*transform : nullptr, row, count, y + row * shape_.columns * item);
+      run(context, inputs, transform ? &*transform : nullptr, row, std::min(kRows, rows - row), parts);
     }
   }
 
  private:
+  using Parts = std::array<Part, kMostOutputs>;
+
+  std::size_t outputs() const { return std::max<std::size_t>(1, splits_.size()); }
+
+  void check_splits() const {
+    if (splits_.empty()) return;
+    std::size_t total = 0;
+    for (const std::size_t width : splits_) total += width;
+    bool whole = total == shape_.columns && splits_.size() <= kMostOutputs && !gated_;
+    for (std::size_t i = 0; i + 1 < splits_.size(); ++i) whole = whole && splits_[i] % kPanelColumns == 0;
+    if (whole) return;
+    throw std::invalid_argument("splits is " + text({splits_.begin(), splits_.end()}) + ": it must be up to " +
+                                std::to_string(kMostOutputs) + " numbers that add up to N, which is " +
+                                std::to_string(shape_.columns) + ", all but the last multiples of " +
+                                std::to_string(kPanelColumns) + ", and none with gated=1");
+  }
+
+  // Those of the node are those of its attributes, and all are used: nothing else would say where columns are to go.
+  void check_outputs(const KernelInfo* info) const {
+    const std::string rule =
+        "with splits " + text({splits_.begin(), splits_.end()}) + " there must be " + std::to_string(outputs());
+    std::size_t count = 0;
+    check(api_, KernelInfo_GetOutputCount(api_, info, &count));
+    if (count != outputs()) throw std::invalid_argument("outputs are " + std::to_string(count) + ": " + rule);
+    for (std::size_t i = 0; i < count; ++i) {
+      std::size_t size = 0;
+      check(api_, KernelInfo_GetOutputName(api_, info, i, nullptr, &size));
+      // The size counts the terminating zero.
+      if (size < 2) throw std::invalid_argument("output Y" + std::to_string(i) + " is left out: " + rule);
+    }
+  }
+
   Inputs read(const KernelContext* context) const {
     std::size_t count = 0;
     check(api_, KernelContext_GetInputCount(api_, context, &count));
@@ -234,7 +310,7 @@ class QLinearKernel {
     inputs.weights = static_cast<const std::uint8_t*>(data_of(api_, values[1]));
     inputs.scales = static_cast<const float*>(data_of(api_, values[2]));
     if (values[3] != nullptr) {
-      check_dims("bias", dims_of(api_, values[3]), {shape_.columns});
+      read_bias(dims_of(api_, values[3]), inputs);
       inputs.bias = static_cast<const float*>(data_of(api_, values[3]));
     }
     if (values[4] != nullptr && rotation_) {
@@ -249,8 +325,20 @@ class QLinearKernel {
     return inputs;
   }
 
-  // A row of X as float32, rotated: X's own memory if nothing has to be done to it.
-  const float* row_of(const Inputs& inputs, const Transform* transform, std::size_t row, float* room) const {
+  // [N], or of the shape of the only output.
+  void read_bias(const std::vector<std::int64_t>& dims, Inputs& inputs) const {
+    std::vector<std::int64_t> whole = inputs.x_dims;
+    whole.back() = static_cast<std::int64_t>(shape_.columns);
+    inputs.bias_rows = dims.size() > 1 && splits_.empty() && !gated_;
+    if (dims == whole && inputs.bias_rows) return;
+    if (dims.size() == 1 && dims[0] == whole.back()) return;
+    throw std::invalid_argument("bias has shape " + text(dims) + ": it must be " + text({whole.back()}) +
+                                (splits_.empty() && !gated_ ? " or " + text(whole) : ""));
+  }
+
+  // Quantizes a row of X, as float32, normalized, rotated: from X's own memory if nothing has to be done to it.
+  void quantize(const Inputs& inputs, const Transform* transform, std::size_t row, float* room, QuantizedRows& rows,
+                std::size_t index) const {
     const std::size_t size = shape_.depth, at = row * size;
     const auto* straight = static_cast<const float*>(inputs.x) + at;
     if (type_ != kFloat) {
@@ -258,25 +346,38 @@ class QLinearKernel {
       for (std::size_t k = 0; k < size; ++k) room[k] = type_ == kFloat16 ? from_half(from[k]) : from_bfloat(from[k]);
       straight = room;
     }
-    if (transform == nullptr) return straight;
-    const auto stride = static_cast<std::ptrdiff_t>(size);
-    transform->rows(straight, room, 1, stride, stride, inputs.signs.empty() ? nullptr : inputs.signs.data());
-    return room;
+    // A row's integers do not change with its length, so that normalizing it is a matter of its scale.
+    const float factor = epsilon_ ? norm_factor(qlinear_kernels(), straight, size, *epsilon_) : 1.0f;
+    if (transform != nullptr) {
+      const auto stride = static_cast<std::ptrdiff_t>(size);
+      transform->rows(straight, room, 1, stride, stride, inputs.signs.empty() ? nullptr : inputs.signs.data());
+      straight = room;
+    }
+    rows.set(index, straight, factor);
   }
 
   void run(const KernelContext* context, const Inputs& inputs, const Transform* transform, std::size_t row,
-           std::size_t count, char* y) const {
+           std::size_t count, const Parts& parts) const {
     QuantizedRows rows(qlinear_kernels(), shape_, count);
     const std::size_t chunk = std::max<std::size_t>(1, kTaskValues / shape_.depth);
     parallel(api_, context, (count + chunk - 1) / chunk, [&](std::size_t i) {
       const AlignedFloats room(transform == nullptr && type_ == kFloat ? 0 : shape_.depth);
       for (std::size_t r = i * chunk; r < std::min(count, (i + 1) * chunk); ++r) {
-        rows.set(r, row_of(inputs, transform, row + r, room.data()));
+        quantize(inputs, transform, row + r, room.data(), rows, r);
       }
     });
 
-    std::vector<float> wide(type_ == kFloat ? 0 : count * shape_.columns);
-    auto* result = type_ == kFloat ? reinterpret_cast<float*>(y) : wide.data();
+    std::vector<float> wide(type_ == kFloat ? 0 : count * (gated_ ? shape_.columns / 2 : shape_.columns));
+    const auto target = [&](const Part& part) {
+      QLinearOutput output{};
+      output.y = type_ == kFloat ? static_cast<float*>(part.y) + row * part.columns : wide.data() + count * part.first;
+      output.stride = part.columns;
+      output.column = part.first;
+      output.bias = inputs.bias == nullptr ? nullptr : inputs.bias + (inputs.bias_rows ? row * shape_.columns : 0);
+      output.bias_stride = inputs.bias_rows ? shape_.columns : 0;
+      output.gated = gated_;
+      return output;
+    };
     // Columns are shared out in whole panels, and rows where there are too few of those.
     const std::size_t panel_products = shape_.steps() * 4 * kPanelColumns;
     const std::size_t all_panels = shape_.panels();
@@ -286,17 +387,30 @@ class QLinearKernel {
     const std::size_t width = panels == 0 ? all_panels : panels, column_parts = (all_panels + width - 1) / width;
     parallel(api_, context, row_parts * column_parts, [&](std::size_t i) {
       const std::size_t part = i % row_parts, panel = i / row_parts * width;
-      multiply(rows, count * part / row_parts, count * (part + 1) / row_parts, inputs.weights, inputs.scales,
-               inputs.bias, result, panel, std::min(all_panels, panel + width));
+      for (const Part& to : parts) {
+        const std::size_t first = std::max(panel, to.first / kPanelColumns);
+        const std::size_t end = std::min({all_panels, panel + width, (to.end + kPanelColumns - 1) / kPanelColumns});
+        if (first >= end) continue;
+        multiply(rows, count * part / row_parts, count * (part + 1) / row_parts, inputs.weights, inputs.scales,
+                 target(to), first, end);
+      }
     });
-
-    auto* narrow = reinterpret_cast<std::uint16_t*>(y);
-    for (std::size_t i = 0; i < wide.size(); ++i) narrow[i] = type_ == kFloat16 ? to_half(wide[i]) : to_bfloat(wide[i]);
+    if (type_ == kFloat) return;
+    for (const Part& part : parts) {
+      auto* narrow = static_cast<std::uint16_t*>(part.y) + row * part.columns;
+      const float* from = wide.data() + count * part.first;
+      for (std::size_t i = 0; i < count * part.columns; ++i) {
+        narrow[i] = type_ == kFloat16 ? to_half(from[i]) : to_bfloat(from[i]);
+      }
+    }
   }
 
   const Api* api_;
   ElementType type_;
   QLinearShape shape_;
+  bool gated_ = false;
+  std::vector<std::size_t> splits_;
+  std::optional<float> epsilon_;
   std::optional<TransformSpec> rotation_;
 };
 
@@ -315,13 +429,26 @@ void infer_shape(const Api* api, ShapeInferContext* context) {
   check(api, ShapeInferContext_GetInputTypeShape(api, context, 0, &x));
   ElementType type = kFloat;
   check(api, GetTensorElementType(api, x, &type));
-  const OpAttribute* attribute = nullptr;
-  check(api, ShapeInferContext_GetAttribute(api, context, "N", &attribute));
-  if (attribute == nullptr) return;  // said when the kernel is made
-  std::int64_t columns = 0;
-  std::size_t size = 0;
-  check(api, ReadOpAttr(api, attribute, kIntAttribute, &columns, sizeof(columns), &size));
-  if (columns > 0) infer_output(api, context, 0, type, columns);
+  // Of a list, the first one; 0 where there is none.
+  const auto integer = [&](const char* name, AttributeType kind) {
+    std::array<std::int64_t, kMostOutputs> values{};
+    const OpAttribute* attribute = nullptr;
+    std::size_t size = 0;
+    const bool found = succeeded(api, ShapeInferContext_GetAttribute(api, context, name, &attribute));
+    if (found && attribute != nullptr) {
+      check(api, ReadOpAttr(api, attribute, kind, values.data(), sizeof(values), &size));
+    }
+    return values[0];
+  };
+  // What does not fit is said when the kernel is made. Further outputs are as the model states them: whether the node
+  // has them is not known here.
+  const std::int64_t columns = integer("N", kIntAttribute);
+  const std::int64_t first = integer("splits", kIntsAttribute);
+  if (first > 0) {
+    infer_output(api, context, 0, type, first);
+  } else if (columns > 0) {
+    infer_output(api, context, 0, type, integer("gated", kIntAttribute) != 0 ? columns / 2 : columns);
+  }
 }
 
 const QLinearOp* self(const CustomOp* op) { return static_cast<const QLinearOp*>(op); }
@@ -342,8 +469,8 @@ QLinearOp::QLinearOp(const Api* table, ElementType element) : CustomOp{}, api(ta
   GetInputCharacteristic = [](const CustomOp*, std::size_t index) { return index < 3 ? kRequired : kOptional; };
   GetInputMemoryType = [](const CustomOp*, std::size_t) { return kDefaultMemory; };
   GetOutputType = [](const CustomOp* op, std::size_t) { return self(op)->type; };
-  GetOutputTypeCount = [](const CustomOp*) { return std::size_t{1}; };
-  GetOutputCharacteristic = [](const CustomOp*, std::size_t) { return kRequired; };
+  GetOutputTypeCount = [](const CustomOp*) { return kMostOutputs; };
+  GetOutputCharacteristic = [](const CustomOp*, std::size_t index) { return index == 0 ? kRequired : kOptional; };
   GetVariadicInputMinArity = GetVariadicInputHomogeneity = [](const CustomOp*) { return 0; };
   GetVariadicOutputMinArity = GetVariadicOutputHomogeneity = [](const CustomOp*) { return 0; };
   GetStartVersion = [](const CustomOp*) { return 1; };

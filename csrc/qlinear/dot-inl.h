@@ -17,6 +17,10 @@ struct Isa {
                                panels = ONNX_QUAROT_DOT_PANELS;
   static constexpr std::size_t halves = 1, rows4 = ONNX_QUAROT_DOT_LANES == 16 ? 6 : 4,
                                panels4 = ONNX_QUAROT_DOT_LANES == 16 ? 2 : 1;
+  static constexpr std::size_t row_panels8 = ONNX_QUAROT_DOT_LANES == 16 ? 4 : 1,
+                               row_panels4 = ONNX_QUAROT_DOT_SIGNED        ? 0
+                                             : ONNX_QUAROT_DOT_LANES == 16 ? 2
+                                                                           : 1;
   static constexpr std::int32_t offset8 = ONNX_QUAROT_DOT_SIGNED ? 0 : 128, offset4 = 8;
   static constexpr std::size_t step_bytes8 = 4;
   using Int [[gnu::vector_size(4 * ONNX_QUAROT_DOT_LANES), gnu::aligned(4)]] = std::int32_t;

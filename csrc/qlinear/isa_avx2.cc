@@ -14,6 +14,7 @@ namespace {
 
 struct Isa {
   static constexpr std::size_t lanes = 8, rows = 5, panels = 1, halves = 2, rows4 = 4, panels4 = 1;
+  static constexpr std::size_t row_panels8 = 1, row_panels4 = 0;
   static constexpr std::int32_t offset8 = 128, offset4 = 8;
   static constexpr std::size_t step_bytes8 = 8;
   using Int [[gnu::vector_size(32), gnu::aligned(4)]] = std::int32_t;

@@ -32,7 +32,8 @@ struct MultiplyJob {
   std::size_t steps;
   std::size_t block_steps;  // as above
   const float* scales;      // of the first panel's first column
-  const float* bias;        // null: none
+  const float* bias;        // null: none; first row, first panel's first column
+  std::size_t bias_stride;  // 0: every row has the same
   float* y;                 // first row, first panel's first column
   std::size_t y_stride;
   std::size_t columns;  // in all panels together; the last panel may be narrower than 16
@@ -43,6 +44,9 @@ struct QLinearKernels {
   const char* name;
   std::size_t step_bytes8, step_bytes4;  // of four quantized activations, beside 8- and 4-bit weights
   std::uint32_t (*peak_bits)(const float* values, std::size_t depth);  // of the largest magnitude
+  float (*sum_squares)(const float* values, std::size_t depth);
+  // y = silu(a) * b, from pairs of panels, [pairs][2][16] to [pairs][16].
+  void (*gate)(const float* values, std::size_t pairs, float* y);
   void (*quantize8)(const QuantizeJob&);
   void (*quantize4)(const QuantizeJob&);
   void (*multiply8)(const MultiplyJob&);

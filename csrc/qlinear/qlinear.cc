@@ -1,6 +1,7 @@
 #include "qlinear.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
@@ -25,8 +26,7 @@ const std::vector<Candidate>& candidates() {
     [[maybe_unused]] const CpuFeatures cpu = detect_cpu();
 #if defined(__x86_64__)
     all.push_back({&qlinear_avx512vnni, cpu.avx512vnni, "avx512"});
-    // Without a name of its own in the variable: chosen where nothing is asked for.
-    all.push_back({&qlinear_avxvnni, cpu.avxvnni, "avx512"});
+    all.push_back({&qlinear_avxvnni, cpu.avxvnni, "avxvnni"});
     all.push_back({&qlinear_avx2, cpu.avx2, "avx2"});
 #elif defined(ONNX_QUAROT_QLINEAR_NEON)
     all.push_back({&qlinear_neon, cpu.neon_dot, "neon"});
@@ -39,7 +39,8 @@ const std::vector<Candidate>& candidates() {
 
 const QLinearKernels& choose() {
   const char* forced = std::getenv("ONNX_QUAROT_ISA");
-  const std::string limit = forced == nullptr || *forced == '\0' ? "" : active_isa();  // which checks the name
+  const std::string limit = forced == nullptr ? "" : forced;
+  if (!limit.empty()) active_isa();  // which checks the name
   bool allowed = limit.empty();
   for (const Candidate& candidate : candidates()) {
     allowed = allowed || limit == candidate.isa;
@@ -73,7 +74,7 @@ QuantizedRows::QuantizedRows(const QLinearKernels& kernels, const QLinearShape& 
   scales_.reset(new float[rows]);
 }
 
-void QuantizedRows::set(std::size_t index, const float* values) {
+void QuantizedRows::set(std::size_t index, const float* values, float factor) {
   const std::uint32_t largest = kernels_->peak_bits(values, shape_.depth);
   const bool finite = largest < 0x7f800000u;
   float peak = 0;
@@ -87,33 +88,60 @@ void QuantizedRows::set(std::size_t index, const float* values) {
     std::memset(corrections, 0, shape_.blocks() * sizeof(*corrections));
     return;
   }
-  scales_[index] = peak / 127.0f;
+  scales_[index] = peak / 127.0f * factor;
   const QuantizeJob job{values,        shape_.depth, shape_.steps(), shape_.steps() / shape_.blocks(),
                         127.0f / peak, out,          corrections};
   (shape_.bits == 4 ? kernels_->quantize4 : kernels_->quantize8)(job);
 }
 
+float norm_factor(const QLinearKernels& kernels, const float* values, std::size_t depth, float epsilon) {
+  return 1.0f / std::sqrt(kernels.sum_squares(values, depth) / static_cast<float>(depth) + epsilon);
+}
+
 void multiply(const QuantizedRows& rows, std::size_t first, std::size_t end, const std::uint8_t* weights,
-              const float* scales, const float* bias, float* y, std::size_t first_panel, std::size_t end_panel) {
+              const float* scales, const QLinearOutput& output, std::size_t first_panel, std::size_t end_panel) {
   const QLinearShape& shape = rows.shape_;
-  const std::size_t column = first_panel * kPanelColumns;
-  MultiplyJob job{};
-  job.values = rows.values_.get() + first * rows.row_bytes_;
-  job.row_bytes = rows.row_bytes_;
-  job.corrections = rows.corrections_.get() + first * shape.blocks();
-  job.row_scales = rows.scales_.get() + first;
-  job.rows = end - first;
-  job.weights = weights + first_panel * shape.panel_bytes();
-  job.panel_bytes = shape.panel_bytes();
-  job.steps = shape.steps();
-  job.block_steps = shape.steps() / shape.blocks();
-  job.scales = scales + column * shape.blocks();
-  job.bias = bias == nullptr ? nullptr : bias + column;
-  job.y = y + first * shape.columns + column;
-  job.y_stride = shape.columns;
-  job.columns = std::min(end_panel * kPanelColumns, shape.columns) - column;
-  job.reach = shape.columns - column;
-  (shape.bits == 4 ? rows.kernels_->multiply4 : rows.kernels_->multiply8)(job);
+  const auto run = [&](std::size_t row, std::size_t row_end, std::size_t panel, std::size_t panel_end, float* y,
+                       std::size_t stride) {
+    const std::size_t column = panel * kPanelColumns;
+    MultiplyJob job{};
+    job.values = rows.values_.get() + row * rows.row_bytes_;
+    job.row_bytes = rows.row_bytes_;
+    job.corrections = rows.corrections_.get() + row * shape.blocks();
+    job.row_scales = rows.scales_.get() + row;
+    job.rows = row_end - row;
+    job.weights = weights + panel * shape.panel_bytes();
+    job.panel_bytes = shape.panel_bytes();
+    job.steps = shape.steps();
+    job.block_steps = shape.steps() / shape.blocks();
+    job.scales = scales + column * shape.blocks();
+    job.bias = output.bias == nullptr ? nullptr : output.bias + row * output.bias_stride + column;
+    job.bias_stride = output.bias_stride;
+    job.y = y;
+    job.y_stride = stride;
+    job.columns = std::min(panel_end * kPanelColumns, shape.columns) - column;
+    job.reach = shape.columns - column;
+    (shape.bits == 4 ? rows.kernels_->multiply4 : rows.kernels_->multiply8)(job);
+  };
+  if (!output.gated) {
+    const std::size_t column = first_panel * kPanelColumns - output.column;
+    return run(first, end, first_panel, end_panel, output.y + first * output.stride + column, output.stride);
+  }
+  // Both sides of a gate meet in the second cache.
+  constexpr std::size_t most_rows = 256, room = most_rows * 4 * kPanelColumns;
+  alignas(64) float sides[room];
+  for (std::size_t row = first; row < end; row += most_rows) {
+    const std::size_t row_end = std::min(end, row + most_rows);
+    const std::size_t width = room / (row_end - row) / (4 * kPanelColumns) * 4;
+    for (std::size_t panel = first_panel; panel < end_panel; panel += width) {
+      const std::size_t count = std::min(width, end_panel - panel), stride = count * kPanelColumns;
+      run(row, row_end, panel, panel + count, sides, stride);
+      float* y = output.y + row * output.stride + (panel * kPanelColumns - output.column) / 2;
+      for (std::size_t r = 0; r < row_end - row; ++r) {
+        rows.kernels_->gate(sides + r * stride, count / 2, y + r * output.stride);
+      }
+    }
+  }
 }
 
 const QLinearKernels& qlinear_kernels() {

@@ -47,19 +47,32 @@ void check_shape(const QLinearShape& shape);
 
 struct QLinearKernels;
 
+// Where products of some columns of the weights go, float32.
+struct QLinearOutput {
+  float* y;                     // row 0
+  std::size_t stride;           // from row to row, in elements, as below
+  std::size_t column = 0;       // of the weights, where y begins: a multiple of 16
+  const float* bias = nullptr;  // null: none; of the weights' column 0
+  std::size_t bias_stride = 0;  // 0: every row has the same
+  // Panels come in pairs, a and b, of which silu(a) * b is written; panels are multiplied in whole pairs. silu(x) =
+  // x / (1 + exp(-x)).
+  bool gated = false;
+};
+
 // Rows in integers, as the kernels in use want them.
 class QuantizedRows {
  public:
   QuantizedRows(const QLinearKernels& kernels, const QLinearShape& shape, std::size_t rows);
 
-  // Quantizes row `index`, of shape.depth values. Different rows may be set on different threads.
-  void set(std::size_t index, const float* values);
+  // Quantizes row `index`, of shape.depth values, times a positive factor. Different rows may be set on different
+  // threads.
+  void set(std::size_t index, const float* values, float factor = 1);
 
   std::size_t count() const { return count_; }
 
  private:
-  friend void multiply(const QuantizedRows&, std::size_t, std::size_t, const std::uint8_t*, const float*, const float*,
-                       float*, std::size_t, std::size_t);
+  friend void multiply(const QuantizedRows&, std::size_t, std::size_t, const std::uint8_t*, const float*,
+                       const QLinearOutput&, std::size_t, std::size_t);
   const QLinearKernels* kernels_;
   QLinearShape shape_;
   std::size_t count_;
@@ -70,11 +83,13 @@ class QuantizedRows {
   std::unique_ptr<float[]> scales_;
 };
 
-// Rows [first, end) times panels [first_panel, end_panel) of the packed weights. scales: [N], or as above for 4 bits.
-// bias: [N] or null. y: [count][N], float32, of which only these rows and columns are written; all aligned to their
-// elements.
+// 1 / sqrt(mean of squares + epsilon): what a row is multiplied by when it is normalized. The same bits on every CPU.
+float norm_factor(const QLinearKernels& kernels, const float* values, std::size_t depth, float epsilon);
+
+// Rows [first, end) times panels [first_panel, end_panel) of the packed weights, which are those of `output`. scales:
+// [N], or as above for 4 bits. Only these rows and columns of y are written; all is aligned to its elements.
 void multiply(const QuantizedRows& rows, std::size_t first, std::size_t end, const std::uint8_t* weights,
-              const float* scales, const float* bias, float* y, std::size_t first_panel, std::size_t end_panel);
+              const float* scales, const QLinearOutput& output, std::size_t first_panel, std::size_t end_panel);
 
 // The kernels in use: the fastest this CPU runs within what ONNX_QUAROT_ISA allows. Or those called `isa`, for tests.
 const QLinearKernels& qlinear_kernels();

@@ -344,6 +344,14 @@ class _Body:
     def reshape(self, x: ir.Value, shape: list[int]) -> ir.Value:
         return self.node("Reshape", [x, self.constant(np.array(shape, np.int64))])
 
+    def split(self, x: ir.Value, sizes: Sequence[int]) -> list[ir.Value]:
+        """Parts of the last axis."""
+        node = ir.node("Split", [x, self.constant(np.array(sizes, np.int64))], {"axis": -1}, num_outputs=len(sizes))
+        for index, output in enumerate(node.outputs):
+            output.name = f"v{len(self.nodes)}_{index}"
+        self.nodes.append(node)
+        return list(node.outputs)
+
     def cast(self, x: ir.Value, dtype: ir.DataType) -> ir.Value:
         return self.node("Cast", [x], to=int(dtype))
 

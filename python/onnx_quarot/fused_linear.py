@@ -1,7 +1,8 @@
 """Linear layers that quantize their activations per token, as QLinear: one compiled operator.
 
-Layers that read one value become one operator, their outputs side by side, and an online rotation that only they read
-becomes part of it.
+Layers that read one value become one operator, with an output for each, and what stands around them becomes part of it:
+an online rotation that only they read; the gate of two of them, silu(a) * b; then what
+:mod:`onnx_quarot.fused_neighbours` finds.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from .custom_op import DOMAIN, _Transform
 from .custom_op import OP_TYPE as HADAMARD
 from .editing import GraphNames, take_over
 from .errors import ConfigError, ModelError
+from .fused_neighbours import absorb_neighbours
 from .qdq import SiteReport, check_float, check_opset
-from .qlinear import MAX_DEPTH, OP_TYPE, PANEL, QLinearSpec, add_qlinear, pack, pack_scales
+from .qlinear import MAX_DEPTH, MOST_OUTPUTS, OP_TYPE, PANEL, QLinearSpec, add_qlinear, pack, pack_scales
 from .qparams import Array, QuantizedWeight, SolvedWeight, lazy
 from .scheme import Scheme
 from .sites import LinearSite, WeightSource, drop_unused, readers
@@ -64,16 +66,56 @@ def quantize_fused(
     names = GraphNames(model.graph)
     stored: dict[tuple[object, ...], tuple[ir.Value, ir.Value]] = {}
     shared: list[SharedWeight] = []
-    for (_, block), group in groups.items():
+    made: dict[ir.Node, QLinearSpec] = {}
+    for (_, block), readers_of_one in groups.items():
         assert block is None or isinstance(block, int)
-        key = (block, *(site.weight_key() for site in group))
+        gate = _gate(readers_of_one)
+        group = readers_of_one if gate is None else gate.sites
+        key = (block, gate is None, *(site.weight_key() for site in group))
         if key not in stored:
-            stored[key] = _store(names, group, block, schemes, solved)
-        _replace(model, names, group, block, stored[key])
+            stored[key] = _store(names, group, block, schemes, solved, gate is not None)
+        made |= _replace(model, names, group, block, stored[key], gate)
         site = group[0]
         if site.root in tied and len(group) == 1 and block is None:
             shared.append(SharedWeight(site, *stored[key], zero=128, layout=Layout.PANELS))
+    absorb_neighbours(model, made)
     return [_report(site, schemes[site.node_name]) for site in sites], shared
+
+
+@dataclass(frozen=True)
+class _Gate:
+    """Two layers, a and b, of which only silu(a) * b is used, and the nodes that make it."""
+
+    sites: list[LinearSite]
+    nodes: list[ir.Node]
+
+
+def _gate(sites: Sequence[LinearSite]) -> _Gate | None:
+    """The gate of two layers of one width, of whole panels and without a bias, in whichever order they come."""
+    if len(sites) != 2 or any(len(site.node.inputs) > 2 for site in sites):
+        return None
+    if sites[0].channels != sites[1].channels or sites[0].channels % PANEL:
+        return None
+    for first, second in (tuple(sites), tuple(reversed(sites))):
+        a, b = first.node.outputs[0], second.node.outputs[0]
+        sigmoids = [node for node in readers(a) if (node.domain, node.op_type) == ("", "Sigmoid")]
+        if len(sigmoids) != 1:
+            continue
+        inner = _only_product(sigmoids[0].outputs[0], a)
+        outer = None if inner is None else _only_product(inner.outputs[0], b)
+        if inner is None or outer is None or set(readers(a)) != {sigmoids[0], inner} or a.is_graph_output():
+            continue
+        if set(readers(b)) == {outer} and not b.is_graph_output():
+            return _Gate([first, second], [outer, inner, sigmoids[0]])
+    return None
+
+
+def _only_product(value: ir.Value, other: ir.Value) -> ir.Node | None:
+    """The Mul by `other` that is all that reads a value."""
+    found = list(readers(value))
+    if len(found) != 1 or value.is_graph_output() or (found[0].domain, found[0].op_type) != ("", "Mul"):
+        return None
+    return found[0] if set(found[0].inputs) == {value, other} else None
 
 
 def _block(scheme: Scheme) -> int | None:
@@ -86,18 +128,24 @@ def _store(
     block: int | None,
     schemes: Mapping[str, Scheme],
     solved: Mapping[str, SolvedWeight],
+    gated: bool,
 ) -> tuple[ir.Value, ir.Value]:
     parts = [_part(site, schemes[site.node_name], block, solved.get(site.node_name)) for site in group]
     depth, columns = group[0].depth, sum(site.channels for site in group)
     panels = -(-columns // PANEL)
     steps = -(-depth // 4) if block is None else -(-depth // block) * block // 8
 
+    def side_by_side(arrays: list[Array]) -> Array:
+        if gated:  # panels take turns
+            arrays = [np.stack([array.reshape(len(array), -1, PANEL) for array in arrays], axis=2)]
+        return np.concatenate([array.reshape(len(array), -1) for array in arrays], axis=1)
+
     def packed() -> Array:
-        codes: Array = pack(np.concatenate([part.codes() for part in parts], axis=1), block)
+        codes: Array = pack(side_by_side([part.codes() for part in parts]), block)
         return codes
 
     def scales() -> Array:
-        joined = np.concatenate([part.scales() for part in parts], axis=1)
+        joined = side_by_side([part.scales() for part in parts])
         return pack_scales(joined) if block is not None else joined[0].astype(np.float32)
 
     scale_shape = [columns] if block is None else [panels, -(-depth // block), PANEL]
@@ -124,11 +172,14 @@ def _replace(
     group: Sequence[LinearSite],
     block: int | None,
     weights: tuple[ir.Value, ir.Value],
-) -> None:
+    gate: _Gate | None,
+) -> dict[ir.Node, QLinearSpec]:
     graph, first = model.graph, group[0].node
     x = group[0].input
     columns = sum(site.channels for site in group)
-    spec = QLinearSpec(group[0].depth, columns, block)
+    sizes = [site.channels for site in group]
+    splits = tuple(sizes) if gate is None and _splits(sizes) else ()
+    spec = QLinearSpec(group[0].depth, columns, block, splits=splits, gated=gate is not None)
     signs: ir.Value | None = None
     rotation = x.producer()
     inside = rotation is not None and (rotation.domain, rotation.op_type) == (DOMAIN, HADAMARD)
@@ -137,7 +188,7 @@ def _replace(
         assert rotation is not None
         assert rotation.inputs[0] is not None
         signs = rotation.inputs[1] if len(rotation.inputs) > 1 else None
-        spec = QLinearSpec(spec.depth, columns, block, rotation=_transform(rotation, spec.depth))
+        spec = replace(spec, rotation=_transform(rotation, spec.depth))
         x = rotation.inputs[0]
     zeros: ir.Value | None = None
     if signs is not None:
@@ -145,34 +196,41 @@ def _replace(
         zeros = names.initializer(ir.Tensor(np.zeros(columns, np.float32)), f"{first.outputs[0].name}_no_bias")
         spec = replace(spec, has_bias=True)
     node = add_qlinear(model, spec, [x, *weights, zeros, signs], first.name or names.unique("QLinear"))
-    joined = node.outputs[0]
-    shape = x.shape
-    if shape is not None and shape.rank():
-        joined.shape = ir.Shape([*shape.dims[:-1], columns])
-    joined.name = names.unique(f"{first.outputs[0].name}_joined")
     added = [node]
-    products = [joined]
-    if len(group) > 1:
-        sizes = names.initializer(ir.Tensor(np.array([site.channels for site in group])), f"{joined.name}_sizes")
-        split = ir.node("Split", [joined, sizes], {"axis": -1}, num_outputs=len(group), name=names.unique("Split"))
-        for site, output in zip(group, split.outputs, strict=True):
-            output.name = names.unique(f"{site.node.outputs[0].name}_part")
-            output.type = ir.TensorType(ir.DataType.FLOAT)
+    products = list(node.outputs)
+    if gate is not None:
+        take_over(gate.nodes[0].outputs[0], products[0])
+    elif len(products) < len(group):
+        joined = products[0]
+        joined.name = names.unique(f"{first.outputs[0].name}_joined")
+        parts = names.initializer(ir.Tensor(np.array(sizes)), f"{joined.name}_sizes")
+        split = ir.node("Split", [joined, parts], {"axis": -1}, num_outputs=len(group), name=names.unique("Split"))
         added.append(split)
         products = list(split.outputs)
     graph.insert_before(first, added)
-    for site, product in zip(group, products, strict=True):
-        old = site.node
+    if gate is not None:
+        graph.remove(gate.nodes, safe=True)
+    for site, product in zip(group, products if gate is None else [], strict=gate is None):
+        if product.name is None:
+            product.name = names.unique(f"{site.node.outputs[0].name}_part")
+            product.type = ir.TensorType(ir.DataType.FLOAT)
         bias = add_bias(names, site, product)
-        graph.insert_before(old, bias)
-        take_over(old.outputs[0], bias[-1].outputs[0] if bias else product)
-        operands = [value for value in old.inputs[1:] if value is not None]
-        graph.remove(old, safe=True)
+        graph.insert_before(site.node, bias)
+        take_over(site.node.outputs[0], bias[-1].outputs[0] if bias else product)
+    for site in group:
+        operands = [value for value in site.node.inputs[1:] if value is not None]
+        graph.remove(site.node, safe=True)
         for operand in dict.fromkeys(operands):
             drop_unused(graph, operand)
     if inside:
         assert rotation is not None
         graph.remove(rotation, safe=True)
+    return {node: spec}
+
+
+def _splits(sizes: Sequence[int]) -> bool:
+    """Whether one operator can have an output for each of several layers."""
+    return 1 < len(sizes) <= MOST_OUTPUTS and not any(size % PANEL for size in sizes[:-1])
 
 
 def _transform(node: ir.Node, depth: int) -> _Transform:

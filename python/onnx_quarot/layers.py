@@ -16,6 +16,7 @@ from onnx_quarot.errors import ModelError
 from onnx_quarot.load import load
 from onnx_quarot.progress import NullProgress, Progress
 from onnx_quarot.provenance import Bases, recorded
+from onnx_quarot.qlinear import OP_TYPE
 from onnx_quarot.sites import LinearSite, linear_sites
 
 Array = np.ndarray[Any, Any]
@@ -58,12 +59,16 @@ class LayerFigures:
 
 @dataclass(frozen=True)
 class _Pair:
-    """A layer in both models: the names of what enters and leaves it, and of the candidate's dequantized input."""
+    """A layer in both models: the names of what enters and leaves it, and of the candidate's dequantized input.
+
+    same: whether what leaves them means the same.
+    """
 
     name: str
     reference: tuple[str, str]
     candidate: tuple[str, str]
     dequantized: str | None
+    same: bool
 
 
 def compare_layers(
@@ -114,7 +119,16 @@ def _pairs(sites: Sequence[LinearSite], candidate: ir.Model) -> Any:
             (site.activation, str(site.node.outputs[0].name)),
             (str(entering.name), str(node.outputs[0].name)),
             dequantized,
+            _is_product(node),
         )
+
+
+def _is_product(node: ir.Node) -> bool:
+    """Whether a node's output is a product and nothing more: QLinear can hold a gate or a sum too."""
+    if node.op_type != OP_TYPE:
+        return True
+    bias = node.inputs[3] if len(node.inputs) > 3 else None
+    return "gated" not in node.attributes and (bias is None or bias.is_initializer())
 
 
 def _figures(pair: _Pair, known: dict[str, Array], found: dict[str, Array], bases: tuple[Bases, Bases]) -> LayerFigures:
@@ -126,7 +140,7 @@ def _figures(pair: _Pair, known: dict[str, Array], found: dict[str, Array], base
     noise = None
     if pair.dequantized is not None:
         noise = _decibels(entering[1], _rows(found[pair.dequantized]))
-    same = leaving[0].shape == leaving[1].shape
+    same = pair.same and leaving[0].shape == leaving[1].shape
     return LayerFigures(
         pair.name,
         peaks=(np.abs(entering[0]).max(axis=0), np.abs(entering[1]).max(axis=0)),

@@ -23,6 +23,7 @@ OP_TYPE = "QLinear"
 LAYOUT_VERSION = 1
 PANEL = 16
 BLOCKS = (32, 64, 128)
+MOST_OUTPUTS = 3
 MAX_DEPTH = 131072
 _MIN_IR_VERSION = 10
 # Rows whose largest value is below this count as zeros.
@@ -62,7 +63,12 @@ def pack_scales(scales: Array) -> npt.NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class QLinearSpec:
-    """What tells one QLinear from another, its tensors aside. block: None for 8 bits. rotation: of float32 rows."""
+    """What tells one QLinear from another, its tensors aside.
+
+    block: None for 8 bits. rotation: of float32 rows. epsilon: rows are divided by sqrt(mean of squares + epsilon)
+    first. splits: columns of each output, all but the last multiples of 16, at most :data:`MOST_OUTPUTS`. gated: every
+    32 columns are 16 ``a`` and 16 ``b``, and outputs are ``silu(a) * b``, half as many.
+    """
 
     depth: int
     columns: int
@@ -70,15 +76,30 @@ class QLinearSpec:
     dtype: ir.DataType = ir.DataType.FLOAT
     has_bias: bool = False
     rotation: _Transform | None = None
+    epsilon: float | None = None
+    splits: tuple[int, ...] = ()
+    gated: bool = False
 
     @property
-    def attributes(self) -> dict[str, int | float]:
+    def outputs(self) -> tuple[int, ...]:
+        """Columns of each output."""
+        return self.splits or (self.columns // 2 if self.gated else self.columns,)
+
+    @property
+    def attributes(self) -> dict[str, int | float | list[int]]:
         """The node's attributes."""
-        found: dict[str, int | float] = {"K": self.depth, "N": self.columns, "layout_version": LAYOUT_VERSION}
+        found: dict[str, int | float | list[int]] = {"K": self.depth, "N": self.columns}
+        found["layout_version"] = LAYOUT_VERSION
         if self.block is not None:
             found |= {"bits": 4, "block": self.block}
         if self.rotation is not None:
             found |= {"rotate": 1, **self.rotation.attributes(self.depth)}
+        if self.epsilon is not None:
+            found["epsilon"] = self.epsilon
+        if self.splits:
+            found["splits"] = list(self.splits)
+        if self.gated:
+            found["gated"] = 1
         return found
 
     @property
@@ -87,6 +108,9 @@ class QLinearSpec:
         parts = [f"k{self.depth}_n{self.columns}", "w8" if self.block is None else f"w4b{self.block}"]
         parts += ["bias"] if self.has_bias else []
         parts += [f"hadamard_{self.rotation.overload()}"] if self.rotation is not None else []
+        parts += [f"norm_{self.epsilon:g}"] if self.epsilon is not None else []
+        parts += ["split_" + "_".join(map(str, self.splits))] if self.splits else []
+        parts += ["gated"] if self.gated else []
         return "_".join(parts) + {ir.DataType.FLOAT16: "_f16", ir.DataType.BFLOAT16: "_bf16"}.get(self.dtype, "")
 
 
@@ -94,7 +118,8 @@ def add_qlinear(model: ir.Model, spec: QLinearSpec, inputs: Sequence[ir.Value | 
     """Make a node, and the function it stands for, which is put into the model; the caller places the node.
 
     inputs: X, packed weights, scales, bias or None, signs or None. ONNX Runtime before 1.24
-    crashes at signs without a bias.
+    crashes at signs without a bias. A bias is [N], or of the shape of the only output. Shapes of outputs follow from
+    X's, where that is known: ONNX Runtime learns of those behind the first one from the model alone.
     """
     model.ir_version = max(model.ir_version, _MIN_IR_VERSION)
     model.opset_imports[DOMAIN] = OPSET_VERSION
@@ -104,8 +129,20 @@ def add_qlinear(model: ir.Model, spec: QLinearSpec, inputs: Sequence[ir.Value | 
     given = list(inputs)
     while given[-1] is None:
         given.pop()
-    node = ir.node(OP_TYPE, given, spec.attributes, domain=DOMAIN, overload=spec.overload, name=name)
-    node.outputs[0].type = ir.TensorType(spec.dtype)
+    node = ir.node(
+        OP_TYPE,
+        given,
+        spec.attributes,
+        domain=DOMAIN,
+        overload=spec.overload,
+        num_outputs=len(spec.outputs),
+        name=name,
+    )
+    shape = None if inputs[0] is None else inputs[0].shape
+    for output, width in zip(node.outputs, spec.outputs, strict=True):
+        output.type = ir.TensorType(spec.dtype)
+        if shape is not None and shape.rank():
+            output.shape = ir.Shape([*shape.dims[:-1], width])
     return node
 
 
@@ -117,7 +154,7 @@ def _function(spec: QLinearSpec, opset: int) -> ir.Function:
     inputs = [ir.Value(name=name, type=ir.TensorType(kind)) for name, kind in zip(names, kinds, strict=True)]
     x, packed, scales, bias, signs = inputs
     has_signs = spec.rotation is not None and spec.rotation.signs_length > 0
-    rows = x if spec.dtype == ir.DataType.FLOAT else body.cast(x, ir.DataType.FLOAT)
+    straight = rows = x if spec.dtype == ir.DataType.FLOAT else body.cast(x, ir.DataType.FLOAT)
     if spec.rotation is not None:
         rows = spec.rotation.apply(body, rows, signs if has_signs else None)
     largest = _row_peak(body, rows)
@@ -126,26 +163,59 @@ def _function(spec: QLinearSpec, opset: int) -> ir.Function:
     # Infinity times zero is NaN, as is what a NaN touches: the whole row of one becomes NaN, as in the operator.
     codes = body.node("Round", [body.node("Mul", [rows, inverse])])
     row_scale = body.node("Div", [peak, _real(body, 127.0)])
-    weight = _unpacked(body, spec, packed, scales)
+    if spec.epsilon is not None:
+        row_scale = body.node("Mul", [row_scale, _norm_factor(body, straight, spec.epsilon)])
+    weight = _sides_apart(body, spec, _unpacked(body, spec, packed, scales), [spec.depth])
     product = body.node("Mul", [body.node("MatMul", [codes, weight]), row_scale])
     if spec.block is None:
-        product = body.node("Mul", [product, scales])
+        product = body.node("Mul", [product, _sides_apart(body, spec, scales, [])])
     if spec.has_bias:
-        product = body.node("Add", [product, bias])
-    product = body.node("Identity", [product]) if spec.dtype == ir.DataType.FLOAT else body.cast(product, spec.dtype)
-    product.name = "Y"
+        product = body.node("Add", [product, _sides_apart(body, spec, bias, [])])
+    products = [product]
+    if len(spec.outputs) > 1:
+        products = body.split(product, spec.outputs)
+    elif spec.gated:
+        first, second = body.split(product, [spec.columns // 2] * 2)
+        silu = body.node("Mul", [first, body.node("Sigmoid", [first])])
+        products = [body.node("Mul", [silu, second])]
+    is_float = spec.dtype == ir.DataType.FLOAT
+    products = [body.node("Identity", [y]) if is_float else body.cast(y, spec.dtype) for y in products]
+    for index, y in enumerate(products):
+        y.name = f"Y{index}" if index else "Y"
     used = inputs[:3] + ([bias] if spec.has_bias or has_signs else []) + ([signs] if has_signs else [])
-    graph = ir.Graph(used, [product], nodes=body.nodes, opset_imports={"": opset}, name=spec.overload)
+    graph = ir.Graph(used, products, nodes=body.nodes, opset_imports={"": opset}, name=spec.overload)
     # Declared for the nodes that carry them; their values are in the body already.
-    declared = [
-        ir.AttrFloat32(name, value) if isinstance(value, float) else ir.AttrInt64(name, value)
-        for name, value in spec.attributes.items()
-    ]
+    declared = [_attribute(name, value) for name, value in spec.attributes.items()]
     return ir.Function(DOMAIN, OP_TYPE, spec.overload, graph=graph, attributes=declared)
 
 
 def _real(body: _Body, value: float) -> ir.Value:
     return body.constant(np.array(value, np.float32))
+
+
+def _attribute(name: str, value: float | list[int]) -> ir.Attr:
+    if isinstance(value, list):
+        return ir.AttrInt64s(name, value)
+    return ir.AttrFloat32(name, value) if isinstance(value, float) else ir.AttrInt64(name, value)
+
+
+def _norm_factor(body: _Body, x: ir.Value, epsilon: float) -> ir.Value:
+    square = body.node("Mul", [x, x])
+    if body.opset_version >= 18:
+        mean = body.node("ReduceMean", [square, body.constant(np.array([-1], np.int64))], keepdims=1)
+    else:
+        mean = body.node("ReduceMean", [square], axes=[-1], keepdims=1)
+    return body.node("Reciprocal", [body.node("Sqrt", [body.node("Add", [mean, _real(body, epsilon)])])])
+
+
+def _sides_apart(body: _Body, spec: QLinearSpec, x: ir.Value, leading: list[int]) -> ir.Value:
+    """[*leading, N] in the order of the product: of a gated one, all of ``a`` before all of ``b``."""
+    if not spec.gated:
+        return x
+    rank = len(leading)
+    pairs = body.reshape(x, [*leading, spec.columns // (2 * PANEL), 2, PANEL])
+    sides = body.node("Transpose", [pairs], perm=[*range(rank), rank + 1, rank, rank + 2])
+    return body.reshape(sides, [*leading, spec.columns])
 
 
 def _row_peak(body: _Body, x: ir.Value) -> ir.Value:

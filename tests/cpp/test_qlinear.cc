@@ -1,7 +1,9 @@
 // QLinear's kernels, those of this CPU and emulated ones, against int32 sums by definition: bit for bit.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <random>
 #include <string>
@@ -129,10 +131,14 @@ void check(const QLinearShape& shape, std::size_t count, Fill fill, std::mt19937
     // In one piece, and in four that share nothing.
     for (const bool pieces : {false, true}) {
       std::vector<float> y(wanted.size(), 77.0f);
+      QLinearOutput output{};
+      output.y = y.data();
+      output.stride = shape.columns;
+      output.bias = layer.bias.data();
       const std::size_t row = pieces ? count / 2 : 0, panel = pieces ? shape.panels() / 2 : 0;
       const auto part = [&](std::size_t r0, std::size_t r1, std::size_t p0, std::size_t p1) {
         if (r0 < r1 && p0 < p1) {
-          multiply(rows, r0, r1, layer.packed.data(), layer.scales.data(), layer.bias.data(), y.data(), p0, p1);
+          multiply(rows, r0, r1, layer.packed.data(), layer.scales.data(), output, p0, p1);
         }
       };
       part(0, row, 0, panel);
@@ -151,9 +157,63 @@ void check(const QLinearShape& shape, std::size_t count, Fill fill, std::mt19937
   }
 }
 
+// Gates and sums of squares: the same bits everywhere, near the truth.
+void check_floats(std::mt19937& random) {
+  std::vector<float> values(2 * 16 * 64);
+  std::normal_distribution<float> normal(0.0f, 20.0f);
+  for (float& value : values) value = normal(random);
+  const float edges[] = {0.0f,
+                         -0.0f,
+                         88.0f,
+                         -88.0f,
+                         1e30f,
+                         -1e30f,
+                         std::numeric_limits<float>::infinity(),
+                         std::numeric_limits<float>::quiet_NaN()};
+  std::copy(std::begin(edges), std::end(edges), values.begin());
+  std::vector<float> first(values.size() / 2), y(first.size());
+  std::vector<const QLinearKernels*> all = {&qlinear_baseline, &qlinear_emulated_avx512vnni, &qlinear_emulated_avxvnni};
+  for (const std::string& name : qlinear_isas()) all.push_back(&qlinear_kernels(name));
+  for (const QLinearKernels* kernels : all) {
+    kernels->gate(values.data(), y.size() / 16, y.data());
+    if (kernels == all.front()) first = y;
+    for (std::size_t i = 0; i < y.size(); ++i) {
+      const double a = values[i / 16 * 32 + i % 16], b = values[i / 16 * 32 + 16 + i % 16];
+      const double wanted = a / (1 + std::exp(-a)) * b;
+      const bool near = std::isnan(wanted)
+                            ? std::isnan(y[i])
+                            : std::isinf(wanted) || std::fabs(static_cast<double>(y[i]) - wanted) <=
+                                                        1e-6 * std::fabs(wanted) + 1e-37 * std::fabs(a * b);
+      if (near && (std::memcmp(&y[i], &first[i], sizeof(float)) == 0 || std::isnan(y[i]))) continue;
+      ++failures;
+      std::fprintf(stderr, "failed: %s, gate of %g and %g: %g and not %g\n", kernels->name, a, b,
+                   static_cast<double>(y[i]), wanted);
+    }
+    for (const std::size_t depth : {1u, 63u, 64u, 100u, 2000u}) {
+      const float* from = values.data() + 8;
+      double wanted = 0;
+      for (std::size_t k = 0; k < depth; ++k) wanted += static_cast<double>(from[k]) * static_cast<double>(from[k]);
+      const float found = kernels->sum_squares(from, depth), other = all.front()->sum_squares(from, depth);
+      if (found == other && std::fabs(static_cast<double>(found) - wanted) <= 1e-5 * wanted) continue;
+      ++failures;
+      std::fprintf(stderr, "failed: %s, sum of %zu squares\n", kernels->name, depth);
+    }
+  }
+}
+
+// Whether the kernels in use are those called `name`: 0 or 1, or 77 where this CPU does not run them.
+int check_chosen(const std::string& name) {
+  const std::vector<std::string> isas = qlinear_isas();
+  if (std::find(isas.begin(), isas.end(), name) == isas.end()) return 77;
+  std::printf("%s\n", qlinear_isa().c_str());
+  return qlinear_isa() == name ? 0 : 1;
+}
+
 }  // namespace
 
-int main() {
+// Without arguments, everything; with a name, whether these kernels were chosen.
+int main(int count, char** arguments) {
+  if (count > 1) return check_chosen(arguments[1]);
   std::mt19937 random(1);
   for (const std::size_t depth : {1u, 3u, 4u, 15u, 16u, 64u, 100u, 257u, 1029u, 2050u}) {
     for (const std::size_t columns : {1u, 15u, 16u, 17u, 63u, 64u, 130u}) {
@@ -170,6 +230,7 @@ int main() {
     check({32768, 20, 4, 128}, rows, Fill::extreme, random);
   }
   check({131072, 3, 8, 0}, 1, Fill::extreme, random);
+  check_floats(random);
   std::printf("%d failures\n", failures);
   return failures == 0 ? 0 : 1;
 }

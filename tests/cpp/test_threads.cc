@@ -79,8 +79,12 @@ int linear_layer(std::size_t bits) {
     const bool alone = &y == results.data();
     QuantizedRows rows(qlinear_kernels(), shape, kThreads);
     const auto set = [&](std::size_t i) { rows.set(i, x.data() + i * shape.depth); };
+    QLinearOutput output{};
+    output.y = y.data();
+    output.stride = shape.columns;
+    output.bias = bias.data();
     const auto run = [&](std::size_t i) {
-      multiply(rows, 0, kThreads, weights.data(), scales.data(), bias.data(), y.data(), i, i + 1);
+      multiply(rows, 0, kThreads, weights.data(), scales.data(), output, i, i + 1);
     };
     for (std::size_t i = 0; alone && i < kThreads; ++i) set(i);
     for (std::size_t i = 0; alone && i < kThreads; ++i) run(i);

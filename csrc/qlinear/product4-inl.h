@@ -1,0 +1,171 @@
+// Products with weights of 4 bits. Part of kernel-inl.h, on the same struct `Isa`.
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+namespace onnx_quarot {
+namespace {
+
+// 4 bits: sums of a block become floats at its end. Register files that are too small spill the floats, which are
+// touched once a block. BlockSteps: the job's, where it pays to know them beforehand, else 0.
+template <std::size_t Rows, std::size_t Panels, bool Ahead, std::size_t BlockSteps = 0>
+__attribute__((noinline)) void tile4(const MultiplyJob& job, std::size_t first_row, std::size_t column,
+                                     const std::uint8_t* ahead) {
+  constexpr std::size_t vectors = kVectors * Panels;
+  const std::size_t block_steps = BlockSteps != 0 ? BlockSteps : job.block_steps;
+  const std::size_t blocks = job.steps / block_steps;
+  const std::uint8_t* weights = job.weights + column / kPanelColumns * job.panel_bytes;
+  const float* scales = job.scales + column * blocks;
+  constexpr std::size_t triples = (Rows + 2) / 3;
+  const std::uint8_t* starts[triples];
+  ONNX_QUAROT_UNROLL for (std::size_t t = 0; t < triples; ++t) {
+    starts[t] = static_cast<const std::uint8_t*>(job.values) + (first_row + 3 * t) * job.row_bytes;
+  }
+  const std::int32_t* corrections = job.corrections + first_row * blocks;
+  // Few sums would wait for one another: each gets several parts.
+  constexpr std::size_t chains = Rows * vectors >= 8 ? 1 : Rows * vectors >= 4 ? 2 : 4;
+  Isa::Float totals[Rows][vectors] = {};
+  for (std::size_t block = 0; block < blocks; ++block) {
+    Isa::Int sums[chains][Rows][vectors] = {};
+    ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
+      const Isa::Int start = splat(corrections[r * blocks + block]);
+      ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) sums[0][r][v] = start;
+    }
+    for (std::size_t step = 0; step < block_steps; step += 8) {
+      Isa::Part parts[chains][Rows][vectors];
+      ONNX_QUAROT_UNROLL for (std::size_t c = 0; c < chains; ++c) {
+        ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
+          ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) parts[c][r][v] = Isa::part(sums[c][r][v]);
+        }
+      }
+      ONNX_QUAROT_UNROLL for (std::size_t pair = 0; pair < 4; ++pair) {
+        ONNX_QUAROT_UNROLL for (std::size_t half = 0; half < 2; ++half) {
+          Isa::Part(&part)[Rows][vectors] = parts[(pair * 2 + half) % chains];
+          Isa::Weights4 operands[vectors];
+          ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
+            operands[v] = Isa::nibbles(weights + v / kVectors * job.panel_bytes, v % kVectors, half);
+          }
+          ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
+            const Isa::Values4 operand = Isa::values4(starts[r / 3] + r % 3 * job.row_bytes + pair * 8 + 4 * half);
+            ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
+              part[r][v] = Isa::dot4(part[r][v], operands[v], operand);
+            }
+          }
+        }
+        if constexpr (Ahead) {
+          __builtin_prefetch(ahead, 0, 2);
+          ahead += kStepBytes;
+        }
+        weights += kStepBytes;
+      }
+      ONNX_QUAROT_UNROLL for (std::size_t t = 0; t < triples; ++t) starts[t] += 32;
+      ONNX_QUAROT_UNROLL for (std::size_t c = 0; c < chains; ++c) {
+        ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
+          ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
+            sums[c][r][v] = Isa::flush(sums[c][r][v], parts[c][r][v]);
+          }
+        }
+      }
+    }
+    ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
+      const auto scale = load<Isa::Float>(scales + v / kVectors * blocks * kPanelColumns + v % kVectors * Isa::lanes);
+      ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
+        ONNX_QUAROT_UNROLL for (std::size_t c = 1; c < chains; ++c) sums[0][r][v] += sums[c][r][v];
+        totals[r][v] = totals[r][v] + to_float(sums[0][r][v]) * scale;
+      }
+    }
+    scales += kPanelColumns;
+  }
+  finish<false, Rows, Panels>(job, first_row, column, [&](std::size_t r, std::size_t v) { return totals[r][v]; });
+}
+
+template <std::size_t Rows, std::size_t Panels, bool Ahead>
+void tile4_of(std::size_t rows, const MultiplyJob& job, std::size_t first_row, std::size_t column,
+              const std::uint8_t* ahead) {
+  if constexpr (Rows > 1) {
+    if (rows < Rows) return tile4_of<Rows - 1, Panels, Ahead>(rows, job, first_row, column, ahead);
+  }
+  tile4<Rows, Panels, Ahead>(job, first_row, column, ahead);
+}
+
+template <std::size_t Panels>
+void panels4(const MultiplyJob& job, std::size_t column) {
+  const std::size_t groups = (job.rows + Isa::rows4 - 1) / Isa::rows4;
+  const std::uint8_t* next = job.weights + (column / kPanelColumns + Panels) * job.panel_bytes;
+  const bool fetches = groups > 1 && column + 2 * Panels * kPanelColumns <= job.reach;
+  for (std::size_t group = 0; group < groups; ++group) {
+    const std::size_t row = job.rows * group / groups, rows = job.rows * (group + 1) / groups - row;
+    if (fetches && group < Panels) {
+      tile4_of<Isa::rows4, Panels, true>(rows, job, row, column, next + group * job.panel_bytes);
+    } else {
+      tile4_of<Isa::rows4, Panels, false>(rows, job, row, column, nullptr);
+    }
+  }
+}
+
+// One row, for products that take the upper halves of bytes where they are, 16 times too large.
+template <std::size_t BlockSteps, std::size_t Panels, class Set = Isa>
+inline void row4_panels(const MultiplyJob& job, std::size_t column) {
+  constexpr std::size_t vectors = kVectors * Panels;
+  const std::size_t blocks = job.steps / BlockSteps;
+  const auto* row = static_cast<const std::uint8_t*>(job.values);
+  const std::uint8_t* weights = job.weights + column / kPanelColumns * job.panel_bytes;
+  const float* scales = job.scales + column * blocks;
+  const std::size_t ahead = row_distance<Panels>(job);
+  Isa::Float totals[vectors] = {};
+  for (std::size_t block = 0; block < blocks; ++block) {
+    Isa::Int low[vectors], high[vectors] = {};
+    ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) low[v] = splat(job.corrections[block]);
+    ONNX_QUAROT_UNROLL for (std::size_t step = 0; step < BlockSteps / 2; ++step) {
+      const Isa::Values4 first = Isa::values4(row), second = Isa::values4(row + 4);
+      ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
+        const auto bytes = Set::bytes(weights + v / kVectors * job.panel_bytes, v % kVectors);
+        low[v] = Isa::dot4(low[v], reinterpret_cast<Isa::Int>(bytes & std::uint8_t{15}), first);
+        high[v] = Isa::dot4(high[v], reinterpret_cast<Isa::Int>(bytes & std::uint8_t{0xf0}), second);
+      }
+      fetch_row<Panels>(job, weights + ahead);
+      row += 8;
+      weights += kStepBytes;
+    }
+    ONNX_QUAROT_UNROLL for (std::size_t p = 0; p < Panels; ++p) {
+      __builtin_prefetch(scales + p * blocks * kPanelColumns + ahead / (BlockSteps / 2) / sizeof(float));
+    }
+    ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
+      const auto scale = load<Isa::Float>(scales + v / kVectors * blocks * kPanelColumns + v % kVectors * Isa::lanes);
+      totals[v] = totals[v] + to_float(low[v] + (high[v] >> 4)) * scale;
+    }
+    scales += kPanelColumns;
+  }
+  finish<false, 1, Panels>(job, 0, column, [&](std::size_t, std::size_t v) { return totals[v]; });
+}
+
+// Short panels several at a time: what is done to a row is shared, and so is the end.
+template <std::size_t BlockSteps>
+void row4(const MultiplyJob& job) {
+  std::size_t column = 0;
+  if constexpr (Isa::row_panels4 > 1) {
+    constexpr std::size_t several = std::max<std::size_t>(1, Isa::row_panels4), width = several * kPanelColumns;
+    const std::size_t end = job.panel_bytes > kShortPanel ? 0 : job.columns / width * width;
+    for (; column < end; column += width) row4_panels<BlockSteps, several>(job, column);
+  }
+  for (; column < job.columns; column += kPanelColumns) {
+    if constexpr (Isa::row_panels4 > 0) {
+      row4_panels<BlockSteps, 1>(job, column);
+    } else {
+      tile4<1, 1, false, BlockSteps>(job, 0, column, nullptr);
+    }
+  }
+}
+
+void multiply4(const MultiplyJob& job) {
+  if (job.rows == 1) {
+    return job.block_steps == 8 ? row4<8>(job) : job.block_steps == 16 ? row4<16>(job) : row4<32>(job);
+  }
+  constexpr std::size_t width = Isa::panels4 * kPanelColumns;
+  std::size_t column = 0;
+  for (; column + width <= job.columns; column += width) panels4<Isa::panels4>(job, column);
+  for (; column < job.columns; column += kPanelColumns) panels4<1>(job, column);
+}
+
+}  // namespace
+}  // namespace onnx_quarot

@@ -1,0 +1,228 @@
+// Products with weights of 8 bits. Part of kernel-inl.h, on the same struct `Isa`.
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+namespace onnx_quarot {
+namespace {
+
+// Steps of the depth at a time: those of a tile's panels stay in the second cache while all rows pass over them.
+constexpr std::size_t kDepthSteps = 1024;
+// Those of a widened copy, which stays in the first one.
+constexpr std::size_t kWideSteps = 256;
+// Rows from which a panel is worth widening.
+constexpr std::size_t kWidenRows = 16;
+
+// A tile of Rows x (16 * Panels) sums over `steps` steps.
+struct Tile {
+  const std::uint8_t* values;
+  std::size_t row_bytes;
+  const std::uint8_t* weights;
+  std::size_t panel_bytes;
+  std::size_t steps;
+  const std::int32_t* corrections;
+  std::int32_t* sums;  // [rows][16 * panels]: where the depth comes in blocks
+  bool first, last;    // of these
+  const MultiplyJob* job;
+  std::size_t row;  // the job's
+  std::size_t column;
+};
+
+template <std::size_t Rows, std::size_t Panels, bool Widened>
+__attribute__((noinline)) void tile8(const Tile& tile) {
+  constexpr std::size_t vectors = kVectors * Panels;
+  Isa::Int sums[Rows][vectors];
+  ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
+    ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
+      sums[r][v] = tile.first ? splat(tile.corrections[r]) : load<Isa::Int>(tile.sums + (r * vectors + v) * Isa::lanes);
+    }
+  }
+  if (tile.last) fetch_results<Rows, Panels>(*tile.job, tile.row, tile.column);
+  constexpr std::size_t step_bytes = Widened ? Isa::widened_bytes : kStepBytes;
+  // One pointer for three rows: no address needs an instruction.
+  constexpr std::size_t triples = (Rows + 2) / 3;
+  const std::uint8_t* starts[triples];
+  ONNX_QUAROT_UNROLL for (std::size_t t = 0; t < triples; ++t) starts[t] = tile.values + 3 * t * tile.row_bytes;
+  const std::uint8_t* weights = tile.weights;
+  _Pragma("GCC unroll 2") for (std::size_t step = 0; step < tile.steps; ++step) {
+    ONNX_QUAROT_UNROLL for (std::size_t half = 0; half < Isa::halves; ++half) {
+      Isa::Weights operands[vectors];
+      ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
+        const std::uint8_t* from = weights + v / kVectors * tile.panel_bytes;
+        operands[v] = Widened ? Isa::widened(from, v % kVectors, half) : Isa::weights(from, v % kVectors, half);
+      }
+      ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
+        const Isa::Values operand = Isa::values(starts[r / 3] + r % 3 * tile.row_bytes, half);
+        ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) sums[r][v] =
+            Isa::dot8(sums[r][v], operands[v], operand);
+      }
+    }
+    ONNX_QUAROT_UNROLL for (std::size_t t = 0; t < triples; ++t) starts[t] += Isa::step_bytes8;
+    weights += step_bytes;
+  }
+  if (!tile.last) {
+    ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
+      ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v)
+          store(tile.sums + (r * vectors + v) * Isa::lanes, sums[r][v]);
+    }
+    return;
+  }
+  const MultiplyJob& job = *tile.job;
+  finish<true, Rows, Panels>(job, tile.row, tile.column,
+                             [&](std::size_t r, std::size_t v) { return to_float(sums[r][v]); });
+}
+
+// The tile of `rows` rows, 1 to Rows.
+template <std::size_t Rows, std::size_t Panels, bool Widened>
+void tile8_of(std::size_t rows, const Tile& tile) {
+  if constexpr (Rows > 1) {
+    if (rows < Rows) return tile8_of<Rows - 1, Panels, Widened>(rows, tile);
+  }
+  tile8<Rows, Panels, Widened>(tile);
+}
+
+// What is multiplied after these steps: the same panels' next ones, or the next panels' first ones. It is fetched into
+// the second cache between one group of rows and the next.
+template <std::size_t Panels>
+struct NextPanels {
+  const std::uint8_t* from;
+  std::size_t panel_bytes, lines;  // of each panel
+
+  NextPanels(const MultiplyJob& job, const std::uint8_t* panel, std::size_t block, std::size_t blocks,
+             std::size_t column)
+      : from(panel), panel_bytes(job.panel_bytes), lines(0) {
+    if (block + 1 == blocks) {
+      if (column + 2 * Panels * kPanelColumns > job.reach) return;
+      from += Panels * job.panel_bytes;
+      block = 0;
+    } else {
+      ++block;
+    }
+    const std::size_t step = job.steps * block / blocks;
+    from += step * kStepBytes;
+    lines = job.steps * (block + 1) / blocks - step;
+  }
+
+  void fetch(std::size_t group, std::size_t groups) const {
+    for (std::size_t line = lines * group / groups; line < lines * (group + 1) / groups; ++line) {
+      ONNX_QUAROT_UNROLL for (std::size_t p = 0; p < Panels; ++p) {
+        __builtin_prefetch(from + p * panel_bytes + line * kStepBytes, 0, 2);
+      }
+    }
+  }
+};
+
+// `Panels` panels from `column` on, times all rows, in groups of about the same number.
+template <std::size_t Panels>
+void panels8(const MultiplyJob& job, std::size_t column, std::int32_t* sums, std::uint8_t* wide) {
+  const bool widened = Isa::widens && wide != nullptr;
+  const std::size_t groups = (job.rows + Isa::rows - 1) / Isa::rows;
+  const std::size_t most = widened ? kWideSteps : kDepthSteps, blocks = (job.steps + most - 1) / most;
+  const std::uint8_t* panel = job.weights + column / kPanelColumns * job.panel_bytes;
+  for (std::size_t block = 0; block < blocks; ++block) {
+    const std::size_t step = job.steps * block / blocks, end = job.steps * (block + 1) / blocks;
+    Tile tile{};
+    tile.weights = panel + step * kStepBytes;
+    tile.panel_bytes = job.panel_bytes;
+    if (widened) {
+      for (std::size_t s = 0; s < end - step; ++s) {
+        Isa::widen(tile.weights + s * kStepBytes, wide + s * Isa::widened_bytes);
+      }
+      tile.weights = wide;
+    }
+    tile.row_bytes = job.row_bytes;
+    tile.steps = end - step;
+    tile.first = block == 0;
+    tile.last = block + 1 == blocks;
+    tile.job = &job;
+    tile.column = column;
+    const NextPanels<Panels> next(job, panel, block, blocks, column);
+    for (std::size_t group = 0; group < groups; ++group) {
+      next.fetch(group, groups);
+      tile.row = job.rows * group / groups;
+      const std::size_t rows = job.rows * (group + 1) / groups - tile.row;
+      tile.values = static_cast<const std::uint8_t*>(job.values) + tile.row * job.row_bytes + step * Isa::step_bytes8;
+      tile.corrections = job.corrections + tile.row;
+      tile.sums = sums + tile.row * kPanelColumns * Panels;
+      if constexpr (Isa::widens) {
+        if (widened) {
+          tile8_of<Isa::rows, Panels, true>(rows, tile);
+          continue;
+        }
+      }
+      tile8_of<Isa::rows, Panels, false>(rows, tile);
+    }
+  }
+}
+
+// One row: memory is what takes the time, and is read from its beginning to its end. Several steps are under way at
+// once, each with sums of its own; panels side by side share the row's operands.
+template <std::size_t Panels>
+inline void row8_panels(const MultiplyJob& job, std::size_t column) {
+  constexpr std::size_t vectors = kVectors * Panels, chains = vectors < 8 ? 8 / vectors : 1;
+  const auto* row = static_cast<const std::uint8_t*>(job.values);
+  const std::uint8_t* weights = job.weights + column / kPanelColumns * job.panel_bytes;
+  const std::size_t ahead = row_distance<Panels>(job);
+  Isa::Int sums[chains][vectors] = {};
+  ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) sums[0][v] = splat(job.corrections[0]);
+  const auto add = [&](Isa::Int* sum, std::size_t step) {
+    ONNX_QUAROT_UNROLL for (std::size_t half = 0; half < Isa::halves; ++half) {
+      const Isa::Values operand = Isa::values(row + step * Isa::step_bytes8, half);
+      ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
+        const std::uint8_t* from = weights + v / kVectors * job.panel_bytes;
+        sum[v] = Isa::dot8(sum[v], Isa::weights(from, v % kVectors, half), operand);
+      }
+    }
+    fetch_row<Panels>(job, weights + ahead);
+    weights += kStepBytes;
+  };
+  std::size_t step = 0;
+  for (; step + chains <= job.steps; step += chains) {
+    ONNX_QUAROT_UNROLL for (std::size_t i = 0; i < chains; ++i) add(sums[i], step + i);
+  }
+  for (; step < job.steps; ++step) add(sums[0], step);
+  ONNX_QUAROT_UNROLL for (std::size_t i = 1; i < chains; ++i) {
+    ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) sums[0][v] += sums[i][v];
+  }
+  finish<true, 1, Panels>(job, 0, column, [&](std::size_t, std::size_t v) { return to_float(sums[0][v]); });
+}
+
+// Long panels are read several at a time: more of them are under way.
+void row8(const MultiplyJob& job) {
+  std::size_t column = 0;
+  if constexpr (Isa::row_panels8 > 1) {
+    constexpr std::size_t width = Isa::row_panels8 * kPanelColumns;
+    const std::size_t end = job.panel_bytes < kLongPanel ? 0 : job.columns / width * width;
+    for (; column < end; column += width) row8_panels<Isa::row_panels8>(job, column);
+  }
+  for (; column < job.columns; column += kPanelColumns) row8_panels<1>(job, column);
+}
+
+// Rows at a time, which bounds the sums kept between blocks of the depth.
+constexpr std::size_t kMaxRows = 256;
+
+void multiply8(const MultiplyJob& whole) {
+  if (whole.rows == 1) return row8(whole);
+  alignas(64) std::int32_t sums[kMaxRows * kPanelColumns * Isa::panels];
+  alignas(64) std::uint8_t wide[Isa::widens ? kWideSteps * Isa::widened_bytes : 1];
+  for (std::size_t row = 0; row < whole.rows; row += kMaxRows) {
+    MultiplyJob job = whole;
+    job.rows = std::min(kMaxRows, whole.rows - row);
+    job.values = static_cast<const std::uint8_t*>(whole.values) + row * whole.row_bytes;
+    job.corrections += row;
+    job.row_scales += row;
+    job.y += row * whole.y_stride;
+    if (whole.bias != nullptr) job.bias += row * whole.bias_stride;
+    const bool widens = Isa::widens && job.rows >= kWidenRows && job.rows > 4 * Isa::rows;
+    std::size_t column = 0;
+    for (; column + Isa::panels * kPanelColumns <= job.columns; column += Isa::panels * kPanelColumns) {
+      panels8<Isa::panels>(job, column, sums, widens ? wide : nullptr);
+    }
+    for (; column < job.columns; column += kPanelColumns) {
+      panels8<1>(job, column, sums, widens ? wide : nullptr);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace onnx_quarot
