@@ -4,6 +4,8 @@
 //   ONNX_QUAROT_FUSED_DIFFERENCE  1: subtract by fused multiply-add
 // Stages run in the same order whatever the width: element bits from low to high, then the step of order K. Sums are
 // therefore formed in the same order on every CPU, and results agree bit for bit.
+#include <type_traits>
+
 #include "kernels.h"
 #include "scratch.h"
 #include "simd-inl.h"
@@ -17,6 +19,7 @@ constexpr std::size_t kMaxRadix = ONNX_QUAROT_MAX_RADIX;
 constexpr bool kFusedDifference = ONNX_QUAROT_FUSED_DIFFERENCE != 0;
 constexpr std::size_t kL1Bytes = 32768;     // rows up to here are transformed in first-level cache
 constexpr std::size_t kChunkBytes = 16384;  // pieces of longer ones
+constexpr std::size_t kL2Bytes = 524288;    // and larger pieces of those, where they fit
 
 // Where values come from: an array, multiplied by signs if there are any.
 template <class T, bool Signed>
@@ -118,8 +121,13 @@ ONNX_QUAROT_INLINE V difference(V a, V b, V one) {
   }
 }
 
+// Passes over columns may multiply by the scale as well, on the units of multiply-adds. With 64-byte vectors, two of
+// which are computed a cycle on either kind, every other of their stages therefore subtracts plainly: the bits say at
+// which distances.
+constexpr std::size_t kPlainInColumns = kVectorBytes >= 64 ? 0b10101 : 0;
+
 // Butterflies between R vectors, neighbours first, from distance H to below End.
-template <std::size_t R, std::size_t H = 1, std::size_t End = R, class V>
+template <std::size_t R, std::size_t H = 1, std::size_t End = R, std::size_t Plain = 0, class V>
 ONNX_QUAROT_INLINE void butterflies(V* x, V one) {
   if constexpr (H < End) {
 #pragma GCC unroll 64
@@ -127,9 +135,9 @@ ONNX_QUAROT_INLINE void butterflies(V* x, V one) {
       if ((i & H) != 0) continue;
       const V a = x[i], b = x[i + H];
       x[i] = a + b;
-      x[i + H] = difference(a, b, one);
+      x[i + H] = (Plain & H) != 0 ? a - b : difference(a, b, one);
     }
-    butterflies<R, 2 * H, End>(x, one);
+    butterflies<R, 2 * H, End, Plain>(x, one);
   }
 }
 
@@ -159,19 +167,20 @@ ONNX_QUAROT_INLINE void block_pass(In in, Out out, V one) {
   }
 }
 
-// One or, for a paired type, two adjacent columns of R vectors `step` elements apart.
+// One or, for a paired type, two adjacent columns of R vectors: `in_step` elements apart where they come from and
+// `step` where they go.
 template <std::size_t R, class In, class Out, class V>
-ONNX_QUAROT_INLINE void column_pass(In in, Out out, std::size_t step, V one) {
+ONNX_QUAROT_INLINE void column_pass(In in, std::size_t in_step, Out out, std::size_t step, V one) {
   constexpr std::size_t lanes = sizeof(V) / sizeof(one[0]);
   V x[R];
 #pragma GCC unroll 64
-  for (std::size_t i = 0; i < R; ++i) x[i] = in.get(i * step);
-  butterflies<R>(x, one);
+  for (std::size_t i = 0; i < R; ++i) x[i] = in.get(i * in_step);
+  butterflies<R, 1, R, kPlainInColumns>(x, one);
   if constexpr (Out::paired) {
     V odd[R];
 #pragma GCC unroll 64
-    for (std::size_t i = 0; i < R; ++i) odd[i] = in.get(i * step + lanes);
-    butterflies<R>(odd, one);
+    for (std::size_t i = 0; i < R; ++i) odd[i] = in.get(i * in_step + lanes);
+    butterflies<R, 1, R, kPlainInColumns>(odd, one);
 #pragma GCC unroll 64
     for (std::size_t i = 0; i < R; ++i) out.put_pair(i * step, x[i], odd[i]);
   } else {
@@ -182,19 +191,45 @@ ONNX_QUAROT_INLINE void column_pass(In in, Out out, std::size_t step, V one) {
 // Butterflies of radix R between elements `step` apart, for R * step adjacent elements.
 template <std::size_t R, class In, class Out, class V>
 __attribute__((noinline)) void last_pass(In in, Out out, std::size_t step, V one) {
-  constexpr std::size_t width = (Out::paired ? 2 : 1) * sizeof(V) / sizeof(one[0]);
+  constexpr std::size_t lanes = sizeof(V) / sizeof(one[0]), width = (Out::paired ? 2 : 1) * lanes;
   typename Out::Loop to(out);
-  for (std::size_t j = 0; j < step; j += width) column_pass<R>(in.at(j), to.at(j), step, one);
+  if constexpr (sizeof(*in.values) == sizeof(*out.values)) {
+    // In place and off the boundaries of vectors, every access would touch two cache lines: columns are taken from the
+    // first boundary on. Those before it and behind the last one are whole vectors that overlap their neighbours, and
+    // start from what these were.
+    const std::size_t past = reinterpret_cast<std::uintptr_t>(in.values) % sizeof(V) / sizeof(one[0]);
+    if (in.values == out.values && past != 0 && step >= 32 * lanes) {
+      V first[R], last[R];
+      for (std::size_t i = 0; i < R; ++i) {
+        first[i] = in.get(i * step);
+        last[i] = in.get(i * step + step - lanes);
+      }
+      for (std::size_t j = lanes - past; j + lanes <= step; j += lanes)
+        column_pass<R>(in.at(j), step, to.at(j), step, one);
+      using Scalar = std::remove_reference_t<decltype(first[0][0])>;
+      const auto kept = [](const V* x) { return Source<Scalar, false>{reinterpret_cast<const Scalar*>(x), nullptr}; };
+      column_pass<R>(kept(first), lanes, to.at(0), step, one);
+      column_pass<R>(kept(last), lanes, to.at(step - lanes), step, one);
+      return;
+    }
+  }
+  for (std::size_t j = 0; j < step; j += width) column_pass<R>(in.at(j), step, to.at(j), step, one);
 }
+
+constexpr unsigned doublings(std::size_t from, std::size_t to) { return from < to ? 1 + doublings(2 * from, to) : 0; }
+// Passes of radix 8 at most that make up for them.
+constexpr unsigned passes(unsigned doublings) { return (doublings + 2) / 3; }
 
 // How a row too long for two passes is cut: the radix of its last pass, 8 as often as possible, after the first passes
 // in first-level cache and after chunks of it beyond. Not more than 8: longer columns at power-of-two distances evict
-// each other.
+// each other. Where it takes no pass more, one of them ends with pieces that stay in second-level cache; vectors that
+// are half a cache line gain nothing from that.
 ONNX_QUAROT_INLINE std::size_t last_radix(std::size_t n, std::size_t element_bytes, std::size_t block) {
-  const std::size_t first = n * element_bytes <= kL1Bytes ? block : kChunkBytes / element_bytes;
-  unsigned doublings = 0;
-  for (std::size_t size = n; size > first; size /= 2) ++doublings;
-  return doublings == 1 ? 2 : (doublings % 3 == 0 ? 8 : 4);
+  const std::size_t bytes = n * element_bytes;
+  unsigned left = bytes <= kL1Bytes ? doublings(block, n) : doublings(kChunkBytes, bytes);
+  const unsigned beyond = doublings(kL2Bytes, bytes);
+  if (kVectorBytes >= 64 && beyond > 0 && passes(beyond) + passes(left - beyond) == passes(left)) left = beyond;
+  return left == 1 ? 2 : (left % 3 == 0 ? 8 : 4);
 }
 
 template <std::size_t R, class In, class Out, class V>
@@ -225,7 +260,7 @@ void two_pass_rows(In in, Rows<C> rows, Out out, std::size_t count, std::size_t 
       typename Out::Loop columns_to(done);
 #pragma GCC unroll 1
       for (std::size_t k = 0; k < columns / pieces; ++k, c += width)
-        column_pass<R>(before.at(c), columns_to.at(c), block, one);
+        column_pass<R>(before.at(c), block, columns_to.at(c), block, one);
     }
   }
   last_pass<R>(Source<C, false>{rows.at(count - 1), nullptr}, out.at((count - 1) * n, (count - 1) * sign_step), block,

@@ -191,6 +191,26 @@ def test_blocks_and_both_lengths_of_signs(dtype: Any, n: int, block: int) -> Non
             check(y, x.astype(np.float64) @ full, dtype)
 
 
+@pytest.mark.parametrize("isa", _core.isas())
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_offsets_change_no_bit(isa: str, kind: type) -> None:
+    """Rows that begin between the boundaries of vectors, in place: whatever they are cut into, and with signs."""
+    for n in (512, 4096, 2**14, 2**15, 2**17):
+        x = np.random.default_rng(n).standard_normal((2, n)).astype(kind)
+        signs = np.where(np.arange(n) % 3 == 0, -1.0, 1.0)
+        for arguments in ((None, None), (signs, False), (signs, True)):
+            expected = _core.hadamard(x, None, None, *arguments, isa=isa)
+            for offset in (1, 4, 15):
+                room = np.full(2 * n + 64, 7.0, kind)
+                start = (-room.ctypes.data % 64) // room.itemsize + offset
+                rows = room[start : start + 2 * n].reshape(2, n)
+                rows[:] = x
+                _core.hadamard(rows, rows, None, *arguments, isa=isa)
+                np.testing.assert_array_equal(rows, expected, err_msg=f"{n}, {offset}, transpose {arguments[1]}")
+                assert (room[:start] == 7).all()
+                assert (room[start + 2 * n :] == 7).all()
+
+
 def test_in_place_out_and_threads() -> None:
     x = np.random.default_rng(0).standard_normal((64, 1536)).astype(np.float32)
     expected = hadamard(x)

@@ -9,7 +9,6 @@
 #include <cmath>
 #include <cstdint>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "bus_errors.h"
@@ -18,6 +17,7 @@
 #include "fwht.h"
 #include "orders.h"
 #include "quantize.h"
+#include "workers.h"
 
 namespace py = pybind11;
 
@@ -32,6 +32,8 @@ constexpr char kForeignOrder = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? '>' :
 
 // Below this many elements a second thread costs more than it saves.
 constexpr std::size_t kElementsPerThread = std::size_t{1} << 15;
+// So many that a thread which is late, or slower, leaves the others little to wait for.
+constexpr std::size_t kPartsPerThread = 8;
 
 std::string text(const py::handle& object) { return py::cast<std::string>(py::str(object)); }
 std::string type_name(const py::handle& object) { return Py_TYPE(object.ptr())->tp_name; }
@@ -134,21 +136,17 @@ std::size_t positive(PyObject* object, const char* argument) {
 
 void run_rows(const Transform& transform, const Rows& in, const Rows& out, const float* signs, std::size_t threads) {
   const std::size_t work = in.count * in.size, item = element_size(transform.dtype());
-  const std::size_t parts = std::max<std::size_t>(1, std::min({threads, in.count, work / kElementsPerThread}));
-  const auto part = [&](std::size_t index) {
+  const std::size_t together = std::min({threads, in.count, work / kElementsPerThread});
+  if (together <= 1) return transform.rows(in.data, out.data, in.count, in.stride, out.stride, signs);
+  const std::size_t parts = std::min(in.count, together * kPartsPerThread);
+  run_parts(parts, together, [&](std::size_t index) {
     const std::size_t first = in.count * index / parts, end = in.count * (index + 1) / parts;
     const auto bytes = [&](std::ptrdiff_t stride) {
       return static_cast<std::ptrdiff_t>(first) * stride * static_cast<std::ptrdiff_t>(item);
     };
     transform.rows(static_cast<const char*>(in.data) + bytes(in.stride),
                    static_cast<char*>(out.data) + bytes(out.stride), end - first, in.stride, out.stride, signs);
-  };
-  if (parts == 1) return part(0);
-  std::vector<std::thread> workers;
-  workers.reserve(parts - 1);
-  for (std::size_t index = 1; index < parts; ++index) workers.emplace_back(part, index);
-  part(0);
-  for (std::thread& worker : workers) worker.join();
+  });
 }
 
 enum Argument { kX, kOut, kBlockSize, kSigns, kTranspose, kScale, kThreads, kIsa, kArgumentCount };

@@ -52,7 +52,8 @@ def hadamard(
         transpose: ``(x @ H.T * scale) * signs`` instead, which undoes the transform when ``scale`` is the default.
         scale: default ``1 / sqrt(block_size)``, with which the transform is orthonormal. 1.0 gives raw sums.
         out: where to write, of the shape and type of ``x``; ``x`` itself transforms in place.
-        threads: rows are shared between so many threads when there is enough work for them. The interpreter lock is
+        threads: rows are shared between so many threads when there is enough work for them; the others are kept for
+            the next call, which they await for half a millisecond before they sleep. The interpreter lock is
             released meanwhile.
 
     Returns:

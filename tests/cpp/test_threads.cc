@@ -1,15 +1,18 @@
 // Eight threads at once: orders that all of them use first together, transforms and packed weights that they share,
-// rows that they quantize into one buffer and panels that they multiply. What the thread sanitizer looks at.
+// rows that they quantize into one buffer and panels that they multiply, and the threads behind the Python module. What
+// the thread sanitizer looks at.
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <stdexcept>
 #include <thread>
 #include <vector>
 
 #include "fwht.h"
 #include "qlinear.h"
+#include "workers.h"
 
 using namespace onnx_quarot;
 
@@ -95,10 +98,37 @@ int linear_layer(std::size_t bits) {
   return differing(results, "linear layer");
 }
 
+// Calls of several threads at once, each with many short parts: every part runs once, and an exception comes back.
+int parts() {
+  std::atomic<int> failures{0};
+  together([&](std::size_t i) {
+    for (std::size_t count : {std::size_t{0}, std::size_t{1}, std::size_t{2}, std::size_t{100}}) {
+      for (std::size_t threads = 0; threads < 4; ++threads) {
+        std::vector<int> runs(count);
+        run_parts(count, threads, [&](std::size_t part) { ++runs[part]; });
+        for (const int run : runs) failures += run != 1;
+        if (count == 0) continue;
+        const std::size_t bad = i % count;
+        try {
+          run_parts(count, threads, [&](std::size_t part) {
+            if (part == bad) throw std::runtime_error("a part");
+          });
+          ++failures;
+        } catch (const std::runtime_error&) {
+        }
+      }
+    }
+  });
+  if (failures != 0)
+    std::fprintf(stderr, "run_parts: %d parts did not run once, or calls that did not throw\n", failures.load());
+  return failures;
+}
+
 }  // namespace
 
 int main() {
   int failures = 0;
+  for (int repeat = 0; repeat < 20; ++repeat) failures += parts();
   // Orders 12, 20, 36, 92 and 172: each for the first time by all threads together.
   for (const std::size_t size :
        {std::size_t{96}, std::size_t{320}, std::size_t{576}, std::size_t{736}, std::size_t{1376}}) {
