@@ -1,127 +1,140 @@
 #include "convert.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <stdexcept>
+#include <utility>
+
+#include "kernels.h"
 
 namespace onnx_quarot {
 namespace {
 
-struct Half {
-  std::uint16_t bits;
-};
-struct BFloat {
-  std::uint16_t bits;
-};
+constexpr std::size_t kRows = 64, kColumns = 64;  // a block of a turned matrix: whole cache lines of both sides
 
-template <class To, class From>
-To bit_cast(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof(to));
-  return to;
+std::ptrdiff_t offset(const MatrixView& m, std::size_t i, std::size_t j) {
+  return static_cast<std::ptrdiff_t>(i) * m.row_stride + static_cast<std::ptrdiff_t>(j) * m.column_stride;
 }
 
-double widen(double x) { return x; }
-double widen(float x) { return static_cast<double>(x); }
-double widen(BFloat x) { return static_cast<double>(bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16)); }
-double widen(Half x) {
-  // The exponent moves by a multiplication, which also makes subnormal numbers normal; infinities and NaNs need more.
-  const std::uint32_t magnitude = (x.bits & 0x7fffu) << 13, sign = (x.bits & 0x8000u) << 16;
-  const float scaled = bit_cast<float>(magnitude) * 0x1p112f;
-  const std::uint32_t infinite = magnitude >= (0x7c00u << 13) ? 0x7f800000u : 0u;
-  return static_cast<double>(bit_cast<float>(bit_cast<std::uint32_t>(scaled) | infinite | sign));
+void* at(const MatrixView& m, std::size_t i, std::size_t j) {
+  return static_cast<unsigned char*>(m.data) + offset(m, i, j) * static_cast<std::ptrdiff_t>(element_size(m.dtype));
 }
 
-// float64 to float32 by rounding to odd: a second rounding, to fewer than 22 bits, is then as good as a single one. No
-// branches: whether a weight is rounded up is as good as random.
-std::uint32_t to_odd(double x) {
-  const float near = static_cast<float>(x);
-  const double back = static_cast<double>(near);
-  const std::uint32_t away = std::fabs(back) > std::fabs(x), inexact = back != x;
-  return (bit_cast<std::uint32_t>(near) - away) | inexact;
-}
+// 16 bytes of elements: what every CPU interleaves in one instruction.
+template <class T>
+struct Turn {
+  typedef T Vector __attribute__((vector_size(16)));
+  typedef T VectorAnywhere __attribute__((vector_size(16), aligned(alignof(T)), may_alias));
+  static constexpr std::size_t kSide = 16 / sizeof(T);
 
-void narrow(double x, double& to) { to = x; }
-void narrow(double x, float& to) { to = static_cast<float>(x); }
-void narrow(double x, BFloat& to) {
-  const std::uint32_t bits = to_odd(x);
-  const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  to.bits = static_cast<std::uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded);
-}
-void narrow(double x, Half& to) {
-  const std::uint32_t bits = to_odd(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
-  // Normal numbers: rebias and round the 13 bits that go. Subnormal ones: the addition of 1/2 leaves their 10 bits at
-  // the end of the sum, rounded.
-  const std::uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  const std::uint32_t subnormal = bit_cast<std::uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
-  std::uint32_t result = magnitude < (113u << 23) ? subnormal : normal;
-  result = magnitude >= (143u << 23) ? 0x7c00u : result;  // 65536 and more; what rounds up to it became infinity above
-  result = magnitude > 0x7f800000u ? 0x7e00u : result;
-  to.bits = static_cast<std::uint16_t>(result | sign);
-}
-
-constexpr std::size_t kLong = 64, kShort = 8;  // a block of a transposed matrix: rows and columns
-
-template <class From, class To>
-void copy(const MatrixView& from, const MatrixView& to, std::size_t rows, std::size_t columns) {
-  const auto at = [](const MatrixView& m, std::size_t i, std::size_t j) {
-    return static_cast<std::ptrdiff_t>(i) * m.row_stride + static_cast<std::ptrdiff_t>(j) * m.column_stride;
-  };
-  const From* source = static_cast<const From*>(from.data);
-  To* target = static_cast<To*>(to.data);
-  if (from.column_stride == 1 && to.column_stride == 1) {
-    for (std::size_t i = 0; i < rows; ++i) {
-      const From* a = source + at(from, i, 0);
-      To* b = target + at(to, i, 0);
-      for (std::size_t j = 0; j < columns; ++j) narrow(widen(a[j]), b[j]);
-    }
-    return;
+  template <std::size_t... I>
+  static Vector zip(Vector a, Vector b, std::index_sequence<I...>) {
+    return __builtin_shufflevector(a, b, static_cast<int>(I / 2 + I % 2 * kSide)...);
   }
-  // One of the two has adjacent rows: turn blocks that span whole cache lines of both.
-  double block[kShort][kLong];
-  for (std::size_t i = 0; i < rows; i += kLong) {
-    const std::size_t height = std::min(kLong, rows - i);
-    for (std::size_t j = 0; j < columns; j += kShort) {
-      const std::size_t width = std::min(kShort, columns - j);
-      if (from.row_stride == 1) {
-        for (std::size_t b = 0; b < width; ++b) {
-          const From* a = source + at(from, i, j + b);
-          for (std::size_t k = 0; k < height; ++k) block[b][k] = widen(a[k]);
-        }
-        for (std::size_t k = 0; k < height; ++k) {
-          for (std::size_t b = 0; b < width; ++b) narrow(block[b][k], target[at(to, i + k, j + b)]);
-        }
-      } else {
-        for (std::size_t k = 0; k < height; ++k) {
-          for (std::size_t b = 0; b < width; ++b) block[b][k] = widen(source[at(from, i + k, j + b)]);
-        }
-        for (std::size_t b = 0; b < width; ++b) {
-          To* a = target + at(to, i, j + b);
-          for (std::size_t k = 0; k < height; ++k)
-            narrow(block[b][k], a[static_cast<std::ptrdiff_t>(k) * to.row_stride]);
-        }
+  template <std::size_t... I>
+  static Vector zip_upper(Vector a, Vector b, std::index_sequence<I...>) {
+    return __builtin_shufflevector(a, b, static_cast<int>((kSide + I) / 2 + I % 2 * kSide)...);
+  }
+
+  // A square of elements: to[j][i] = from[i][j]. Interleaving the halves of the rows log2(side) times turns it.
+  static void square(const T* from, std::ptrdiff_t from_stride, T* to, std::ptrdiff_t to_stride) {
+    constexpr std::make_index_sequence<kSide> lanes;
+    Vector rows[kSide], next[kSide];
+    for (std::size_t i = 0; i < kSide; ++i) {
+      rows[i] = *reinterpret_cast<const VectorAnywhere*>(from + static_cast<std::ptrdiff_t>(i) * from_stride);
+    }
+    for (std::size_t stage = 1; stage < kSide; stage *= 2) {
+      for (std::size_t i = 0; i < kSide / 2; ++i) {
+        next[2 * i] = zip(rows[i], rows[i + kSide / 2], lanes);
+        next[2 * i + 1] = zip_upper(rows[i], rows[i + kSide / 2], lanes);
       }
+      std::copy(next, next + kSide, rows);
+    }
+    for (std::size_t i = 0; i < kSide; ++i) {
+      *reinterpret_cast<VectorAnywhere*>(to + static_cast<std::ptrdiff_t>(i) * to_stride) = rows[i];
     }
   }
+};
+
+// Column by column: what is turned has adjacent rows on one side.
+template <class T>
+void copy_elements(const MatrixView& from, const MatrixView& to, std::size_t rows, std::size_t columns) {
+  for (std::size_t j = 0; j < columns; ++j) {
+    const T* source = static_cast<const T*>(from.data) + offset(from, 0, j);
+    T* target = static_cast<T*>(to.data) + offset(to, 0, j);
+    for (std::size_t i = 0; i < rows; ++i, source += from.row_stride, target += to.row_stride) *target = *source;
+  }
 }
+
+template <class T>
+void copy(const MatrixView& from, const MatrixView& to, std::size_t rows, std::size_t columns) {
+  constexpr std::size_t side = Turn<T>::kSide;
+  const bool reads_columns = from.row_stride == 1 && to.column_stride == 1;
+  const bool squares = reads_columns || (from.column_stride == 1 && to.row_stride == 1);
+  const std::size_t high = squares ? rows / side * side : 0, wide = squares ? columns / side * side : 0;
+  for (std::size_t j = 0; j < wide; j += side) {
+    for (std::size_t i = 0; i < high; i += side) {
+      Turn<T>::square(static_cast<const T*>(at(from, i, j)), reads_columns ? from.column_stride : from.row_stride,
+                      static_cast<T*>(at(to, i, j)), reads_columns ? to.row_stride : to.column_stride);
+    }
+  }
+  const auto part = [](const MatrixView& m, std::size_t i, std::size_t j) {
+    return MatrixView{at(m, i, j), m.dtype, m.row_stride, m.column_stride};
+  };
+  copy_elements<T>(part(from, high, 0), part(to, high, 0), rows - high, wide);
+  copy_elements<T>(part(from, 0, wide), part(to, 0, wide), rows, columns - wide);
+}
+
+// Of one type.
+void copy_block(const MatrixView& from, const MatrixView& to, std::size_t rows, std::size_t columns) {
+  switch (element_size(from.dtype)) {
+    case 2:
+      return copy<std::uint16_t>(from, to, rows, columns);
+    case 4:
+      return copy<std::uint32_t>(from, to, rows, columns);
+    default:
+      return copy<std::uint64_t>(from, to, rows, columns);
+  }
+}
+
+MatrixView turned(const MatrixView& m) { return {m.data, m.dtype, m.column_stride, m.row_stride}; }
 
 }  // namespace
 
-void convert(const MatrixView& from, const MatrixView& to, std::size_t rows, std::size_t columns) {
-  const bool reads = to.dtype == DType::float64;
-  if (!reads && from.dtype != DType::float64) throw std::invalid_argument("one of the two matrices must be float64");
-  switch (reads ? from.dtype : to.dtype) {
-    case DType::float32:
-      return reads ? copy<float, double>(from, to, rows, columns) : copy<double, float>(from, to, rows, columns);
-    case DType::float16:
-      return reads ? copy<Half, double>(from, to, rows, columns) : copy<double, Half>(from, to, rows, columns);
-    case DType::bfloat16:
-      return reads ? copy<BFloat, double>(from, to, rows, columns) : copy<double, BFloat>(from, to, rows, columns);
-    case DType::float64:
-      return copy<double, double>(from, to, rows, columns);
+void convert(const MatrixView& from, const MatrixView& to, std::size_t rows, std::size_t columns,
+             const std::string& isa) {
+  const bool widens = to.dtype == DType::float64;
+  if (!widens && from.dtype != DType::float64) throw std::invalid_argument("one of the two matrices must be float64");
+  const Kernels& kernels = isa.empty() ? active_kernels() : find_kernels(isa.c_str());
+  const TypeKernels& type = kernels.types[static_cast<std::size_t>(widens ? from.dtype : to.dtype)];
+  const auto convert_row = [&](const void* source, void* target, std::size_t count) {
+    widens ? type.widen(source, static_cast<double*>(target), count)
+           : type.narrow(static_cast<const double*>(source), target, count);
+  };
+  if (from.column_stride == 1 && to.column_stride == 1) {
+    for (std::size_t i = 0; i < rows; ++i) convert_row(at(from, i, 0), at(to, i, 0), columns);
+    return;
+  }
+  if (from.row_stride == 1 && to.row_stride == 1) return convert(turned(from), turned(to), columns, rows, isa);
+  // Rows are converted where they are adjacent, and turned in the type they have on the other side.
+  alignas(64) std::uint64_t before[kRows * kColumns], after[kRows * kColumns];
+  for (std::size_t i = 0; i < rows; i += kRows) {
+    const std::size_t height = std::min(kRows, rows - i);
+    for (std::size_t j = 0; j < columns; j += kColumns) {
+      const std::size_t width = std::min(kColumns, columns - j);
+      MatrixView source{at(from, i, j), from.dtype, from.row_stride, from.column_stride};
+      MatrixView target{at(to, i, j), to.dtype, to.row_stride, to.column_stride};
+      if (from.column_stride != 1) {
+        const MatrixView block{before, from.dtype, kColumns, 1};
+        copy_block(source, block, height, width);
+        source = block;
+      }
+      if (to.column_stride != 1) target = {after, to.dtype, kColumns, 1};
+      for (std::size_t k = 0; k < height; ++k) convert_row(at(source, k, 0), at(target, k, 0), width);
+      if (to.column_stride != 1) {
+        copy_block(target, {at(to, i, j), to.dtype, to.row_stride, to.column_stride}, height, width);
+      }
+    }
   }
 }
 

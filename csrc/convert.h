@@ -3,6 +3,7 @@
 #define ONNX_QUAROT_CONVERT_H
 
 #include <cstddef>
+#include <string>
 
 #include "fwht.h"
 
@@ -18,8 +19,9 @@ struct MatrixView {
 
 // to[i][j] = from[i][j] for rows x columns elements, rounded once, to nearest even. One of the two is float64. No
 // allocation; both aligned to their element; they must not overlap. Works through blocks, so that a transposed source
-// or target costs little more than a straight one.
-void convert(const MatrixView& from, const MatrixView& to, std::size_t rows, std::size_t columns);
+// or target costs little more than a straight one. isa: a kernel by name, for tests; empty: the one in use.
+void convert(const MatrixView& from, const MatrixView& to, std::size_t rows, std::size_t columns,
+             const std::string& isa = {});
 
 }  // namespace onnx_quarot
 

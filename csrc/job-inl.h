@@ -158,15 +158,15 @@ void run(const Job& job) {
 }  // namespace onnx_quarot
 
 // Defines the table `variable` of this file's kernels.
-#define ONNX_QUAROT_KERNELS(variable, name)                      \
-  namespace onnx_quarot {                                        \
-  const Kernels variable = {name,                                \
-                            kVectorBytes,                        \
-                            {{run<float>, run_powers<float>},    \
-                             {run<Half>, run_powers<Half>},      \
-                             {run<BFloat>, run_powers<BFloat>},  \
-                             {run<double>, run_powers<double>}}, \
-                            quantize,                            \
-                            largest,                             \
-                            measure_powers};                     \
+#define ONNX_QUAROT_KERNELS(variable, name)                                                     \
+  namespace onnx_quarot {                                                                       \
+  const Kernels variable = {name,                                                               \
+                            kVectorBytes,                                                       \
+                            {{run<float>, run_powers<float>, widen<float>, narrow<float>},      \
+                             {run<Half>, run_powers<Half>, widen<Half>, narrow<Half>},          \
+                             {run<BFloat>, run_powers<BFloat>, widen<BFloat>, narrow<BFloat>},  \
+                             {run<double>, run_powers<double>, widen<double>, narrow<double>}}, \
+                            quantize,                                                           \
+                            largest,                                                            \
+                            measure_powers};                                                    \
   }

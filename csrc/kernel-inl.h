@@ -325,6 +325,7 @@ void power_rows(In in, Rows<C> rows, Out out, std::size_t count, std::size_t sig
 }  // namespace
 }  // namespace onnx_quarot
 
+#include "convert-inl.h"
 #include "job-inl.h"
 #include "order-inl.h"
 #include "quantize-inl.h"

@@ -62,6 +62,9 @@ struct TypeKernels {
   // `count` adjacent rows of n = 2^m elements, at least a vector and, computed in another type, at most kTwoRowsBytes
   // of that: what short calls are made of, without a Job's cost.
   void (*powers)(const void* in, void* out, std::size_t count, std::size_t n, double scale);
+  // `count` adjacent elements to float64 and back, rounded once.
+  void (*widen)(const void* from, double* to, std::size_t count);
+  void (*narrow)(const double* from, void* to, std::size_t count);
 };
 
 struct Kernels {

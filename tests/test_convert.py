@@ -22,27 +22,29 @@ def layouts(array: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
     return [array, np.asfortranarray(array), gaps[:, ::2], backwards[::-1, ::-1]]
 
 
+@pytest.mark.parametrize("isa", _core.isas())
 @pytest.mark.parametrize("dtype", TYPES, ids=lambda t: np.dtype(t).name)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 200), (200, 3), (65, 129), (0, 4), (4, 0)])
-def test_any_strides_both_ways(dtype: Any, shape: tuple[int, int]) -> None:
+def test_any_strides_both_ways(dtype: Any, shape: tuple[int, int], isa: str) -> None:
     values = np.random.default_rng(0).standard_normal(shape).astype(dtype)
     for source in layouts(values):
         for target in layouts(np.zeros(shape)):
-            _core.convert(source, target)
+            _core.convert(source, target, isa=isa)
             np.testing.assert_array_equal(target, values.astype(np.float64))
     for source in layouts(values.astype(np.float64)):
         for target in layouts(np.zeros(shape, dtype)):
-            _core.convert(source, target)
+            _core.convert(source, target, isa=isa)
             np.testing.assert_array_equal(target, values)
 
 
+@pytest.mark.parametrize("isa", _core.isas())
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16], ids=["float16", "bfloat16"])
-def test_every_value_and_every_tie(dtype: Any) -> None:
+def test_every_value_and_every_tie(dtype: Any, isa: str) -> None:
     every = np.arange(65536, dtype=np.uint16).view(dtype)
     wide = np.empty((1, every.size))
     with np.errstate(invalid="ignore"):
         expected = every.astype(np.float64)
-    _core.convert(every[None], wide)
+    _core.convert(every[None], wide, isa=isa)
     np.testing.assert_array_equal(wide[0], expected)
 
     finite = np.sort(expected[np.isfinite(expected)])
@@ -53,7 +55,7 @@ def test_every_value_and_every_tie(dtype: Any) -> None:
 
     def narrowed(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         out = np.empty((1, x.size), dtype)
-        _core.convert(x[None], out)
+        _core.convert(x[None], out, isa=isa)
         return out[0]
 
     # A hair off the middle decides, even one that float32 does not see; the middle itself goes to the even neighbour.

@@ -320,7 +320,7 @@ MatrixView view_of(const py::array& array, const char* argument) {
   return {proxy->data, dtype_from_numpy(array, argument), array.strides(0) / item, array.strides(1) / item};
 }
 
-void convert_arrays(const py::array& from, const py::array& to) {
+void convert_arrays(const py::array& from, const py::array& to, const std::string& isa) {
   const MatrixView a = view_of(from, "source"), b = view_of(to, "target");
   if (!same_shape(from, to)) {
     throw py::value_error("target has shape " + shape_text(to) + ": it must be that of source, " + shape_text(from));
@@ -328,7 +328,7 @@ void convert_arrays(const py::array& from, const py::array& to) {
   if (!to.writeable()) throw py::value_error("target is read-only: it must be writeable");
   const auto rows = static_cast<std::size_t>(from.shape(0)), columns = static_cast<std::size_t>(from.shape(1));
   const py::gil_scoped_release unlocked;
-  convert(a, b, rows, columns);
+  convert(a, b, rows, columns, isa);
 }
 
 py::array_t<std::int8_t> order_matrix_array(std::size_t k) {
@@ -360,8 +360,10 @@ PYBIND11_MODULE(_core, module) {
   module.add_object("hadamard",
                     py::reinterpret_steal<py::object>(PyCFunction_NewEx(&hadamard_method, nullptr, name.ptr())));
   add_quantize(module);
-  module.def("convert", &convert_arrays, py::arg("source"), py::arg("target"),
-             "target[:] = source, for matrices of any strides of which one is float64; rounds once. No common memory.");
+  module.def(
+      "convert", &convert_arrays, py::arg("source"), py::arg("target"), py::arg("isa") = std::string(),
+      "target[:] = source, for matrices of any strides of which one is float64; rounds once. No common memory. isa "
+      "names a kernel, for tests.");
   module.def("order_matrix", &order_matrix_array, py::arg("order"), "Hadamard matrix of a supported order, int8.");
   module.def("order_factors", &order_factors, py::arg("order"),
              "Orders whose matrices have H_order as their Kronecker product; empty if there is none.");

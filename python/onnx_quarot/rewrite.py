@@ -34,7 +34,7 @@ from onnx_quarot.wide_products import HALVES
 
 Array = np.ndarray[Any, Any]
 _SLICE_ELEMENTS = 1 << 17  # of a weight, converted to float64 at a time: 1 MB, which stays in the cache
-_SLICE_WIDTH = 64  # at least: narrower columns of a matrix would read every cache line several times
+_SLICE_WIDTH = 32  # at least: narrower columns of a matrix would read every cache line several times
 _THREADS = min(4, os.cpu_count() or 1)
 _COMPUTING = threading.Lock()
 
@@ -254,6 +254,7 @@ class _Recipe:
         """The constant in its new basis: float64 inside, one axis at a time, in slices that fit in the cache."""
         x = np.broadcast_to(x, shape)
         changes = self.job.changes or (AxisChange(0, ()),)
+        scratch = threading.local()
         # Between two changes of basis nothing is rounded: intermediate results are float64.
         for number, todo in enumerate(changes):
             axis, last = todo.axis % len(shape), number == len(changes) - 1
@@ -268,7 +269,9 @@ class _Recipe:
                 todo: AxisChange = todo,
             ) -> None:
                 source = np.moveaxis(x[index], axis, -1)
-                part = np.empty(source.shape)
+                if not hasattr(scratch, "part") or scratch.part.size < source.size:
+                    scratch.part = np.empty(source.size)
+                part = scratch.part[: source.size].reshape(source.shape)
                 _copy(source, part)
                 if first:
                     self._scale(part, index, axis)
@@ -291,7 +294,7 @@ class _Recipe:
 
 def _copy(source: Array, target: Array) -> None:
     """target[...] = source, one of them float64; matrices by the compiled copy, which is faster at turning them."""
-    if source.ndim == 2 and source.flags.aligned and target.flags.aligned and source.dtype != target.dtype:
+    if source.ndim == 2 and source.flags.aligned and target.flags.aligned:
         _core.convert(source, target)
     else:
         target[...] = source
