@@ -77,17 +77,20 @@ sliced = [
     node("Mod", ["t", "two"], ["r"]),
     node("Equal", ["r", "one"], ["c"]),
 ]
+sized = [node("Shape", ["h"], ["s"]), node("Size", ["s"], ["r"])]
 DECIDED = {
     "a fixed width": [*size("x", 2), *compared("Greater", "x2", "one")],
     "a fixed width of an inner value": sliced,
     "one length, twice": [*size("x", 1), *size("h", 1), *compared("Equal", "x1", "h1")],
     "one length, negated": negated([*size("x", 1), *size("h", 1), *compared("Equal", "x1", "h1")]),
     "expressions in a length": [*twice, *compared("Equal", "p", "q")],
+    "a rank": [*sized, *compared("Less", "r", "64")],
     "constants": compared("Less", "one", "two"),
 }
 OPEN = {
     "a length against a number": [*size("x", 1), *compared("Less", "x1", "64")],
     "a length that is not the one seen": [*size("x", 1), *compared("Equal", "x1", "64")],
+    "a number of elements": [node("Size", ["x"], ["r"]), *compared("Less", "r", "64")],
     "two lengths": [*size("x", 1), *size("z", 1), *compared("Equal", "x1", "z1")],
     "the values": [
         node("ReduceMax", ["x"], ["highest"], keepdims=0),

@@ -118,18 +118,36 @@ def test_dynamic_dimensions_are_told_from_static_ones(tmp_path: Path) -> None:
     assert shapes.static[by_name["present.0.value"]] == (False, True, False, True)
 
 
+@pytest.mark.parametrize("counted", [False, True], ids=["as many as there are", "a number the exporter saw"])
+def test_rows_that_only_the_values_pick_keep_their_width(counted: bool) -> None:
+    """The tokens of an expert."""
+    pieces = [helper.make_node("Split", ["picked", "ones"], ["i", "j"])] if counted else []
+    nodes = [
+        helper.make_node("ReduceMax", ["x"], ["highest"], keepdims=0, axes=[-1]),
+        helper.make_node("Greater", ["highest", "zero"], ["active"]),
+        helper.make_node("NonZero", ["active"], ["places"]),
+        helper.make_node("Transpose", ["places"], ["picked"]),
+        *pieces,
+        helper.make_node("MatMul", ["x", "a"], ["h"], name="first"),
+        helper.make_node("GatherND", ["h", "i" if counted else "picked"], ["rows"]),
+        helper.make_node("MatMul", ["rows", "b"], ["y"], name="second"),
+    ]
+    model = graph(nodes, a=rand(16, 16), b=rand(16, 16), zero=np.zeros(1), ones=np.array([1, 1]), opset=17)
+    assert [s.how for s in discover_model(model, rotations=ROTATIONS).sites] == ["online", "offline"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Near misses.
 
 
-def graph(nodes: list[onnx.NodeProto], width: int = 16, **weights: np.ndarray) -> ir.Model:
+def graph(nodes: list[onnx.NodeProto], width: int = 16, opset: int = 21, **weights: np.ndarray) -> ir.Model:
     """x [B, width] -> nodes -> y, with the given initializers."""
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", width])
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
     arrays = {n: w.astype(np.float32) if w.dtype.kind == "f" else w for n, w in weights.items()}
     initializers = [numpy_helper.from_array(w, n) for n, w in arrays.items()]
     proto = helper.make_graph(nodes, "g", [x], [y], initializers)
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("custom", 1)]
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid("custom", 1)]
     return ir.from_proto(helper.make_model(proto, opset_imports=opsets))
 
 

@@ -15,8 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 import onnx_quarot as oq
 import onnx_quarot.verify as verify_module
 import small_llama
+from onnx_quarot.differences import relative_error
 from onnx_quarot.rewrite import rotate_model
-from onnx_quarot.verify import relative_error
 from small_llama import Config
 
 

@@ -79,7 +79,7 @@ class _Proof:
             return value.is_initializer() and not value.is_graph_input()
         if node.domain != "" or value not in self._shapes.values:
             return False
-        if node.op_type == "Shape":
+        if node.op_type in ("Shape", "Size"):
             return True
         return node.op_type in operators and all(self._made_of(v, operators) for v in node.inputs if v is not None)
 

@@ -144,6 +144,7 @@ class _Walk:
         self.state = _State()
         self._primes = _prime_stream(primes)
         self._symbols: dict[object, int] = {}
+        self._partial: dict[ir.Value, tuple[int | None, ...]] = {}
 
     def run(self) -> _State:
         st = self.state
@@ -159,6 +160,7 @@ class _Walk:
                     st.inferred.add(value)
                 else:
                     self._read(value)
+                    self._open(value)
         return st
 
     def _constants(self, graph: ir.Graph) -> None:
@@ -201,6 +203,13 @@ class _Walk:
         self.state.shape[value] = tuple(self._dimension(d, value, i) for i, d in enumerate(dims))
         self.state.dtype[value] = value.dtype
 
+    def _open(self, value: ir.Value) -> None:
+        """A length that only the values decide (the tokens of an expert) is a symbol of its own."""
+        st = self.state
+        if value not in st.shape and value in self._partial:
+            dims = enumerate(self._partial[value])
+            st.shape[value] = tuple(self._symbol(f"{value.name}:{i}") if d is None else d for i, d in dims)
+
     def _dimension(self, dim: object, value: ir.Value, axis: int) -> int:
         if isinstance(dim, int):
             return dim
@@ -221,6 +230,9 @@ class _Walk:
         inputs = [v for v in node.inputs if v is not None]
         if node.op_type == "Shape" and node.domain == "" and node.inputs[0] in st.shape:
             self._set_value(node.outputs[0], _shape_operator(node, st.shape[node.inputs[0]]))
+            return
+        if node.op_type == "Size" and node.domain == "" and node.inputs[0] in st.shape:
+            self._set_value(node.outputs[0], np.array(math.prod(st.shape[node.inputs[0]]), np.int64))
             return
         if (rule := CONTRIB.get((node.domain, node.op_type))) is not None:
             for value, result in zip(node.outputs, rule(node, st.shape), strict=False):
@@ -288,8 +300,11 @@ class _Walk:
             if tensor is None:
                 continue
             st.dtype[value] = ir.DataType(tensor.elem_type)
-            if tensor.HasField("shape") and all(d.HasField("dim_value") for d in tensor.shape.dim):
-                st.shape[value] = tuple(int(d.dim_value) for d in tensor.shape.dim)
+            if tensor.HasField("shape"):
+                dims = tuple(int(d.dim_value) if d.HasField("dim_value") else None for d in tensor.shape.dim)
+                self._partial[value] = dims
+                if all(d is not None for d in dims):
+                    st.shape[value] = tuple(int(d.dim_value) for d in tensor.shape.dim)
 
     def _inference(self, node: ir.Node, inputs: Sequence[ir.Value]) -> dict[str, onnx.TypeProto] | None:
         """The types of the outputs as ONNX infers them, none for an operator it does not know; None if it refuses."""
@@ -332,6 +347,11 @@ class _Walk:
         shapes = [self.state.shape[v] for v in inputs]
         if not shapes:
             return
+        if node.op_type == "Split" and inputs[-1] in self.state.values:
+            length = shapes[0][node.attributes.get_int("axis", 0)]  # that of the pieces together
+            if length in by_prime:
+                self.merged.bound[by_prime[length]] = int(self.state.values[inputs[-1]].sum())
+                raise _Conflict
         joins = node.op_type == "Concat"
         axis = node.attributes.get_int("axis", 0) - (len(shapes[0]) if node.attributes.get_int("axis", 0) >= 0 else 0)
         for i, a in enumerate(shapes):
