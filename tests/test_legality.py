@@ -182,6 +182,17 @@ CASES: dict[str, tuple[Nodes, dict[str, np.ndarray], bool]] = {
     ),
     "gather positions": ([node("Gather", "h p", "m", axis=1)], {"p": i64(2, 0)}, True),
     "gather features": ([node("Gather", "h p", "m", axis=2)], {"p": np.arange(31, -1, -1, dtype=np.int64)}, False),
+    "tile positions": ([node("Tile", "h r", "m")], {"r": i64(1, 2, 1)}, True),
+    "tile features, and half of them": (
+        [node("Tile", "h r", "k"), node("Slice", "k z e ax", "m")],
+        {"r": i64(1, 1, 2), "z": i64(32), "e": i64(64), "ax": i64(2)},
+        True,
+    ),
+    "tile a sum over features": (
+        [node("ReduceSum", "h ax", "k"), node("Tile", "k r", "l"), node("Add", "h l", "m")],
+        {"ax": i64(-1), "r": i64(1, 1, 32)},
+        False,
+    ),
     "mean over positions": ([node("ReduceMean", "h ax", "m", keepdims=1)], {"ax": i64(1)}, True),
     "pad with a constant position": (
         [node("Expand", "c s", "k"), node("Concat", "k h", "m", axis=1)],
@@ -333,6 +344,35 @@ def test_experts_read_and_write(tmp_path: Path) -> None:
     }
     plan = decide(save(tmp_path / "m.onnx", nodes, [6, 16], b=rand(32, 8), **weights))
     assert {n: how(plan, n) for n in ("p", "k", "y")} == dict.fromkeys(("p", "k", "y"), "offline")
+
+
+@pytest.mark.parametrize("layout", ["columns", "rows", "rows, turned", "read twice"])
+def test_experts_that_are_selected_take_a_scale_over(layout: str, tmp_path: Path) -> None:
+    """The matrices of each token's expert, multiplied one token at a time."""
+    rows = layout.startswith("rows")
+    experts = [
+        node("ArgMax", "p", "i", axis=-1, keepdims=0 if rows else 1),
+        *([node("Gather", "u i", "s", axis=0)] if rows else [node("GatherND", "u i", "s")]),
+        *([node("Transpose", "s", "w", perm=[0, 2, 1])] if layout == "rows, turned" else []),
+        node("Unsqueeze", "n ax", "c"),
+    ]
+    if rows:
+        experts += [node("MatMul", f"c {'w' if 'turned' in layout else 's'}", "v")]
+    else:
+        experts += [node("MatMul", "s c", "v")]
+    if layout == "read twice":
+        experts += [node("ReduceMax", "s", "z", axes=[1, 2], keepdims=0), node("Tanh", "z", "y2")]
+    nodes = [
+        node("MatMul", "x a", "h"), node("SimplifiedLayerNormalization", "h g", "n", axis=-1),
+        node("MatMul", "n r", "p"), *experts, node("Squeeze", "v ax", "k"),
+        node("Add", "h k", "t"), node("MatMul", "t b", "y"),
+    ]  # fmt: skip
+    weights = {"a": rand(16, 32), "g": W32, "r": rand(32, 4), "u": rand(4, 32, 32), "b": rand(32, 8)}
+    weights["ax"] = i64(1) if rows else i64(2)
+    outputs = "y y2" if layout == "read twice" else "y"
+    path = save(tmp_path / "m.onnx", nodes, [6, 16], outputs, opset=17, **weights)
+    plan = decide(path)
+    assert {how(plan, n) for n in ("p", "y")} == {"online" if layout == "read twice" else "offline"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

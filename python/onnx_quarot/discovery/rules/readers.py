@@ -11,6 +11,9 @@ from onnx_quarot.discovery.rules.einsum import einsum_slot
 from onnx_quarot.discovery.rules.registry import MICROSOFT
 from onnx_quarot.discovery.typing import Slot, Typing, Use
 
+_KEEPS = frozenset(
+    ("Identity", "Cast", "Dropout", "Expand", "Flatten", "Reshape", "Slice", "Squeeze", "Tile", "Unsqueeze")
+)
 _LINEAR = {("", "MatMul"), ("", "Gemm"), (MICROSOFT, "FusedMatMul"), (MICROSOFT, "FusedGemm")}
 
 
@@ -58,9 +61,53 @@ def slots(node: ir.Node, index: int) -> tuple[Slot, ...]:
     return (first,)
 
 
-def absorbing_readers(t: Typing, value: ir.Value) -> tuple[Slot, ...]:
+def selected_slot(t: Typing, node: ir.Node, index: int) -> Slot | None:
+    """The constant that the other operand of a product is selected from: the matrices of the experts a token goes to.
+
+    The slot names the selecting node; only for a selection that nothing else reads.
+    """
+    if node.op_type != "MatMul" or node.domain != "":
+        return None
+    value = node.inputs[1 - index]
+    if value is None or not t.shapes.known(value):
+        return None
+    axis = len(t.shapes.shape[value]) - (1 if index == 1 else 2)
+    while axis >= 0 and value is not None:
+        maker = value.producer()
+        if maker is None or maker.domain != "" or len(value.uses()) != 1 or not t.shapes.known(value):
+            return None
+        source = maker.inputs[0]
+        if source is None or not t.shapes.known(source):
+            return None
+        rank, before = len(t.shapes.shape[value]), len(t.shapes.shape[source])
+        if maker.op_type == "Transpose":
+            axis = maker.attributes.get_ints("perm", list(range(rank))[::-1])[axis]
+        elif maker.op_type in ("Gather", "GatherND"):
+            # What is selected along comes first; the axes behind it are kept.
+            along = maker.attributes.get_int("axis", 0) % before if maker.op_type == "Gather" else _selecting(t, maker)
+            behind = before - 1 - along if maker.op_type == "Gather" else before - along
+            if rank - axis > behind:
+                return None
+            axis = before - (rank - axis)
+            view = constant(source)
+            if view is not None:
+                return Slot(maker, 1, 0, axis)
+        elif maker.op_type not in ("Identity", "Cast"):
+            return None
+        value = source
+    return None
+
+
+def _selecting(t: Typing, node: ir.Node) -> int:
+    """The number of leading axes that a GatherND selects along."""
+    indices = node.inputs[1]
+    width = t.shapes.shape[indices][-1] if indices in t.shapes.shape else len(t.shapes.shape[node.inputs[0]])  # type: ignore[index]
+    return node.attributes.get_int("batch_dims", 0) + width
+
+
+def absorbing_readers(t: Typing, value: ir.Value, place: int = 1) -> tuple[Slot, ...]:
     """The matrices that read ``value`` if every reader is one (through operators that keep the last axis), else
-    none.
+    none. The features are the last axis but ``place - 1``.
     """
     found: list[Slot] = []
     if value.is_graph_output() or not value.uses():
@@ -71,13 +118,25 @@ def absorbing_readers(t: Typing, value: ir.Value) -> tuple[Slot, ...]:
             continue
         if node.graph is not t.graph:
             return ()
-        further = slots(node, use.idx)
-        if not further and use.idx == 0 and _keeps_last_axis(t, node):
+        further = slots(node, use.idx) if place == 1 else ()
+        if not further and place == use.idx + 1 and (slot := selected_slot(t, node, use.idx)) is not None:
+            further = (slot,)
+        if not further and use.idx == 0 and place == 1 and _keeps_last_axis(t, node):
             further = absorbing_readers(t, node.outputs[0])
+        if not further and use.idx == 0 and place == 1 and _makes_columns(t, node):
+            further = absorbing_readers(t, node.outputs[0], 2)
         if not further:
             return ()
         found += further
     return tuple(dict.fromkeys(found))
+
+
+def _makes_columns(t: Typing, node: ir.Node) -> bool:
+    """Vectors become matrices of one column."""
+    x, y = node.inputs[0], node.outputs[0]
+    if node.op_type not in ("Unsqueeze", "Reshape") or x is None or not (t.shapes.known(x) and t.shapes.known(y)):
+        return False
+    return node.domain == "" and t.shapes.shape[y] == (*t.shapes.shape[x], 1)
 
 
 def _keeps_last_axis(t: Typing, node: ir.Node) -> bool:
@@ -90,11 +149,10 @@ def _keeps_last_axis(t: Typing, node: ir.Node) -> bool:
     if node.op_type == "Gather":
         return node.attributes.get_int("axis", 0) % len(before) != len(before) - 1
     if node.op_type == "GatherND":
-        width = t.shapes.shape[node.inputs[1]][-1] if node.inputs[1] in t.shapes.shape else len(before)
-        return node.attributes.get_int("batch_dims", 0) + width < len(before)
+        return _selecting(t, node) < len(before)
     if node.op_type == "Transpose":
         return node.attributes.get_ints("perm", [0])[-1] == len(before) - 1
-    return node.op_type in ("Identity", "Cast", "Dropout", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice")
+    return node.op_type in _KEEPS
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,19 @@ def _expand(t: Typing, n: ir.Node) -> None:
             t.block(y, axis, describe(n, "broadcasts over this axis"))
 
 
+@rule("Tile")
+def _tile(t: Typing, n: ir.Node) -> None:
+    """Every axis is repeated as a whole, most of them once."""
+    x, y = Use(n, 0), Def(n.outputs[0])
+    for axis in range(t.rank(x)):
+        if t.size(x, axis) == t.size(y, axis):
+            t.tie(x, axis, y, axis)
+        elif t.segment(x, axis) is not None:
+            t.tie_tiled(x, axis, y, axis)
+        else:
+            t.block(y, axis, describe(n, "repeats a single feature"))
+
+
 @rule("Pad")
 def _pad(t: Typing, n: ir.Node) -> None:
     """Zeros (or copies) beside the axes it pads; the others keep their basis."""
