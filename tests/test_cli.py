@@ -199,7 +199,8 @@ def test_failures_are_one_line_and_code_1(model: Path, data: Path, tmp_path: Pat
     assert_fails(run("quantize", model, out, "--calibration", other), 1, "pixels|input_ids")
     assert_fails(run("quantize", model, out, "--calibration", data, "--scheme", "a3w3"), 1, "a3w3")
     assert_fails(run("quantize", model, out, "--calibration", tmp_path / "no.npz"), 1, r"no\.npz")
-    assert_fails(run("evaluate", model, tmp_path / "no.onnx", "--data", data), 1, r"no\.onnx")
+    assert_fails(run("evaluate", model, tmp_path / "no.onnx", "--data", data), 1, r"no\.onnx' does not exist")
+    assert_fails(run("evaluate", model, text, "--data", data), 1, r"not\.onnx' is not a readable ONNX model")
     assert_fails(run("demo", "--model", tmp_path / "no.onnx"), 1, r"no\.onnx")
     assert_fails(run("demo", "--model", model), 1, r"tokenizer\.json")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["not.onnx", "other.npz"]

@@ -121,6 +121,11 @@ def test_a_batch_that_does_not_fit_is_named_in_one_line(change: dict[str, Any], 
     assert "\n" not in str(caught.value)
 
 
+def test_dozens_of_inputs_are_not_listed_one_by_one() -> None:
+    with pytest.raises(DataError, match=r"\(inputs: a0, a1, a2, a3, a4, \.\.\. 55 more\)$"):
+        list(as_batches([{"x": np.zeros(1)}], [InputSpec(f"a{i}", (1,), F32) for i in range(60)]))
+
+
 @pytest.mark.parametrize("data", [[], iter(()), small_llama.Reader([])])
 def test_empty_data(data: object) -> None:
     with pytest.raises(DataError, match="holds no batch"):
@@ -218,7 +223,7 @@ def test_input_specs_of_a_model(tmp_path: Path) -> None:
     )
     onnx.save(helper.make_model(graph), tmp_path / "m.onnx")
     assert input_specs(tmp_path / "m.onnx") == [InputSpec("x", ("batch", 4, None), np.dtype(np.float16))]
-    with pytest.raises(ModelError, match="no file"):
+    with pytest.raises(ModelError, match="does not exist"):
         input_specs(tmp_path / "absent.onnx")
     graph.input[0].type.tensor_type.elem_type = TensorProto.UNDEFINED
     onnx.save(helper.make_model(graph), tmp_path / "m.onnx")

@@ -51,7 +51,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-@cli.command()
+@cli.command(short_help="Show what can be rotated, and at what cost.")
 @click.argument("model", type=click.Path(path_type=Path))
 @rotation_options
 @click.option(
@@ -98,7 +98,7 @@ def discover(
     show(as_json, plan.to_json, lambda: plan_table(plan))
 
 
-@cli.command()
+@cli.command(short_help="Write a model in rotated bases.")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path))
 @rotation_options
@@ -138,7 +138,7 @@ def rotate(
     show(as_json, report.to_json, report.table)
 
 
-@cli.command()
+@cli.command(short_help="Rotate and quantize a model.")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option(
@@ -235,7 +235,7 @@ def quantize(
     show(as_json, report.to_json, report.table)
 
 
-@cli.command()
+@cli.command(short_help="Compare two models: accuracy, size, speed.")
 @click.argument("reference", type=click.Path(path_type=Path))
 @click.argument("candidate", type=click.Path(path_type=Path))
 @click.option(
@@ -311,7 +311,7 @@ def evaluate(
     show(as_json, metrics.to_json, lambda: metrics_table(metrics))
 
 
-@cli.command()
+@cli.command(short_help="Show versions, the kernel in use, a model's facts.")
 @click.argument("model", required=False, type=click.Path(path_type=Path))
 @common
 def info(model: Path | None, as_json: bool) -> None:
@@ -329,7 +329,7 @@ def info(model: Path | None, as_json: bool) -> None:
     show(as_json, lambda: facts, lambda: facts_table(facts))
 
 
-@cli.command()
+@cli.command(short_help="Quantize a real language model, and compare.")
 @click.option("--model", type=click.Path(path_type=Path), help="Your own model: an .onnx file, or its folder.")
 @click.option("--text", type=click.Path(path_type=Path), help="Your own text: one half calibrates, the other judges.")
 @click.option("--windows", type=click.IntRange(min=1), default=8, show_default=True, help="Windows of 512 to judge by.")
@@ -368,7 +368,7 @@ def demo(
     show(as_json, result.to_json, result.table)
 
 
-@cli.command()
+@cli.command(short_help="Measure the Hadamard kernel on this machine.")
 @click.option("--largest", type=click.IntRange(min=64), default=2**20, show_default=True, help="Longest vector.")
 @click.option(
     "--seconds",

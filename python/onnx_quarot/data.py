@@ -23,12 +23,14 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from .errors import DataError, ModelError, first_line
+from .load import load
 from .sites import constant_root, view_shape
 
 Array = npt.NDArray[Any]
 Batch = dict[str, Array]
 Dim = int | str | None
 
+_NAMED = 5
 _VIEWS = ("Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")
 
 
@@ -57,9 +59,7 @@ def input_specs(model: ir.Model | str | os.PathLike[str]) -> list[InputSpec]:
     A symbolic dimension that the graph pins down all the same (the head size of a cache) comes out as its number.
     """
     if not isinstance(model, ir.Model):
-        if not Path(model).is_file():
-            raise ModelError(f"model: no file at {os.fspath(model)}")
-        model = ir.load(model)
+        model = load(model)
     fixed = _implied_sizes(model)
     specs = []
     for value in model.graph.inputs:
@@ -142,10 +142,10 @@ def check_batch(batch: object, inputs: Sequence[InputSpec], *, where: str = "bat
     """The batch as a dict of arrays in the order of `inputs`; DataError if it does not fit them."""
     if not isinstance(batch, Mapping):
         raise DataError(f"data: {where} is a {type(batch).__name__}; each batch must be a dict of input name to array")
-    known = {spec.name for spec in inputs}
+    known = [spec.name for spec in inputs]
     for name in batch:
         if name not in known:
-            raise DataError(f"data: {where} has {name!r}, no input of the model (inputs: {', '.join(sorted(known))})")
+            raise DataError(f"data: {where} has {name!r}, no input of the model ({_listed(known)})")
     checked: Batch = {}
     for spec in inputs:
         if spec.name not in batch:
@@ -169,7 +169,7 @@ def token_batches(ids: Sequence[int], inputs: Sequence[InputSpec], window: int =
     by_name = {spec.name: spec for spec in inputs}
     ids_spec = by_name.get("input_ids")
     if ids_spec is None or ids_spec.shape is None or len(ids_spec.shape) != 2:
-        raise DataError(f"data: text needs a model with an input_ids input of rank 2 (inputs: {', '.join(by_name)})")
+        raise DataError(f"data: text needs a model with an input_ids input of rank 2 ({_listed(list(by_name))})")
     if window < 1:
         raise DataError(f"window: {window} tokens; use at least 1")
     rows, length = ids_spec.fixed(0) or 1, ids_spec.fixed(1) or window
@@ -311,6 +311,12 @@ def _text_input(spec: InputSpec, ids: Array) -> Array:
         ]
         return np.zeros(shape, spec.dtype)
     raise DataError(f"data: input {spec.name!r} cannot be filled from text; give batches as dicts or as an .npz file")
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The names of inputs, of which a decoder has dozens, in a few words."""
+    rest = f", ... {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"inputs: {', '.join(names[:_NAMED])}{rest}"
 
 
 def _dim(dim: int | ir.SymbolicDim) -> Dim:

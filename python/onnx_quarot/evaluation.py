@@ -11,20 +11,18 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 
 from onnx_quarot.comparison import Comparison, real_tokens, summed_loss
 from onnx_quarot.custom_op import session as open_session
 from onnx_quarot.data import Batch, InputSpec, as_batches, input_specs
 from onnx_quarot.errors import ConfigError, DataError, ModelError, first_line
 from onnx_quarot.generate import Decoder, extends_in_place
-from onnx_quarot.load import model_size
+from onnx_quarot.load import load, model_size
 from onnx_quarot.progress import NullProgress, Progress
 
 Array = npt.NDArray[Any]
@@ -188,9 +186,9 @@ class _Run:
 
     def __init__(self, path: ModelPath, threads: int) -> None:
         self.path = path
-        model = ir.load(path) if Path(path).is_file() else None
-        self.specs: list[InputSpec] = input_specs(path if model is None else model)
-        self.in_place = model is not None and extends_in_place(model)
+        model = load(path)
+        self.specs: list[InputSpec] = input_specs(model)
+        self.in_place = extends_in_place(model)
         self.session = open_session(path, threads=threads)
         self.outputs = [output.name for output in self.session.get_outputs()]
         self.loss = 0.0

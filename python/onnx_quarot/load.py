@@ -15,7 +15,7 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 from onnx_quarot.errors import ModelError, OnnxQuarotError, first_line
 
 
-def load(path: str | Path) -> ir.Model:
+def load(path: str | os.PathLike[str]) -> ir.Model:
     """The model at ``path`` with its external data memory-mapped on demand.
 
     Constant nodes become initializers, so that weights look alike wherever an exporter put them. Raises ModelError, in
@@ -29,6 +29,8 @@ def load(path: str | Path) -> ir.Model:
         model = ir.load(path)
     except Exception as error:  # whatever the parser stumbled over in this file
         raise ModelError(f"model: {str(path)!r} is not a readable ONNX model ({_told(_root(error))})") from error
+    if not path.stat().st_size:
+        raise ModelError(f"model: {str(path)!r} is empty")
     if not model.graph.outputs:
         raise ModelError(f"model: {str(path)!r} is not an ONNX model, or its graph has no outputs")
     with blamed_on(path):
@@ -42,7 +44,7 @@ def load(path: str | Path) -> ir.Model:
 
 
 @contextmanager
-def blamed_on(path: str | Path) -> Iterator[None]:
+def blamed_on(path: str | os.PathLike[str]) -> Iterator[None]:
     """Work on the model at ``path``: an exception that nobody expected becomes a ModelError of one line.
 
     It says what ONNX's checker has against the model, which is what most such exceptions come from; where the checker
@@ -61,7 +63,7 @@ def blamed_on(path: str | Path) -> Iterator[None]:
         ) from error
 
 
-def _complaint(path: str | Path) -> str | None:
+def _complaint(path: str | os.PathLike[str]) -> str | None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:
