@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "node.h"
+#include "operator.h"
 
 namespace onnx_quarot::ort {
 namespace {
@@ -90,36 +91,6 @@ class DynamicQuantizeKernel {
   HadamardNode node_;
 };
 
-// ONNX Runtime names the node in errors of running it, but not in those of making it.
-template <class Make>
-Status* made(const Api* api, const KernelInfo* info, void** kernel, const Make& make) {
-  return guarded(api, [&] {
-    try {
-      *kernel = make();
-    } catch (const std::invalid_argument& error) {
-      throw std::invalid_argument("node '" + name_of(api, info) + "': " + error.what());
-    }
-  });
-}
-
-// What both operators define in the same way.
-template <class Kernel>
-void define_common(CustomOp& op) {
-  op.version = kApiVersion;
-  op.GetExecutionProviderType = [](const CustomOp*) -> const char* { return nullptr; };
-  op.GetInputMemoryType = [](const CustomOp*, std::size_t) { return kDefaultMemory; };
-  op.GetOutputCharacteristic = [](const CustomOp*, std::size_t) { return kRequired; };
-  op.GetVariadicInputMinArity = op.GetVariadicInputHomogeneity = [](const CustomOp*) { return 0; };
-  op.GetVariadicOutputMinArity = op.GetVariadicOutputHomogeneity = [](const CustomOp*) { return 0; };
-  op.GetStartVersion = [](const CustomOp*) { return 1; };
-  op.GetEndVersion = [](const CustomOp*) { return 1; };
-  op.KernelComputeV2 = [](void* kernel, KernelContext* context) {
-    const auto* self = static_cast<const Kernel*>(kernel);
-    return guarded(self->api(), [&] { self->compute(context); });
-  };
-  op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
-}
-
 const HadamardQuantizeOp* static_op(const CustomOp* op) { return static_cast<const HadamardQuantizeOp*>(op); }
 const HadamardDynamicQuantizeOp* dynamic_op(const CustomOp* op) {
   return static_cast<const HadamardDynamicQuantizeOp*>(op);
@@ -138,7 +109,7 @@ HadamardQuantizeOp::HadamardQuantizeOp(const Api* table, ElementType element) : 
   GetOutputTypeCount = [](const CustomOp*) { return std::size_t{1}; };
   GetOutputType = [](const CustomOp* op, std::size_t) { return static_op(op)->type; };
   CreateKernelV2 = [](const CustomOp* op, const Api* now, const KernelInfo* info, void** kernel) {
-    return made(now, info, kernel, [&] { return new QuantizeKernel(now, static_op(op)->type, info); });
+    return made(op, now, info, kernel, [&] { return new QuantizeKernel(now, static_op(op)->type, info); });
   };
   InferOutputShapeFn = [](const CustomOp* op, ShapeInferContext* context) {
     const Api* api_now = static_op(op)->api;
@@ -161,8 +132,8 @@ HadamardDynamicQuantizeOp::HadamardDynamicQuantizeOp(const Api* table) : CustomO
   GetInputCharacteristic = [](const CustomOp*, std::size_t index) { return index == 0 ? kRequired : kOptional; };
   GetOutputTypeCount = [](const CustomOp*) { return std::size_t{2}; };
   GetOutputType = [](const CustomOp*, std::size_t index) { return index == 0 ? kInt8 : kFloat; };
-  CreateKernelV2 = [](const CustomOp*, const Api* now, const KernelInfo* info, void** kernel) {
-    return made(now, info, kernel, [&] { return new DynamicQuantizeKernel(now, info); });
+  CreateKernelV2 = [](const CustomOp* op, const Api* now, const KernelInfo* info, void** kernel) {
+    return made(op, now, info, kernel, [&] { return new DynamicQuantizeKernel(now, info); });
   };
   InferOutputShapeFn = [](const CustomOp* op, ShapeInferContext* context) {
     const Api* api_now = dynamic_op(op)->api;
