@@ -163,7 +163,7 @@ def rotate(
 @click.option("--budget", type=click.FloatRange(0, 1, min_open=True), help="With --mixed: the share of layers.")
 @click.option("--method", type=click.Choice(METHODS), help="How activation ranges are found.")
 @click.option("--weights", type=click.Choice(["rtn", "gptq"]), help="How integer weights are chosen.")
-@click.option("--block", type=int, help="Input features that share a scale, for *-block and a4w4.")
+@click.option("--block", type=int, help="Input features that share a scale, for *-block, a4w4 and a8w4-dynamic.")
 @click.option(
     "--kv-cache",
     type=click.Choice(["int8", "int4", "int8-tensor", "int4-tensor"]),
@@ -172,7 +172,12 @@ def rotate(
 @click.option(
     "--untie", is_flag=True, help="Rotate a head that shares its matrix with the embedding table: two matrices."
 )
-@click.option("--exclude", multiple=True, metavar="NODE", help="Leave this layer in floating point. Repeatable.")
+@click.option(
+    "--exclude",
+    multiple=True,
+    metavar="NODE",
+    help="Leave this layer, or those a pattern fits, in floating point. Repeatable.",
+)
 @rotation_options
 @click.option("--no-verify", is_flag=True, help="Do not compare outputs of the rotated model before quantizing.")
 @common

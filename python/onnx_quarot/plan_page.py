@@ -305,7 +305,7 @@ _PAGE = """<!doctype html>
  .facts {{ display: flex; flex-wrap: wrap; gap: .5rem 2rem; margin: 1rem 0 }}
  .facts div {{ display: flex; flex-direction: column }}
  .facts b {{ font-size: 1.3rem }} .facts span {{ color: #475569 }}
- .row {{ display: grid; grid-template-columns: {width}px 16rem 7rem 28rem minmax(8rem, 1fr); gap: .6rem;
+ .row {{ display: grid; grid-template-columns: {width}px 16rem 7rem 28rem minmax(16rem, 1fr); gap: .6rem;
         align-items: center; height: {height}px; white-space: nowrap }}
  .row:hover {{ background: #f1f5f9 }}
  .op {{ font-weight: 600; overflow: hidden; text-overflow: ellipsis }} .op.online {{ font-style: italic }}
