@@ -12,6 +12,8 @@ from onnx import TensorProto, helper
 
 import onnx_quarot as oq
 import small_llama
+from onnx_quarot.judged import squared_error
+from onnx_quarot.sensitivity import measure_sensitivity
 
 LLAMA = small_llama.Config(layers=2, vocab=160)
 
@@ -147,3 +149,12 @@ def test_threads_do_not_change_the_result(llama: Path, tmp_path: Path) -> None:
         session = oq.session(tmp_path / "q.onnx", session_options=options, threads=threads)
         results.append(session.run(["logits"], batches(1)[0])[0])
     np.testing.assert_allclose(results[0], results[1], rtol=1e-4, atol=1e-5)
+
+
+def test_sensitivity_sees_layers_with_sums_and_norms_inside(shaped: Path, tmp_path: Path) -> None:
+    oq.quantize(shaped, tmp_path / "q.onnx", batches(2), scheme="a8w8-dynamic", op_types=("MatMul",))
+    (feeds,) = batches(1)
+    found = measure_sensitivity(shaped, tmp_path / "q.onnx", feeds)
+    assert len(found.layers) == 1 + 4 * 2  # the head; queries with keys and values, their output, gate with up, down
+    wanted, actual = (oq.session(path).run(["logits"], feeds)[0] for path in (shaped, tmp_path / "q.onnx"))
+    assert found.all == pytest.approx(squared_error([wanted], [actual]), rel=2e-2)

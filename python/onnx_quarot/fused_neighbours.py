@@ -67,6 +67,8 @@ class _Nodes:
             self._summed.add(made)
             if total is not None:
                 take_over(total, whole)
+            else:  # as where discovery takes the norm apart: the product it replaces is another value
+                whole.name = f"{node.outputs[0].name}/sum_0"
             self._normalize(node, whole, epsilon)
             self._model.graph.remove(node, safe=True)
             drop_unused(self._model.graph, weight)

@@ -24,6 +24,7 @@ from .calibrate import run_all
 from .comparison import real_tokens
 from .custom_op import session as open_session
 from .data import Batch
+from .discovery.prepare import unfuse_skip_norm
 from .discovery.shapes import FLOATS
 from .editing import GraphNames, has_subgraphs, take_over
 from .errors import ModelError
@@ -35,16 +36,18 @@ from .progress import NullProgress, Progress
 from .provenance import recorded
 from .rewrite import rotate_model
 from .save import write
-from .sites import LinearSite, linear_sites
+from .sites import LinearSite, linear_sites, readers
 from .switches import FLAGS, Switches
 from .widen import widen_alike
 
 Array = npt.NDArray[Any]
 
+_FUSED = ("Add", "Mul", "Sigmoid")  # what an operator that multiplies integers may do besides
+
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """A layer and what its quantization alone does to the outputs."""
+    """A layer, or several that became one operator, and what their quantization alone does to the outputs."""
 
     name: str
     error: float
@@ -166,30 +169,58 @@ def _rotate_alike(model: ir.Model, other: ir.Model, candidate: Path) -> None:
 
 
 def _join(model: ir.Model, other: ir.Model) -> list[str]:
-    """Put each quantized layer of `other` beside the layer of `model` that has its result's name; their names."""
+    """Put each quantized layer of `other` beside the layer of `model` that has its result's name; their names.
+
+    Layers that became one operator are switched together.
+    """
     opset = model.opset_imports.get("", 0)
     if opset != other.opset_imports.get("", 0):
         raise ModelError(f"model: the reference has opset {opset}, the candidate another")
+    results = {str(value.name): value for node in other.graph for value in node.outputs}
+    _take_sums_apart(model, results)
     known = {str(value.name): value for value in model.graph.inputs}
     known |= {str(value.name): value for node in model.graph for value in node.outputs}
-    results = {str(value.name): value for node in other.graph for value in node.outputs}
-    pairs = []
+    groups: dict[ir.Value, list[LinearSite]] = {}
     for site in linear_sites(model):
-        end = results.get(str(site.node.outputs[0].name))
-        part = None if end is None else _between(end, known)
-        if end is not None and part is not None and _is_quantized(part):
-            pairs.append((site, part, end))
+        if (end := _end(site, results)) is not None:
+            groups.setdefault(end, []).append(site)
+    parts = {end: part for end in groups if (part := _between(end, known)) is not None and _is_quantized(part)}
     names = GraphNames(model.graph)
-    switches = Switches(names, len(pairs))
+    switches = Switches(names, len(parts))
     copied: dict[ir.Value, ir.Value] = {}
-    for number, (site, part, end) in enumerate(pairs):
-        _switch(model, switches, number, site, _Copy(names, known, copied, part, end))
+    for number, (end, part) in enumerate(parts.items()):
+        place = known[str(end.name)].producer()
+        assert place is not None
+        copy = _Copy(names, known, copied, part, end)
+        known[str(end.name)] = _switch(model, switches, number, place, groups[end][0].dtype, copy)
     for key, function in other.functions.items():
         model.functions.setdefault(key, function)
     for domain, version in other.opset_imports.items():
         model.opset_imports.setdefault(domain, version)
     model.ir_version = max(model.ir_version, other.ir_version)
-    return [site.node_name for site, _, _ in pairs]
+    return [", ".join(site.node_name for site in groups[end]) for end in parts]
+
+
+def _take_sums_apart(model: ir.Model, results: Mapping[str, ir.Value]) -> None:
+    """Norms that hold a sum which the candidate has elsewhere become a sum and a norm."""
+    for node in [n for n in model.graph if n.op_type == "SkipSimplifiedLayerNormalization"]:
+        total = node.outputs[3] if len(node.outputs) > 3 else None
+        found = results.get(str(total.name) if total is not None else f"{node.outputs[0].name}/sum_0")
+        maker = None if found is None else found.producer()
+        if maker is not None and maker.op_type != node.op_type:
+            unfuse_skip_norm(model, node)
+
+
+def _end(site: LinearSite, results: Mapping[str, ir.Value]) -> ir.Value | None:
+    """The candidate's value that a layer's result is, or went into: a fused operator may do what stands behind it."""
+    open_values = [site.node.outputs[0]]
+    for value in open_values:
+        if (found := results.get(str(value.name))) is not None:
+            return found
+        for node in readers(value):
+            if node.domain == "" and node.op_type in _FUSED:
+                open_values += [v for v in node.outputs if v not in open_values]
+    return None
 
 
 def _between(end: ir.Value, known: Mapping[str, ir.Value]) -> list[ir.Node] | None:
@@ -264,13 +295,16 @@ class _Copy:
         return self._constants[old]
 
 
-def _switch(model: ir.Model, switches: Switches, number: int, site: LinearSite, copy: _Copy) -> None:
-    old = site.node
-    plain = ir.Node("", old.op_type, list(old.inputs), list(old.attributes.values()))
-    kind = ir.TensorType(site.dtype)
+def _switch(
+    model: ir.Model, switches: Switches, number: int, old: ir.Node, dtype: ir.DataType, copy: _Copy
+) -> ir.Value:
+    """Put a switch in the place of a node; its result."""
+    plain = ir.Node(old.domain, old.op_type, list(old.inputs), list(old.attributes.values()))
+    kind = ir.TensorType(dtype)
     copy.end.type = plain.outputs[0].type = kind
     nodes = switches.nodes(number, copy.nodes, [plain], (copy.end, plain.outputs[0]))
     model.graph.insert_before(old, nodes)
     take_over(old.outputs[0], nodes[1].outputs[0])
     nodes[1].outputs[0].type = kind
     model.graph.remove(old, safe=True)
+    return nodes[1].outputs[0]

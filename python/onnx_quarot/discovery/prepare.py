@@ -42,7 +42,7 @@ def prepare(model: ir.Model, *, keys: bool = False) -> None:
             continue
         shapes = shapes or Shapes(model)
         if not _absorbed(node, Typing(model.graph, shapes)):
-            _unfuse(model, node)
+            unfuse_skip_norm(model, node)
 
 
 def _fold(model: ir.Model, node: ir.Node) -> None:
@@ -98,8 +98,11 @@ def _absorbed(node: ir.Node, t: Typing) -> bool:
     return found is not None and found.bias is None
 
 
-def _unfuse(model: ir.Model, node: ir.Node) -> None:
-    """input + skip (+ added), then the norm: so that the sum can change basis while the norm keeps its own."""
+def unfuse_skip_norm(model: ir.Model, node: ir.Node) -> None:
+    """input + skip (+ added), then the norm: so that the sum can change basis while the norm keeps its own.
+
+    A sum that nobody read before is called after the norm's result, with "/sum_0" behind.
+    """
     graph = model.graph
     bias, added = _SKIP_NORMS[node.op_type]
     total, last = node.inputs[0], node
