@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 
 import onnx_quarot as oq
@@ -52,6 +53,8 @@ def distance(source: Path, candidate: Path) -> float:
 def test_alone_is_what_the_model_with_one_layer_quantized_shows(
     source: Path, tmp_path: Path, scheme: str, options: dict[str, Any]
 ) -> None:
+    if scheme == "a8w4-dynamic" and tuple(map(int, ort.__version__.split(".")[:2])) < (1, 32):
+        pytest.skip(f"GroupQueryAttention of ONNX Runtime {ort.__version__} takes a key of unknown shape for none")
     options = {"scheme": scheme, "seed": 3, "op_types": ("MatMul",), **options}
     oq.quantize(source, tmp_path / "q.onnx", [feeds()], **options)
     found = measure_sensitivity(source, tmp_path / "q.onnx", feeds())
