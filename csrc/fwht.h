@@ -67,7 +67,8 @@ class Transform {
   //                     by the quantization scale. Rounds to nearest even; a NaN becomes the largest or, with its sign
   //                     bit set, the smallest value.
   //   quantize_dynamic  each row by its own scale: scales[row] = max |t| / 127, y = round(t / scales[row]). A row with
-  //                     no magnitude of 2^-100 or more has scale 1 and zeros; an infinity or a NaN shows in the scale.
+  //                     no magnitude of 2^-100 or more, before or after scaling, has scale 1 and zeros; an infinity or
+  //                     a NaN shows in the scale.
   void quantize(const float* in, void* out, std::size_t first, std::size_t count, const float* signs,
                 QuantizedType type, std::int32_t zero_point) const;
   void quantize_dynamic(const float* in, std::int8_t* out, float* scales, std::size_t first, std::size_t count,

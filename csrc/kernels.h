@@ -47,14 +47,14 @@ struct QuantizeJob {
   bool within;  // the zero point is 0, and no x * factor is a NaN or rounds to anything outside -127 ... 127
 };
 
-// Adjacent rows of n = 2^m floats, at least a vector, transformed; and the largest magnitude of each, as by `largest`.
+// Adjacent rows of n = 2^m floats, at least a vector, transformed without any scale; and the largest magnitude of each,
+// as by `largest`.
 struct MeasureJob {
   const float* in;
   float* values;
   float* largest;
   std::size_t rows;
   std::size_t n;
-  double scale;
 };
 
 struct TypeKernels {

@@ -186,15 +186,13 @@ struct MeasuringSink {
   using Loop = MeasuringLoop;
   float* values;
   Ints* most;
-  Floats factor;
   template <std::size_t R>
   ONNX_QUAROT_INLINE void put_all(const Floats* x, std::size_t step) const {
     Ints found[R];
 #pragma GCC unroll 64
     for (std::size_t i = 0; i < R; ++i) {
-      const Floats scaled = x[i] * factor;
-      store(values + i * step, scaled);
-      found[i] = magnitude(scaled);
+      store(values + i * step, x[i]);
+      found[i] = magnitude(x[i]);
     }
 #pragma GCC unroll 8
     for (std::size_t half = R / 2; half > 0; half /= 2) {
@@ -203,8 +201,8 @@ struct MeasuringSink {
     }
     *most = larger(*most, found[0]);
   }
-  ONNX_QUAROT_INLINE MeasuringSink at(std::size_t i) const { return {values + i, most, factor}; }
-  ONNX_QUAROT_INLINE MeasuringSink at(std::size_t i, std::size_t row) const { return {values + i, most + row, factor}; }
+  ONNX_QUAROT_INLINE MeasuringSink at(std::size_t i) const { return {values + i, most}; }
+  ONNX_QUAROT_INLINE MeasuringSink at(std::size_t i, std::size_t row) const { return {values + i, most + row}; }
 };
 
 // Its largest magnitudes in a register: through memory, columns would wait for those before them.
@@ -214,7 +212,7 @@ class MeasuringLoop {
   ONNX_QUAROT_INLINE ~MeasuringLoop() { *sink_.most = most_; }
   MeasuringLoop(const MeasuringLoop&) = delete;
   MeasuringLoop& operator=(const MeasuringLoop&) = delete;
-  ONNX_QUAROT_INLINE MeasuringSink at(std::size_t i) { return {sink_.values + i, &most_, sink_.factor}; }
+  ONNX_QUAROT_INLINE MeasuringSink at(std::size_t i) { return {sink_.values + i, &most_}; }
 
  private:
   MeasuringSink sink_;
@@ -223,14 +221,14 @@ class MeasuringLoop {
 
 void measure_powers(const MeasureJob& job) {
   constexpr std::size_t together = 16;
-  const Floats one = opaque<Floats>(1.0f), scale = Floats{} + static_cast<float>(job.scale);
+  const Floats one = opaque<Floats>(1.0f);
   for (std::size_t done = 0; done < job.rows; done += together) {
     const std::size_t rows = job.rows - done < together ? job.rows - done : together;
     Ints most[together];
     for (std::size_t r = 0; r < rows; ++r) most[r] = Ints{};
     float* values = job.values + done * job.n;
     power_rows(Source<float, false>{job.in + done * job.n, nullptr}, Rows<float>{values, job.n, kEveryRow},
-               MeasuringSink{values, most, scale}, rows, 1, job.n, one);
+               MeasuringSink{values, most}, rows, 1, job.n, one);
     for (std::size_t r = 0; r < rows; ++r) job.largest[done + r] = largest_lane(most[r]);
   }
 }

@@ -60,20 +60,28 @@ void Transform::quantize_dynamic(const float* in, std::int8_t* out, float* scale
   const auto stride = static_cast<std::ptrdiff_t>(size_);
   for (std::size_t row = first; row < first + count; row += together) {
     const std::size_t some = std::min(together, first + count - row);
-    float factors[kBatchRows];  // first of all the largest magnitudes
+    float largest[kBatchRows], factors[kBatchRows];
+    float left = 1.0f;  // what the values are yet to be multiplied by
     if (plain_power() && signs == nullptr) {
-      kernels_->measure_powers({in + row * size_, values.data(), factors, some, size_, scale_});
+      kernels_->measure_powers({in + row * size_, values.data(), largest, some, size_});
+      left = static_cast<float>(scale_);
     } else {
       rows(in + row * size_, values.data(), some, stride, stride, signs);
-      for (std::size_t i = 0; i < some; ++i) factors[i] = kernels_->largest(values.data() + i * size_, size_);
+      for (std::size_t i = 0; i < some; ++i) largest[i] = kernels_->largest(values.data() + i * size_, size_);
+    }
+    // A loop of its own, so that several rows are divided at once.
+    const float steps = std::copysign(127.0f, left);
+    for (std::size_t i = 0; i < some; ++i) {
+      scales[row + i] = std::fabs(largest[i] * left) / 127.0f;
+      factors[i] = steps / largest[i];
     }
     bool finite = true;
     for (std::size_t i = 0; i < some; ++i) {
-      const float most = factors[i];
-      const bool zero = most < kSmallest;
-      finite = finite && std::isfinite(most);
-      scales[row + i] = zero ? 1.0f : most / 127.0f;
-      factors[i] = zero ? 0.0f : 127.0f / most;
+      finite = finite && std::isfinite(largest[i]);
+      if (largest[i] < kSmallest || std::fabs(largest[i] * left) < kSmallest) {
+        scales[row + i] = 1.0f;
+        factors[i] = 0.0f;
+      }
     }
     kernels_->quantize({values.data(), out + row * size_, some, size_, factors, 0, -127, 127, finite});
   }

@@ -120,10 +120,11 @@ ONNX_QUAROT_INLINE void load_pair(const BFloat* p, Floats& even, Floats& odd) {
 ONNX_QUAROT_INLINE void store_pair(BFloat* p, Floats even, Floats odd) {
   const Words e = reinterpret_cast<Words>(even), o = reinterpret_cast<Words>(odd);
 #if defined(__AVX512BW__)
-  constexpr __mmask32 odds = 0xaaaaaaaa;
+  constexpr __mmask64 even_words = 0x3333333333333333, odd_words = ~even_words;
   const __m512i one = _mm512_set1_epi16(1), half = _mm512_set1_epi16(static_cast<std::int16_t>(0x8000));
-  const __m512i high = _mm512_mask_blend_epi16(odds, reinterpret_cast<__m512i>(e >> 16), reinterpret_cast<__m512i>(o));
-  const __m512i low = _mm512_mask_blend_epi16(odds, reinterpret_cast<__m512i>(e), reinterpret_cast<__m512i>(o << 16));
+  const __m512i even_bits = reinterpret_cast<__m512i>(e), odd_bits = reinterpret_cast<__m512i>(o);
+  const __m512i high = _mm512_mask_alignr_epi8(odd_bits, even_words, even_bits, even_bits, 2);
+  const __m512i low = _mm512_mask_alignr_epi8(even_bits, odd_words, odd_bits, odd_bits, 14);
   constexpr int first_or_both_others = 0xf8;
   const __m512i rest = _mm512_ternarylogic_epi32(low, high, one, first_or_both_others);
   const __m512i rounded = _mm512_mask_add_epi16(high, _mm512_cmpgt_epu16_mask(rest, half), high, one);

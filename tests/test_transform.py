@@ -242,8 +242,26 @@ def test_strides() -> None:
     np.testing.assert_array_equal(hadamard(unaligned), hadamard(base[0, 0, :64].copy()))
 
 
-def test_no_rows() -> None:
-    assert hadamard(np.empty((0, 64), dtype=np.float32)).shape == (0, 64)
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8), (0, 2, 8), (0, 1)])
+@pytest.mark.parametrize("step", [0, 3, -4])
+def test_no_rows(shape: tuple[int, ...], step: int) -> None:
+    """Whatever strides an array has that holds nothing."""
+    nothing = np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), shape, (step,) * len(shape))
+    assert hadamard(nothing).shape == shape
+    assert hadamard(nothing, out=nothing) is nothing
+    assert hadamard(np.zeros(shape, np.float32), out=nothing) is nothing
+    integers, scales = hadamard_dynamic_quantize(nothing)
+    assert integers.shape == hadamard_quantize(nothing, 0.5).shape == shape
+    assert scales.shape == (*shape[:-1], 1)
+
+
+@pytest.mark.parametrize("strides", [(0, 4), (4, 4), (28, 4), (32, 0), (0, 0)])
+def test_out_must_hold_all_elements(strides: tuple[int, int]) -> None:
+    places = np.lib.stride_tricks.as_strided(np.zeros(64, np.float32), (4, 8), strides)
+    np.testing.assert_allclose(hadamard(places + 1)[:, 0], 8**0.5, rtol=1e-6)
+    for x in (places, np.ones((4, 8), np.float32)):
+        with pytest.raises(ValueError, match="out has elements in one place"):
+            hadamard(x, out=places)
 
 
 X = np.zeros((2, 64), dtype=np.float32)

@@ -8,7 +8,9 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bus_errors.h"
@@ -182,6 +184,23 @@ py::array as_array(PyObject* object, const char* argument) {
   return py::reinterpret_borrow<py::array>(object);
 }
 
+// Whether an array may hold two elements in one place: whether, of its axes from the closest elements to the farthest,
+// one steps into what those before it span.
+bool overlaps_itself(const py::array& array) {
+  if ((array.flags() & py::array::c_style) != 0 || array.size() == 0) return false;
+  std::vector<std::pair<py::ssize_t, py::ssize_t>> axes;  // distance and length
+  for (py::ssize_t axis = 0; axis < array.ndim(); ++axis) {
+    if (array.shape(axis) > 1) axes.emplace_back(std::abs(array.strides(axis)), array.shape(axis));
+  }
+  std::sort(axes.begin(), axes.end());
+  py::ssize_t span = array.itemsize();
+  for (const auto& [distance, length] : axes) {
+    if (distance < span) return true;
+    span += distance * (length - 1);
+  }
+  return false;
+}
+
 void check_out(const py::array& x, const py::array& out) {
   if (dtype_of(out).num() != dtype_of(x).num()) {
     throw py::type_error("out has dtype " + text(dtype_of(out)) + ": it must be that of x, " + text(dtype_of(x)));
@@ -190,6 +209,7 @@ void check_out(const py::array& x, const py::array& out) {
     throw py::value_error("out has shape " + shape_text(out) + ": it must be that of x, " + shape_text(x));
   }
   if (!out.writeable()) throw py::value_error("out is read-only: it must be writeable");
+  if (overlaps_itself(out)) throw py::value_error("out has elements in one place: all of them must be apart");
 }
 
 // The bytes from an array's first element to its last, wherever it holds nothing between them.

@@ -140,15 +140,15 @@ def _fht_cpu() -> Callable[[Array, int], object] | None:
     return function
 
 
-def _zeros(shape: tuple[int, ...], offset: int = 0) -> Array:
+def _zeros(shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32, offset: int = 0) -> Array:
     """Zeros that begin `offset` bytes behind a cache line; numpy's own begin where they may.
 
     Written, because pages that nobody has written are one page, which is read from first-level cache.
     """
-    count = int(np.prod(shape))
-    store = np.full(count + 32, 0, np.float32)
-    start = (offset - store.ctypes.data) % 64 // 4
-    return store[start : start + count].reshape(shape)
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    store = np.full(size + 128, 0, np.uint8)
+    start = (offset - store.ctypes.data) % 64
+    return store[start : start + size].view(dtype).reshape(shape)
 
 
 def _power_of_two(n: int, rows: int, seconds: float) -> Row:
@@ -195,7 +195,7 @@ def _mixed(per_element: dict[int, float], seconds: float) -> dict[str, float]:
         if 2 * below not in per_element:
             continue
         rows = max(1, BATCH_BYTES // 4 // n)
-        x = np.zeros((rows, n), np.float32)
+        x = _zeros((rows, n))
         best = fastest({"x": _in_place(x), "call": _in_place(np.zeros((1, 2), np.float32))}, seconds)
         cost = _cost(best, "x", "call") * 1e9 / x.size
         order = _core.factorize(n)[0]
@@ -210,7 +210,7 @@ def _types(seconds: float) -> dict[str, float]:
     for n in (256, 1024, 4096):
         rows = BATCH_BYTES // 4 // n
         arrays = {
-            np.dtype(kind).name: np.zeros((rows, n), kind)
+            np.dtype(kind).name: _zeros((rows, n), kind)
             for kind in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)
         }
         calls = {name: _in_place(x) for name, x in arrays.items()}
@@ -227,8 +227,9 @@ def _quantized(seconds: float) -> dict[str, float]:
     """Transforms that quantize over the transform alone, of rows in first-level cache."""
     figures = {}
     for n in (512, 1024, 2048, 4096):
-        x = np.random.default_rng(0).standard_normal((BATCH_BYTES // 4 // n, n)).astype(np.float32)
-        y, integers, scales = np.empty_like(x), np.empty(x.shape, np.int8), np.empty((len(x), 1), np.float32)
+        x, y = (_zeros((BATCH_BYTES // 4 // n, n)) for _ in range(2))
+        x[:] = np.random.default_rng(0).standard_normal(x.shape)
+        integers, scales = _zeros(x.shape, np.int8), _zeros((len(x), 1))
         calls: Calls = {}
         for prefix, rows in (("", len(x)), ("call ", 0)):
             calls[f"{prefix}alone"] = partial(_core.hadamard, x[:rows], y[:rows])
@@ -254,7 +255,7 @@ def _calls(seconds: float) -> dict[str, float]:
     calls: Calls = {"row": _in_place(one), "row, two": lambda: _core.hadamard(one, one, threads=2)}
     lengths = (1024, 4096, 2**14, 2**16)
     for n in lengths:
-        calls |= {f"{offset} {n}": _in_place(_zeros((1, n), offset)) for offset in (0, 16)}
+        calls |= {f"{offset} {n}": _in_place(_zeros((1, n), offset=offset)) for offset in (0, 16)}
     best = fastest(threads, max(seconds, 0.1)) | fastest(calls, max(seconds, 0.1))
     shifted = {f"16 bytes off a cache line over aligned, n = {n}": best[f"16 {n}"] / best[f"0 {n}"] for n in lengths}
     return {

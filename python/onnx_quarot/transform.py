@@ -129,8 +129,8 @@ def hadamard_dynamic_quantize(
 
     Returns:
         int8 of the shape of ``x`` from -127 to 127, and float32 scales ``[..., 1]`` whose product with it is nearly
-        ``hadamard(x, ...)``. A row without a magnitude of 2**-100 or more has scale 1 and zeros; an infinity or a NaN
-        shows in the scale.
+        ``hadamard(x, ...)``. A row without a magnitude of 2**-100 or more, before or after ``scale``, has scale 1 and
+        zeros; an infinity or a NaN shows in the scale.
 
     Raises:
         OrderError, TypeError, ValueError: as :func:`hadamard`.
