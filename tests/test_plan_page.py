@@ -6,7 +6,10 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
+import onnx_ir as ir
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 import small_llama
 from onnx_quarot.discovery import discover_model
@@ -88,3 +91,34 @@ def test_rails_that_run_side_by_side_have_their_own_columns() -> None:
     assert columns["long"] == 0
     assert columns["a"] != columns["b"]  # both in row 3
     assert columns["c"] == 1
+
+
+def test_what_is_longest_is_shown_whole_and_either_scheme_has_its_colours(tmp_path: Path) -> None:
+    _, html = page(tmp_path, Config())
+    assert f"{len('SkipSimplifiedLayerNormalization') + 1}ch" in html
+    used = set(re.findall(r"var\((--\w+)\)", html))
+    light, dark = re.findall(r":root {(.*?)}", html, re.DOTALL)
+    for scheme in (light, dark):
+        assert used <= set(re.findall(r"(--\w+):", scheme))
+    assert not re.search(r'(fill|stroke|color)[=:]"?(white|black|#)', html.split("</style>")[1])
+
+
+def test_matrices_that_are_selected_are_not_called_writers() -> None:
+    rng = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["h"]),
+        helper.make_node("ArgMax", ["h"], ["i"], axis=-1, keepdims=1),
+        helper.make_node("GatherND", ["u", "i"], ["s"], "select"),
+        helper.make_node("Unsqueeze", ["h", "two"], ["c"]),
+        helper.make_node("MatMul", ["s", "c"], ["v"]),
+        helper.make_node("Squeeze", ["v", "two"], ["k"]),
+        helper.make_node("MatMul", ["k", "b"], ["y"]),
+    ]
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["rows", 32]) for n in "xy")
+    arrays = {"a": rng.standard_normal((32, 32)), "u": rng.standard_normal((32, 32, 32)), "b": np.ones((32, 32))}
+    weights = [numpy_helper.from_array(w.astype(np.float32), n) for n, w in arrays.items()]
+    weights.append(numpy_helper.from_array(np.array([2]), "two"))
+    graph = helper.make_graph(nodes, "g", [x], [y], weights)
+    model = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+    html = plan_page(model, discover_model(model, rotations=("R1", "R2", "R4")), title="Experts")
+    assert html.count("folded into the matrices it selects") == 1

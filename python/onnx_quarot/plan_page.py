@@ -14,15 +14,16 @@ from html import escape
 
 import onnx_ir as ir
 
+from onnx_quarot.discovery.constants import constant
 from onnx_quarot.discovery.prepare import prepare
 from onnx_quarot.plan import Plan
 
-_COLOURS = {"R1": "#2563eb", "R2": "#059669", "R3": "#7c3aed", "R4": "#d97706"}
-_OTHER = "#64748b"
+_COLOURED = ("R1", "R2", "R3", "R4")
 _PLACES = {"R1": "residual stream", "R2": "attention values", "R3": "queries and keys", "R4": "inputs of layers"}
 _NAMES = re.compile(r" '[^']*'")  # of nodes, which would make every reason one of its own
 _STEP, _HEIGHT = 14, 30  # of a rail and of a row, in pixels
 _LONGEST_PERIOD = 400  # rows of a repeated block
+_LONGEST = 34  # characters of an operator or of sizes that are shown whole
 
 
 @dataclass
@@ -34,6 +35,7 @@ class _Row:
     detail: str = ""
     reads: list[tuple[str, bool]] = field(default_factory=list)  # rotation, online
     writes: list[str] = field(default_factory=list)
+    selects: bool = False  # whole matrices, and what is written is their basis
     notes: list[str] = field(default_factory=list)
     online: str | None = None
     declined: str | None = None
@@ -57,7 +59,13 @@ def plan_page(model: ir.Model, plan: Plan, *, title: str) -> str:
         rows=body,
         width=width,
         height=_HEIGHT,
+        op=_characters(row.op for row in rows),
+        shape=_characters(row.detail for row in rows),
     )
+
+
+def _characters(texts: Iterable[str]) -> int:
+    return min(_LONGEST, max(map(len, texts), default=0) + 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,6 +92,7 @@ def _rows(model: ir.Model, plan: Plan) -> list[_Row]:
             row(site.node).declined = site.reason
     for job in plan.rebases:
         node = nodes[job.node]
+        row(job.node).selects = node.op_type in ("Gather", "GatherND") and len(_shape(node, job.input)) > 2
         known = {r for r, _ in row(job.node).reads}
         for change in job.changes:
             for rotation in dict.fromkeys(p.rotation for p in change.placements):
@@ -111,6 +120,11 @@ def _rows(model: ir.Model, plan: Plan) -> list[_Row]:
         if number in found:
             result.append(found[number])
     return result
+
+
+def _shape(node: ir.Node, index: int) -> tuple[int, ...]:
+    view = constant(node.inputs[index])
+    return () if view is None else view.shape
 
 
 def _contracted(node: ir.Node) -> int:
@@ -215,16 +229,14 @@ def _rails(
         if first <= number <= last:
             x, colour = columns[rotation] * _STEP + 10, _colour(plan.kinds[rotation])
             top, bottom = (0 if number > first else middle), (_HEIGHT if number < last else middle)
-            parts.append(f'<line x1="{x}" x2="{x}" y1="{top}" y2="{bottom}" stroke="{colour}" stroke-width="3"/>')
+            parts.append(f'<line x1="{x}" x2="{x}" y1="{top}" y2="{bottom}" style="stroke:{colour}"/>')
             if rotation == rows[number].online:
                 parts.append(
-                    f'<rect x="{x - 5}" y="{middle - 5}" width="10" height="10" fill="{colour}" '
+                    f'<rect x="{x - 5}" y="{middle - 5}" width="10" height="10" style="fill:{colour}" '
                     f'transform="rotate(45 {x} {middle})"/>'
                 )
             elif rotation in touched:
-                parts.append(
-                    f'<circle cx="{x}" cy="{middle}" r="4.5" fill="white" stroke="{colour}" stroke-width="3"/>'
-                )
+                parts.append(f'<circle cx="{x}" cy="{middle}" r="4.5" style="stroke:{colour}"/>')
     return f'<svg width="{width}" height="{_HEIGHT}" aria-hidden="true">{"".join(parts)}</svg>'
 
 
@@ -233,7 +245,8 @@ def _cells(row: _Row, plan: Plan) -> str:
     for rotation, online in row.reads:
         how = "reads, turned online" if online else "reads, folded into the weight"
         chips.append(_chip(plan.kinds[rotation], how))
-    chips += [_chip(plan.kinds[rotation], "writes, folded into the weight") for rotation in row.writes]
+    writes = "folded into the matrices it selects" if row.selects else "writes, folded into the weight"
+    chips += [_chip(plan.kinds[rotation], writes) for rotation in row.writes]
     if row.online is not None:
         chips.append(_chip(plan.kinds[row.online], f"online transform: {' '.join(row.notes)} it", solid=True))
     else:
@@ -245,18 +258,18 @@ def _cells(row: _Row, plan: Plan) -> str:
     name = escape(row.name)
     return (
         f'<span class="op{kind}">{escape(row.op)}</span><span class="shape">{escape(row.detail)}</span>'
-        f'<span class="chips">{"".join(chips)}</span><span class="name" title="{name}">{name}</span>'
+        f'<span class="chips">{"".join(chips)}</span><span class="name" title="{name}"><bdi>{name}</bdi></span>'
     )
 
 
 def _chip(kind: str, text: str, *, solid: bool = False) -> str:
     colour = _colour(kind)
-    style = f"background:{colour};color:white" if solid else f"color:{colour}"
+    style = f"background:{colour};color:var(--page)" if solid else f"color:{colour}"
     return f'<span class="chip" style="border-color:{colour};{style}"><b>{escape(kind)}</b> {escape(text)}</span>'
 
 
 def _colour(kind: str) -> str:
-    return _COLOURS.get(kind, _OTHER)
+    return f"var(--{kind if kind in _COLOURED else 'other'})"
 
 
 def _facts(plan: Plan) -> str:
@@ -300,22 +313,35 @@ _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title>
 <style>
- body {{ font: 14px/1.45 system-ui, sans-serif; color: #0f172a; margin: 2rem auto; max-width: 72rem; padding: 0 1rem }}
- h1 {{ font-size: 1.35rem }}
+ :root {{ color-scheme: light dark; --page: #ffffff; --text: #0f172a; --soft: #475569; --hover: #f1f5f9;
+         --line: #cbd5e1; --bad: #b91c1c;
+         --R1: #2563eb; --R2: #047857; --R3: #7c3aed; --R4: #b45309; --other: #475569 }}
+ @media (prefers-color-scheme: dark) {{
+  :root {{ --page: #0f172a; --text: #e2e8f0; --soft: #94a3b8; --hover: #1e293b; --line: #475569; --bad: #fca5a5;
+          --R1: #60a5fa; --R2: #34d399; --R3: #c4b5fd; --R4: #fbbf24; --other: #94a3b8 }}
+ }}
+ body {{ font: 14px/1.45 system-ui, sans-serif; color: var(--text); background: var(--page); margin: 2rem auto;
+        max-width: 78rem; padding: 0 1rem }}
+ h1 {{ font-size: 1.35rem; overflow-wrap: anywhere }}
  .facts {{ display: flex; flex-wrap: wrap; gap: .5rem 2rem; margin: 1rem 0 }}
  .facts div {{ display: flex; flex-direction: column }}
- .facts b {{ font-size: 1.3rem }} .facts span {{ color: #475569 }}
- .row {{ display: grid; grid-template-columns: {width}px 16rem 7rem 28rem minmax(16rem, 1fr); gap: .6rem;
-        align-items: center; height: {height}px; white-space: nowrap }}
- .row:hover {{ background: #f1f5f9 }}
+ .facts b {{ font-size: 1.3rem }} .facts span {{ color: var(--soft) }}
+ .row {{ display: grid; grid-template-columns: {width}px calc(1.2 * {op}ch) {shape}ch 28rem minmax(16rem, 1fr);
+        gap: 1rem; align-items: center; height: {height}px; white-space: nowrap }}
+ .row:hover {{ background: var(--hover) }}
+ line {{ stroke-width: 3 }} circle {{ stroke-width: 3; fill: var(--page) }}
  .op {{ font-weight: 600; overflow: hidden; text-overflow: ellipsis }} .op.online {{ font-style: italic }}
- .shape, .name {{ color: #475569; overflow: hidden; text-overflow: ellipsis }} .name {{ font-size: 12px }}
+ .shape, .name {{ color: var(--soft); overflow: hidden; text-overflow: ellipsis }}
+ .name {{ font-size: 12px; direction: rtl; text-align: left }}  /* the end of a long name says most */
+ .name bdi {{ direction: ltr }}
  .chips {{ overflow: hidden; text-overflow: ellipsis }}
- .chip {{ border: 1px solid; border-radius: 999px; padding: 1px 8px; font-size: 12px; margin-right: .4rem }}
- .note {{ color: #475569; font-size: 12px }}
- .declined {{ color: #b91c1c; font-size: 12px }}
+ .chip {{ display: inline-block; border: 1px solid; border-radius: 999px; padding: 0 8px; font-size: 12px;
+         margin: 1px .4rem 1px 0 }}
+ .note {{ color: var(--soft); font-size: 12px }}
+ .declined {{ color: var(--bad); font-size: 12px }}
+ li small {{ overflow-wrap: anywhere }}
  details {{ margin: .2rem 0 }}
- summary {{ cursor: pointer; color: #475569; padding: .3rem 0; border-block: 1px dashed #cbd5e1 }}
+ summary {{ cursor: pointer; color: var(--soft); padding: .3rem 0; border-block: 1px dashed var(--line) }}
  .graph {{ overflow-x: auto }}
 </style></head><body>
 <h1>{title}</h1>
