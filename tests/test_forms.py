@@ -8,6 +8,7 @@ import pytest
 
 import onnx_quarot as oq
 import small_llama
+from llama_runs import batches, error
 from onnx_quarot.errors import ConfigError, DataError
 from onnx_quarot.forms import head_schemes
 from onnx_quarot.hessians import MEMORY, Gram, solve_weights
@@ -24,17 +25,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_llama.save(tmp_path_factory.mktemp("llama") / "model.onnx", LLAMA)
 
 
-def batches(count: int = 4, length: int = 48) -> list[dict[str, np.ndarray]]:
-    rng = np.random.default_rng(0)
-    return [small_llama.decoder_feeds(LLAMA, rng, length) for _ in range(count)]
-
-
-def error(reference: Path, candidate: Path) -> float:
-    feeds = batches(5)[-1]
-    a, b = (oq.session(path).run(["logits"], feeds)[0] for path in (reference, candidate))
-    return float(np.linalg.norm(a - b) / np.linalg.norm(a))
-
-
 @pytest.mark.parametrize(
     ("scheme", "most"),
     [("a16w8", 0.08), ("a8w8", 0.1), ("a8w8-dynamic", 0.06), ("a8w4-dynamic", 0.6),
@@ -42,10 +32,10 @@ def error(reference: Path, candidate: Path) -> float:
      ("a4w4", 0.8)],
 )  # fmt: skip
 def test_every_scheme_end_to_end(llama: Path, tmp_path: Path, scheme: str, most: float) -> None:
-    report = oq.quantize(llama, tmp_path / "q.onnx", batches(), scheme=scheme)
+    report = oq.quantize(llama, tmp_path / "q.onnx", batches(LLAMA), scheme=scheme)
     assert report.scheme == scheme
     assert len(report.quantized) == 11
-    assert error(llama, tmp_path / "q.onnx") < most
+    assert error(LLAMA, llama, tmp_path / "q.onnx") < most
     assert report.bytes_out < 0.7 * report.bytes_in
     head = report.quantized[-1]
     assert head.weight_bits == 8
@@ -55,8 +45,10 @@ def test_every_scheme_end_to_end(llama: Path, tmp_path: Path, scheme: str, most:
 
 def test_gptq_is_better_than_rounding(llama: Path, tmp_path: Path) -> None:
     for weights in ("rtn", "gptq"):
-        oq.quantize(llama, tmp_path / f"{weights}.onnx", batches(16), scheme="a8w4-block", weights=weights, block=32)
-    assert error(llama, tmp_path / "gptq.onnx") < 0.9 * error(llama, tmp_path / "rtn.onnx")
+        oq.quantize(
+            llama, tmp_path / f"{weights}.onnx", batches(LLAMA, 16), scheme="a8w4-block", weights=weights, block=32
+        )
+    assert error(LLAMA, llama, tmp_path / "gptq.onnx") < 0.9 * error(LLAMA, llama, tmp_path / "rtn.onnx")
 
 
 def test_hessians_in_groups_give_the_same_weights(llama: Path, tmp_path: Path) -> None:
@@ -67,7 +59,7 @@ def test_hessians_in_groups_give_the_same_weights(llama: Path, tmp_path: Path) -
     for name, memory in (("whole", MEMORY), ("single", 1)):
         folder = tmp_path / name
         folder.mkdir()
-        data = Replay(batches(), folder)
+        data = Replay(batches(LLAMA), folder)
         results.append(solve_weights(llama, sites, schemes, data, folder, NullProgress(), memory=memory, threads=1)[0])
     assert set(results[0]) == set(results[1]) == {site.node_name for site in sites}
     for a, b in zip(results[0].values(), results[1].values(), strict=True):
@@ -93,7 +85,7 @@ def test_the_head_keeps_its_bits(llama: Path) -> None:
 
 def test_too_little_data_for_gptq(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"2 rows reach .*64 input features; gptq needs at least 7"):
-        oq.quantize(llama, tmp_path / "q.onnx", batches(1, 2), scheme="a8w4-block", rotations=())
+        oq.quantize(llama, tmp_path / "q.onnx", batches(LLAMA, 1, 2), scheme="a8w4-block", rotations=())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -108,4 +100,4 @@ def test_too_little_data_for_gptq(llama: Path, tmp_path: Path) -> None:
 )
 def test_options_that_contradict_each_other(llama: Path, tmp_path: Path, options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        oq.quantize(llama, tmp_path / "q.onnx", batches(1), **options)
+        oq.quantize(llama, tmp_path / "q.onnx", batches(LLAMA, 1), **options)

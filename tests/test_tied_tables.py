@@ -11,6 +11,7 @@ import pytest
 
 import onnx_quarot as oq
 import small_llama
+from llama_runs import batches, error
 from onnx_quarot.discovery import discover_model
 from onnx_quarot.load import load
 from onnx_quarot.scheme import parse_scheme
@@ -26,23 +27,12 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_llama.save(tmp_path_factory.mktemp("llama") / "model.onnx", LLAMA)
 
 
-def batches(count: int = 4, length: int = 48) -> list[dict[str, np.ndarray]]:
-    rng = np.random.default_rng(0)
-    return [small_llama.decoder_feeds(LLAMA, rng, length) for _ in range(count)]
-
-
-def error(reference: Path, candidate: Path) -> float:
-    feeds = batches(5)[-1]
-    a, b = (oq.session(path).run(["logits"], feeds)[0] for path in (reference, candidate))
-    return float(np.linalg.norm(a - b) / np.linalg.norm(a))
-
-
 @pytest.mark.parametrize("rotations", [("R1", "R2", "R4"), ()], ids=["rotated", "plain"])
 @pytest.mark.parametrize(
     "scheme", ["a8w8", "a8w8-dynamic", "a8w4-dynamic", "a8w8-dynamic-tensor", "a8w8-block", "a8w4-block", "a4w4"]
 )
 def test_one_matrix_serves_both(llama: Path, tmp_path: Path, scheme: str, rotations: tuple[str, ...]) -> None:
-    oq.quantize(llama, tmp_path / "q.onnx", batches(), scheme=scheme, rotations=rotations)
+    oq.quantize(llama, tmp_path / "q.onnx", batches(LLAMA), scheme=scheme, rotations=rotations)
     model = ir.load(tmp_path / "q.onnx")
     floats = [
         t
@@ -55,7 +45,7 @@ def test_one_matrix_serves_both(llama: Path, tmp_path: Path, scheme: str, rotati
     readers = {use.node.op_type for use in large[0].uses()}
     assert len(readers & {"Gather", "GatherND"}) == 1
     assert len(readers) == 2
-    assert error(llama, tmp_path / "q.onnx") < (0.08 if "w8" in scheme else 0.6)
+    assert error(LLAMA, llama, tmp_path / "q.onnx") < (0.08 if "w8" in scheme else 0.6)
     # The table itself: what the graph's first layer reads is the table's rows, to 8 bits.
     assert len(large[0].uses()) == 2
 
@@ -63,13 +53,13 @@ def test_one_matrix_serves_both(llama: Path, tmp_path: Path, scheme: str, rotati
 @pytest.mark.parametrize("scheme", ["a8w8", "a8w8-dynamic-tensor"])
 def test_the_matrix_is_int8_and_loads_where_products_must_be_exact(llama: Path, tmp_path: Path, scheme: str) -> None:
     """uint8 would take ONNX Runtime's slower kernel on CPUs with VNNI; its exact mode makes it of int8 as it loads."""
-    oq.quantize(llama, tmp_path / "q.onnx", batches(1), scheme=scheme)
+    oq.quantize(llama, tmp_path / "q.onnx", batches(LLAMA, 1), scheme=scheme)
     results = []
     for precise in "01":
         options = ort.SessionOptions()
         options.add_session_config_entry("session.x64quantprecision", precise)
         model = oq.session(tmp_path / "q.onnx", session_options=options, exact=False)
-        results.append(model.run(["logits"], batches(1)[0])[0])
+        results.append(model.run(["logits"], batches(LLAMA, 1)[0])[0])
     constants = [v.const_value for v in ir.load(tmp_path / "q.onnx").graph.initializers.values()]
     assert {t.dtype for t in constants if t.size == LLAMA.vocab * LLAMA.hidden} == {ir.DataType.INT8}
     np.testing.assert_allclose(*results, atol=0.05 * np.abs(results[0]).max())  # saturating sums differ a little
@@ -79,7 +69,7 @@ def test_the_matrix_is_int8_and_loads_where_products_must_be_exact(llama: Path, 
 def test_tables_of_four_bits(llama: Path, tmp_path: Path, block: int) -> None:
     """With zero points, two codes a byte: the first rows the graph looks up are what MatMulNBits multiplies by."""
     scheme = replace(parse_scheme("a8w4-block"), head_bits=None, block=block, weights="rtn")
-    oq.quantize(llama, tmp_path / "q.onnx", batches(1), scheme=scheme, rotations=())
+    oq.quantize(llama, tmp_path / "q.onnx", batches(LLAMA, 1), scheme=scheme, rotations=())
     model = ir.load(tmp_path / "q.onnx")
     head = next(node for node in model.graph if node.outputs[0].name == "logits")
     assert head.op_type == "MatMulNBits"
@@ -98,7 +88,7 @@ def test_tables_of_four_bits(llama: Path, tmp_path: Path, block: int) -> None:
     )
     model.graph.outputs.append(embedded)
     ir.save(model, tmp_path / "probe.onnx")
-    feeds = batches(1)[0]
+    feeds = batches(LLAMA, 1)[0]
     found = oq.session(tmp_path / "probe.onnx").run([embedded.name], feeds)[0]
     rows = table.reshape(LLAMA.vocab, LLAMA.hidden)[feeds["input_ids"]]
     np.testing.assert_allclose(found.reshape(rows.shape), rows, atol=1e-6)
@@ -107,7 +97,7 @@ def test_tables_of_four_bits(llama: Path, tmp_path: Path, block: int) -> None:
 def test_untied_on_request(llama: Path, tmp_path: Path) -> None:
     sizes = {}
     for tied in (True, False):
-        report = oq.quantize(llama, tmp_path / "q.onnx", batches(1), tied=tied)
+        report = oq.quantize(llama, tmp_path / "q.onnx", batches(LLAMA, 1), tied=tied)
         sizes[tied] = report.bytes_out
         assert any("stays tied" in note for note in report.notes) == tied
     assert sizes[True] < sizes[False] - LLAMA.vocab * LLAMA.hidden * 0.9

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from .clipping import fit_rows
 from .editing import GraphNames
 from .errors import ModelError
-from .qdq import SiteReport, check_float, check_opset
+from .qdq import SiteReport, check_replaceable
 from .qparams import Array, SolvedWeight, lazy
 from .scheme import Scheme, TensorSpec
 from .sites import LinearSite, WeightSource
@@ -187,10 +187,7 @@ def quantize_blocks(
     activations, or too old an opset.
     """
     for site in sites:
-        check_opset(model, schemes[site.node_name])
-        check_float(site)
-        if site.transposes_input:
-            raise ModelError(f"node {site.node_name!r}: a Gemm with transA=1 cannot become MatMulNBits; exclude it")
+        check_replaceable(model, site, schemes[site.node_name])
     names = GraphNames(model.graph)
     stored: dict[tuple[object, ...], StoredBlocks] = {}
     reports: list[SiteReport] = []

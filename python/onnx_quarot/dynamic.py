@@ -11,8 +11,8 @@ import numpy as np
 import onnx_ir as ir
 
 from .editing import GraphNames
-from .errors import ConfigError, ModelError
-from .qdq import SiteReport, check_float, check_opset
+from .errors import ConfigError
+from .qdq import SiteReport, check_replaceable
 from .qparams import QuantizedWeight, SolvedWeight
 from .scheme import Scheme
 from .sites import LinearSite, WeightSource
@@ -37,10 +37,7 @@ def quantize_dynamic(
     """
     for site in sites:
         scheme = schemes[site.node_name]
-        check_opset(model, scheme)
-        check_float(site)
-        if site.transposes_input:
-            raise ModelError(f"node {site.node_name!r}: a Gemm with transA=1 cannot be quantized so; exclude it")
+        check_replaceable(model, site, scheme)
         if scheme.weight.bits != 8 or not (scheme.weight.signed and scheme.weight.symmetric):
             raise ConfigError(f"weight: {scheme.name} takes signed symmetric weights of 8 bits")
     names = GraphNames(model.graph)

@@ -19,7 +19,7 @@ from .custom_op import OP_TYPE as HADAMARD
 from .editing import GraphNames, take_over
 from .errors import ConfigError, ModelError
 from .fused_neighbours import absorb_neighbours
-from .qdq import SiteReport, check_float, check_opset
+from .qdq import SiteReport, check_replaceable
 from .qlinear import MAX_DEPTH, MOST_OUTPUTS, OP_TYPE, PANEL, QLinearSpec, add_qlinear, pack, pack_scales
 from .qparams import Array, QuantizedWeight, SolvedWeight, lazy
 from .scheme import Scheme
@@ -51,10 +51,7 @@ def quantize_fused(
     """
     for site in sites:
         scheme = schemes[site.node_name]
-        check_opset(model, scheme)
-        check_float(site)
-        if site.transposes_input:
-            raise ModelError(f"node {site.node_name!r}: a Gemm with transA=1 cannot be quantized so; exclude it")
+        check_replaceable(model, site, scheme)
         if site.depth > MAX_DEPTH:
             raise ModelError(f"node {site.node_name!r}: has {site.depth} input features; {OP_TYPE} takes {MAX_DEPTH}")
         weight = scheme.weight

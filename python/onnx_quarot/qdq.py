@@ -128,6 +128,18 @@ def check_float(site: LinearSite) -> None:
         )
 
 
+def check_replaceable(model: ir.Model, site: LinearSite, scheme: Scheme) -> None:
+    """Before a product of integers takes the place of a site: ModelError also for a Gemm that transposes its
+    activations, which none of them does.
+    """
+    check_opset(model, scheme)
+    check_float(site)
+    if site.transposes_input:
+        raise ModelError(
+            f"node {site.node_name!r}: a Gemm with transA=1 cannot be quantized as {scheme.name}; exclude it"
+        )
+
+
 class _Editor:
     """The edits on one graph, and what they have made so far."""
 

@@ -18,7 +18,7 @@ from .blocks import BlockWeight
 from .discovery.shapes import Shapes
 from .editing import GraphNames
 from .errors import ConfigError, ModelError
-from .qdq import SiteReport, check_float, check_opset
+from .qdq import SiteReport, check_replaceable
 from .qparams import Array, SolvedWeight
 from .scheme import Scheme, TensorSpec
 from .sites import LinearSite
@@ -39,10 +39,7 @@ def check_tokens(model: ir.Model, sites: Sequence[LinearSite], schemes: Mapping[
     shapes = Shapes(model)
     for site in sites:
         scheme = schemes[site.node_name]
-        check_opset(model, scheme)
-        check_float(site)
-        if site.transposes_input:
-            raise ModelError(f"node {site.node_name!r}: a Gemm with transA=1 cannot be quantized so; exclude it")
+        check_replaceable(model, site, scheme)
         block = block_of(site, scheme)
         if not shapes.known(site.input):
             raise ModelError(f"node {site.node_name!r}: the rank of its input {site.activation!r} is not known")
