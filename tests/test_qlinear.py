@@ -18,8 +18,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 import onnx_quarot as oq
 from onnx_quarot import _core
-from onnx_quarot.custom_op import DOMAIN, _Transform, add_hadamard, register
+from onnx_quarot.custom_op import DOMAIN, add_hadamard, register
 from onnx_quarot.errors import ConfigError
+from onnx_quarot.portable import Transform
 from onnx_quarot.qlinear import QLinearSpec, add_qlinear, pack, pack_scales
 
 Array = np.ndarray[Any, Any]
@@ -62,7 +63,7 @@ def make_model(
     if rotated:
         node = add_hadamard(model, x, size=depth, signs=signs, name="h")
         sign_value = node.inputs[1] if signs is not None else None
-        transform = _Transform.make(depth, None, signs, False, None, ir.DataType.FLOAT)
+        transform = Transform.make(depth, None, signs, False, None, ir.DataType.FLOAT)
         spec = replace(spec, rotation=transform)
     bias_value = constant("b", np.linspace(-1, 1, columns, dtype=np.float32)) if bias else None
     if residual:

@@ -14,11 +14,12 @@ import numpy as np
 import onnx_ir as ir
 
 from .blocks import BlockWeight
-from .custom_op import DOMAIN, _Transform
+from .custom_op import DOMAIN
 from .custom_op import OP_TYPE as HADAMARD
 from .editing import GraphNames, take_over
 from .errors import ConfigError, ModelError
 from .fused_neighbours import absorb_neighbours
+from .portable import Transform
 from .qdq import SiteReport, check_replaceable
 from .qlinear import MAX_DEPTH, MOST_OUTPUTS, OP_TYPE, PANEL, QLinearSpec, add_qlinear, pack, pack_scales
 from .qparams import Array, QuantizedWeight, SolvedWeight, lazy
@@ -230,13 +231,13 @@ def _splits(sizes: Sequence[int]) -> bool:
     return 1 < len(sizes) <= MOST_OUTPUTS and not any(size % PANEL for size in sizes[:-1])
 
 
-def _transform(node: ir.Node, depth: int) -> _Transform:
+def _transform(node: ir.Node, depth: int) -> Transform:
     """What a Hadamard node does."""
     given = {name: value.value for name, value in node.attributes.items()}
     signs = node.inputs[1] if len(node.inputs) > 1 else None
     length = 0 if signs is None or signs.const_value is None else int(signs.const_value.shape.numpy()[0])
     block, scale = int(given.get("block_size", depth)), given.get("scale")
-    return _Transform(block, length, bool(given.get("transpose", 0)), scale, ir.DataType.FLOAT)
+    return Transform(block, length, bool(given.get("transpose", 0)), scale, ir.DataType.FLOAT)
 
 
 def _report(site: LinearSite, scheme: Scheme) -> SiteReport:

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnx_quarot.custom_op import DOMAIN, _Body, _check_input, _Transform
 from onnx_quarot.errors import ModelError
+from onnx_quarot.portable import DOMAIN, Body, Transform, check_input
 
 __all__ = ["add_hadamard_dynamic_quantize_linear", "add_hadamard_quantize_linear"]
 
@@ -53,17 +53,17 @@ def add_hadamard_quantize_linear(
         OrderError: the block size does not divide ``size``, or has no Hadamard matrix.
         ModelError: the type or shape of an input does not fit.
     """
-    _check_input(x, size, name, (ir.DataType.FLOAT,))
+    check_input(x, size, name, (ir.DataType.FLOAT,))
     if y_zero_point.dtype not in _ZERO_POINTS:
         kind = "unknown" if y_zero_point.dtype is None else y_zero_point.dtype.name
         raise ModelError(
             f"{name}: the type of y_zero_point ({y_zero_point.name!r}) is {kind}: it must be INT8 or UINT8"
         )
-    transform = _Transform.make(size, block_size, signs, transpose, scale, ir.DataType.FLOAT)
+    transform = Transform.make(size, block_size, signs, transpose, scale, ir.DataType.FLOAT)
     held = transform.prepare(model, signs)
     op_type, overload = "HadamardQuantizeLinear", transform.overload() + _ZERO_POINTS[y_zero_point.dtype]
     if (DOMAIN, op_type, overload) not in model.functions:
-        body = _Body(model.opset_imports[""])
+        body = Body(model.opset_imports[""])
         inputs = [
             ir.Value(name="X", type=ir.TensorType(ir.DataType.FLOAT)),
             ir.Value(name="y_scale", type=ir.TensorType(ir.DataType.FLOAT)),
@@ -103,12 +103,12 @@ def add_hadamard_dynamic_quantize_linear(
     Its outputs are int8 of the shape of ``x``, and the scales, float32 ``[..., 1]``: a row's largest magnitude / 127,
     or 1 for a row of zeros. Arguments and errors as in :func:`add_hadamard_quantize_linear`.
     """
-    _check_input(x, size, name, (ir.DataType.FLOAT,))
-    transform = _Transform.make(size, block_size, signs, transpose, scale, ir.DataType.FLOAT)
+    check_input(x, size, name, (ir.DataType.FLOAT,))
+    transform = Transform.make(size, block_size, signs, transpose, scale, ir.DataType.FLOAT)
     held = transform.prepare(model, signs)
     op_type, overload = "HadamardDynamicQuantizeLinear", transform.overload()
     if (DOMAIN, op_type, overload) not in model.functions:
-        body = _Body(model.opset_imports[""])
+        body = Body(model.opset_imports[""])
         inputs = [ir.Value(name="X", type=ir.TensorType(ir.DataType.FLOAT))]
         signs_input = transform.signs_input()
         outputs = _quantize_rows(body, transform.apply(body, inputs[0], signs_input))
@@ -129,12 +129,8 @@ def add_hadamard_dynamic_quantize_linear(
     )
 
 
-def _quantize_rows(body: _Body, x: ir.Value) -> list[ir.Value]:
-    magnitude = body.node("Abs", [x])
-    if body.opset_version >= 18:
-        most = body.node("ReduceMax", [magnitude, body.constant(np.array([-1], np.int64))], keepdims=1)
-    else:
-        most = body.node("ReduceMax", [magnitude], axes=[-1], keepdims=1)
+def _quantize_rows(body: Body, x: ir.Value) -> list[ir.Value]:
+    most = body.reduce("ReduceMax", body.node("Abs", [x]))
     none = body.node("Less", [most, body.constant(np.array(_SMALLEST, np.float32))])
     own = body.node("Div", [most, body.constant(np.array(127, np.float32))])
     y_scale = body.node("Where", [none, body.constant(np.array(1, np.float32)), own])

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from .custom_op import DOMAIN, OPSET_VERSION, _Body, _Transform
 from .errors import ConfigError
+from .portable import DOMAIN, OPSET_VERSION, Body, Transform
 
 Array = npt.NDArray[Any]
 
@@ -75,7 +75,7 @@ class QLinearSpec:
     block: int | None = None
     dtype: ir.DataType = ir.DataType.FLOAT
     has_bias: bool = False
-    rotation: _Transform | None = None
+    rotation: Transform | None = None
     epsilon: float | None = None
     splits: tuple[int, ...] = ()
     gated: bool = False
@@ -148,7 +148,7 @@ def add_qlinear(model: ir.Model, spec: QLinearSpec, inputs: Sequence[ir.Value | 
 
 def _function(spec: QLinearSpec, opset: int) -> ir.Function:
     """The operator in standard operators: the same integers, multiplied in float32."""
-    body = _Body(opset)
+    body = Body(opset)
     kinds = [spec.dtype, ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.FLOAT, ir.DataType.INT8]
     names = ["X", "W", "scales", "bias", "signs"]
     inputs = [ir.Value(name=name, type=ir.TensorType(kind)) for name, kind in zip(names, kinds, strict=True)]
@@ -157,7 +157,7 @@ def _function(spec: QLinearSpec, opset: int) -> ir.Function:
     straight = rows = x if spec.dtype == ir.DataType.FLOAT else body.cast(x, ir.DataType.FLOAT)
     if spec.rotation is not None:
         rows = spec.rotation.apply(body, rows, signs if has_signs else None)
-    largest = _row_peak(body, rows)
+    largest = body.reduce("ReduceMax", body.node("Abs", [rows]))
     peak = body.node("Max", [largest, _real(body, _LEAST_PEAK)])
     inverse = body.node("Div", [_real(body, 127.0), peak])
     # Infinity times zero is NaN, as is what a NaN touches: the whole row of one becomes NaN, as in the operator.
@@ -189,7 +189,7 @@ def _function(spec: QLinearSpec, opset: int) -> ir.Function:
     return ir.Function(DOMAIN, OP_TYPE, spec.overload, graph=graph, attributes=declared)
 
 
-def _real(body: _Body, value: float) -> ir.Value:
+def _real(body: Body, value: float) -> ir.Value:
     return body.constant(np.array(value, np.float32))
 
 
@@ -199,16 +199,13 @@ def _attribute(name: str, value: float | list[int]) -> ir.Attr:
     return ir.AttrFloat32(name, value) if isinstance(value, float) else ir.AttrInt64(name, value)
 
 
-def _norm_factor(body: _Body, x: ir.Value, epsilon: float) -> ir.Value:
+def _norm_factor(body: Body, x: ir.Value, epsilon: float) -> ir.Value:
     square = body.node("Mul", [x, x])
-    if body.opset_version >= 18:
-        mean = body.node("ReduceMean", [square, body.constant(np.array([-1], np.int64))], keepdims=1)
-    else:
-        mean = body.node("ReduceMean", [square], axes=[-1], keepdims=1)
+    mean = body.reduce("ReduceMean", square)
     return body.node("Reciprocal", [body.node("Sqrt", [body.node("Add", [mean, _real(body, epsilon)])])])
 
 
-def _sides_apart(body: _Body, spec: QLinearSpec, x: ir.Value, leading: list[int]) -> ir.Value:
+def _sides_apart(body: Body, spec: QLinearSpec, x: ir.Value, leading: list[int]) -> ir.Value:
     """[*leading, N] in the order of the product: of a gated one, all of ``a`` before all of ``b``."""
     if not spec.gated:
         return x
@@ -218,14 +215,7 @@ def _sides_apart(body: _Body, spec: QLinearSpec, x: ir.Value, leading: list[int]
     return body.reshape(sides, [*leading, spec.columns])
 
 
-def _row_peak(body: _Body, x: ir.Value) -> ir.Value:
-    magnitude = body.node("Abs", [x])
-    if body.opset_version >= 18:
-        return body.node("ReduceMax", [magnitude, body.constant(np.array([-1], np.int64))], keepdims=1)
-    return body.node("ReduceMax", [magnitude], axes=[-1], keepdims=1)
-
-
-def _unpacked(body: _Body, spec: QLinearSpec, packed: ir.Value, scales: ir.Value) -> ir.Value:
+def _unpacked(body: Body, spec: QLinearSpec, packed: ir.Value, scales: ir.Value) -> ir.Value:
     """[K, N] float32: the integers, for 4 bits times their scales."""
     panels = -(-spec.columns // PANEL)
     if spec.block is None:
