@@ -227,8 +227,10 @@ constexpr unsigned passes(unsigned doublings) { return (doublings + 2) / 3; }
 ONNX_QUAROT_INLINE std::size_t last_radix(std::size_t n, std::size_t element_bytes, std::size_t block) {
   const std::size_t bytes = n * element_bytes;
   unsigned left = bytes <= kL1Bytes ? doublings(block, n) : doublings(kChunkBytes, bytes);
-  const unsigned beyond = doublings(kL2Bytes, bytes);
-  if (kVectorBytes >= 64 && beyond > 0 && passes(beyond) + passes(left - beyond) == passes(left)) left = beyond;
+  if constexpr (kVectorBytes >= 64) {
+    const unsigned beyond = doublings(kL2Bytes, bytes);
+    if (beyond > 0 && passes(beyond) + passes(left - beyond) == passes(left)) left = beyond;
+  }
   return left == 1 ? 2 : (left % 3 == 0 ? 8 : 4);
 }
 
