@@ -22,7 +22,7 @@ from onnx_quarot.load import load
 from onnx_quarot.scheme import SCHEMES
 from onnx_quarot.sensitivity import measure_sensitivity
 from onnx_quarot.sites import linear_sites
-from onnx_quarot.widen import KEY, widen_layers, widened
+from onnx_quarot.widen import KEY, widen_bfloat16, widen_layers, widened
 
 CONFIG = small_llama.Config(separate_qkv=True)
 Feeds = dict[str, np.ndarray[Any, Any]]
@@ -154,11 +154,39 @@ def test_float32_is_left_alone(models: tuple[Path, Path]) -> None:
         widened(model)
 
 
-def test_bfloat16_where_nothing_has_to_be_run(tmp_path: Path) -> None:
+def in_float32(path: Path, folder: Path) -> Path:
+    """The same model with all of its bfloat16 in float32, which ONNX Runtime's CPU can run."""
+    model = ir.load(path)
+    assert widen_bfloat16(model)
+    ir.save(model, folder / f"wide.{path.name}")
+    return folder / f"wide.{path.name}"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options"),
+    [*((scheme, {}) for scheme in SCHEMES), ("a8w8", {"mixed": True}), ("a8w8-block", {"kv_cache": "int4"})],
+    ids=str,
+)
+def test_bfloat16_is_quantized_as_float32_is(
+    models: tuple[Path, Path], tmp_path: Path, scheme: str, options: dict[str, Any]
+) -> None:
     source = write(tmp_path, ml_dtypes.bfloat16)
-    batch = feeds(ml_dtypes.bfloat16)
-    report = oq.quantize(source, tmp_path / "q.onnx", [batch], scheme="a8w8-block")
+    options = {"scheme": scheme, "seed": 1, "block": 16 if scheme == "a4w4" else None, **options}
+    report = oq.quantize(source, tmp_path / "q.onnx", [feeds(ml_dtypes.bfloat16)], **options)
     assert len(report.quantized) == 15
-    assert all(value.dtype == ir.DataType.BFLOAT16 for value in ir.load(tmp_path / "q.onnx").graph.outputs)
-    with pytest.raises(ModelError, match=r"cannot be run by ONNX Runtime.*convert the model to float32 or float16"):
-        oq.quantize(source, tmp_path / "q.onnx", [batch], scheme="a8w8")
+    caches = (ir.DataType.UINT8,) if "kv_cache" in options else (ir.DataType.BFLOAT16,)
+    outputs = ir.load(tmp_path / "q.onnx").graph.outputs
+    assert [v.dtype for v in outputs] == [ir.DataType.BFLOAT16, *caches * (2 * CONFIG.layers)]
+    oq.quantize(models[0], tmp_path / "twin.onnx", [feeds(np.float32)], **options)
+    exact = logits(models[0], np.float32)
+    losses = [
+        distance(logits(p, np.float32), exact)
+        for p in (tmp_path / "twin.onnx", in_float32(tmp_path / "q.onnx", tmp_path))
+    ]
+    assert losses[1] < 1.15 * losses[0] + 0.02  # weights of bfloat16 are off by that much before
+
+
+def test_bfloat16_cannot_be_evaluated_and_says_so(tmp_path: Path) -> None:
+    source = write(tmp_path, ml_dtypes.bfloat16)
+    with pytest.raises(ModelError, match="bfloat16"):
+        oq.evaluate(source, source, [feeds(ml_dtypes.bfloat16)])

@@ -16,6 +16,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -26,6 +27,7 @@ from . import runtime_faults
 from .errors import DataError, ModelError, first_line
 from .observers import Sink
 from .partial import disposable
+from .widen import widen_bfloat16
 
 Array = npt.NDArray[Any]
 
@@ -110,7 +112,8 @@ def run_all(session: ort.InferenceSession, names: list[str], batch: Mapping[str,
 def _fed(batch: Mapping[str, Array], name: str) -> Array:
     if name not in batch:
         raise DataError(f"data: a batch lacks input {name!r}")
-    return np.ascontiguousarray(batch[name])
+    array = np.ascontiguousarray(batch[name])
+    return array.astype(np.float32) if array.dtype == ml_dtypes.bfloat16 else array
 
 
 @contextmanager
@@ -131,10 +134,12 @@ def _session(
 
 def open_model(model: ir.Model, folder: Path, stack: ExitStack, threads: int | None = None) -> ort.InferenceSession:
     """A session of `model`, whose external data lies in `folder`, in little memory: weights mapped, not repacked.
+    bfloat16, inputs and outputs of that type among it, becomes float32.
 
     What it needs on disk lives until `stack` is closed. ModelError if it cannot be run.
     """
     runtime_faults.refuse(model, "model")
+    widen_bfloat16(model)  # which ONNX Runtime's CPU knows little of
     options = ort.SessionOptions()
     options.log_severity_level = 4  # errors are raised, with the same words
     options.enable_cpu_mem_arena = False
@@ -148,7 +153,6 @@ def open_model(model: ir.Model, folder: Path, stack: ExitStack, threads: int | N
         for value in model.graph.initializers.values()
         if value.const_value is not None and not isinstance(value.const_value, ir.ExternalTensor)
     )
-    half = any(value.dtype == ir.DataType.BFLOAT16 for node in model.graph for value in node.outputs)
     source: str | bytes
     if inline > _INLINE_LIMIT:
         # Weights inside the file would be held twice, as message and as tensors: map them from a file instead.
@@ -166,8 +170,7 @@ def open_model(model: ir.Model, folder: Path, stack: ExitStack, threads: int | N
             source, options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
         )
     except Exception as error:  # ONNX Runtime's own exceptions share no base class
-        hint = "; its CPU knows little of bfloat16: convert the model to float32 or float16" if half else ""
-        raise ModelError(f"model: {folder} cannot be run by ONNX Runtime: {first_line(error)}{hint}") from None
+        raise ModelError(f"model: {folder} cannot be run by ONNX Runtime: {first_line(error)}") from None
 
 
 def _prune(model: ir.Model, names: list[str]) -> list[str]:

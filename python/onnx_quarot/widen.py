@@ -64,6 +64,36 @@ def widen_alike(model: ir.Model, other: ir.Model) -> None:
         widen_layers(model, [site for site in linear_sites(model) if site.node_name in names])
 
 
+def widen_bfloat16(model: ir.Model) -> bool:
+    """Let a whole graph compute in float32 where it is in bfloat16, in place, to be run where nothing else can be;
+    whether it was anywhere.
+    """
+    graphs = [model.graph, *{node.graph for node in model.graph.all_nodes()} - {model.graph, None}]
+    values = [v for g in graphs if g is not None for v in (*g.inputs, *g.initializers.values())]
+    nodes = list(model.graph.all_nodes())
+    found = [v for v in (*values, *(v for n in nodes for v in n.outputs)) if v.dtype == ir.DataType.BFLOAT16]
+    for value in found:
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+        if value.const_value is not None:
+            value.const_value = _wide(value.const_value)
+    for node in nodes:
+        for name, attribute in list(node.attributes.items()):
+            if name in ("to", "dtype") and attribute.value == ir.DataType.BFLOAT16:
+                node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
+            if attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == ir.DataType.BFLOAT16:
+                node.attributes[name] = ir.AttrTensor(name, _wide(attribute.as_tensor()))
+    return bool(found)
+
+
+def _wide(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    def read() -> ir.TensorProtocol:
+        array = tensor.numpy().astype(np.float32)
+        unmap(tensor)
+        return ir.Tensor(array, name=tensor.name)
+
+    return ir.LazyTensor(read, ir.DataType.FLOAT, ir.Shape(tensor.shape.numpy()), name=tensor.name)
+
+
 def _reads_table(node: ir.Node) -> bool:
     """Whether a node looks rows of a constant matrix up."""
     found = looked_up(node)
@@ -84,12 +114,8 @@ class _Edit:
         if tensor is None or tensor.dtype not in OTHERS:
             return
 
-        def read() -> ir.TensorProtocol:
-            array = tensor.numpy().astype(np.float32)
-            unmap(tensor)
-            return ir.Tensor(array, name=root.name)
-
-        root.const_value = ir.LazyTensor(read, ir.DataType.FLOAT, ir.Shape(tensor.shape.numpy()), name=root.name)
+        root.const_value = _wide(tensor)
+        root.const_value.name = root.name
         self._made_float(root, tensor.dtype)
         self.changed = True
 
