@@ -346,6 +346,21 @@ def test_experts_read_and_write(tmp_path: Path) -> None:
     assert {n: how(plan, n) for n in ("p", "k", "y")} == dict.fromkeys(("p", "k", "y"), "offline")
 
 
+def test_a_stream_is_centred_for_its_layer_norms_and_read_as_it_is_elsewhere(tmp_path: Path) -> None:
+    """ModernBERT: what a norm made is read by a layer and begins a stream, from which the mean is subtracted there."""
+    nodes = [
+        node("MatMul", "x a", "h"), node("LayerNormalization", "h g c", "n"),
+        node("MatMul", "n w", "k"), node("Add", "n k", "s"),
+        node("LayerNormalization", "s g c", "q"), node("MatMul", "q u", "r"), node("Add", "s r", "t"),
+        node("LayerNormalization", "t g c", "z"), node("MatMul", "z b", "y"),
+    ]  # fmt: skip
+    weights = {"a": rand(16, 32), "w": rand(32, 32), "u": rand(32, 32), "b": rand(32, 8), "g": W32, "c": W32 - 1}
+    plan = decide(save(tmp_path / "m.onnx", nodes, [2, 3, 16], **weights))
+    assert {n: how(plan, n) for n in "kry"} == {"k": "online", "r": "offline", "y": "offline"}
+    assert sorted(o.centre for o in plan.online if o.value == "n") == [False, True]
+    assert {o.value for o in plan.online} <= {"n", "x"}
+
+
 @pytest.mark.parametrize("layout", ["columns", "rows", "rows, turned", "read twice"])
 def test_experts_that_are_selected_take_a_scale_over(layout: str, tmp_path: Path) -> None:
     """The matrices of each token's expert, multiplied one token at a time."""

@@ -142,20 +142,18 @@ class Builder:
         return tuple(result)
 
     def _online(self) -> tuple[Online, ...]:
-        jobs: dict[tuple[ir.Value, bool, Segment], list[tuple[int, int]]] = {}
-        centre: set[ir.Value] = set()
+        jobs: dict[tuple[ir.Value, bool, Segment, bool], list[tuple[int, int]]] = {}
         for value, axis, source, ends in self.labels.boundaries():
             for leaf in set(self.labels.leaves(value, axis)):
                 before = self.labels.rotated(source, axis, leaf)
                 for end in ends:
                     if self.labels.rotated(end, axis, leaf) != before:
-                        jobs.setdefault((value, before, leaf), []).append(self._consumer(end))
-                        if not before and self.labels.centred(end, axis):
-                            centre.add(value)
+                        centre = not before and self.labels.centred(end, axis)
+                        jobs.setdefault((value, before, leaf, centre), []).append(self._consumer(end))
         for read in self.t.reads:
             if read.slot in self.t.apart:
                 (leaf,) = self.labels.leaves(self._basis(read)[0].value, self._basis(read)[1])
-                jobs.setdefault((read.port.value, False, leaf), []).append(self._consumer(read.port))
+                jobs.setdefault((read.port.value, False, leaf, False), []).append(self._consumer(read.port))
         return tuple(
             Online(
                 value=str(value.name),
@@ -164,9 +162,9 @@ class Builder:
                 consumers=tuple(ends),
                 width=self.t.size(Def(value), -1),
                 dtype=self.t.shapes.dtype[value].name,
-                centre=value in centre,
+                centre=centre,
             )
-            for (value, inverse, leaf), ends in jobs.items()
+            for (value, inverse, leaf, centre), ends in jobs.items()
         )
 
     def _basis(self, read: Read) -> tuple[Use, int]:

@@ -53,8 +53,11 @@ class Centring:
                 for leaf in common:
                     self._groups.union((tie.a, tie.axis_a, leaf), (tie.b, tie.axis_b, leaf))
         outputs = set(t.graph.outputs)
+        # What keeps its basis where it is made enters every stream by an online rotation, or is read as it is: the mean
+        # may be subtracted for one reader and not for another.
+        kept = {(b.port.value, b.axis) for b in t.blocks if isinstance(b.port, Def) and b.segment is None}
         for value, axis in t.segments:
-            if constant(value) is not None:
+            if constant(value) is not None or (value, axis) in kept:
                 continue
             ends: list[Port] = [Use(u.node, u.idx) for u in value.uses()]
             if value in outputs:
