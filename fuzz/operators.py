@@ -166,5 +166,57 @@ def fuzz_qlinear(seed: int, folder: Path) -> str:
     return run(node, inputs, feeds, rng)
 
 
+def fuzz_attention(seed: int, folder: Path) -> str:
+    """An attention that is right, then up to three things that are not."""
+    rng = random.Random(seed)
+    size, kv_heads, group = rng.choice([16, 32, 80]), rng.choice([1, 2]), rng.choice([1, 3])
+    heads, batch, length = kv_heads * group, rng.choice([1, 2]), rng.choice([1, 2, 70])
+    past = rng.choice([0, 1, 65])
+    packed, kind = rng.random() < 0.5, TensorProto.FLOAT
+    feeds: dict[str, Array] = {
+        "query": array(kind, [batch, length, (heads + 2 * kv_heads if packed else heads) * size], rng)
+    }
+    if not packed:
+        feeds |= {name: array(kind, [batch, length, kv_heads * size], rng) for name in ("key", "value")}
+    for name in ("past_key", "past_value"):
+        feeds[name] = array(kind, [batch, kv_heads, past + rng.choice([0, 5]), size], rng)
+    feeds |= {"lengths": np.full(batch, past + length - 1, np.int32), "total": np.array(past + length, np.int32)}
+    if rng.random() < 0.5:
+        feeds |= {name: array(kind, [past + length, size // 2], rng) for name in ("cos", "sin")}
+    attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": kv_heads, "head_size": size}
+    outputs = ["y", "present_key", "present_value"]
+    for _ in range(rng.choice([0, 0, 1, 1, 2, 3])):
+        name = rng.choice([*feeds])
+        match rng.randrange(5):
+            case 0:
+                numbers = [*NUMBERS, size // 2, 2 * size, 0.5, float("nan"), "text", [1]]
+                attributes[rng.choice([*attributes, "scale"])] = rng.choice(numbers)
+            case 1:
+                attributes.pop(rng.choice([*attributes]), None)
+            case 2:
+                shape = [rng.choice([d, 0, 1, d + 1, d // 2]) for d in feeds[name].shape]
+                feeds[name] = np.resize(feeds[name], shape)
+            case 3:
+                which = rng.choice(["lengths", "total"])
+                feeds[which] = np.resize(
+                    np.array(rng.choice([-1, 0, 1, 64, 70, 2**31 - 1, -(2**31)]), np.int32), feeds[which].shape
+                )
+            case 4:
+                outputs = rng.choice([outputs[:-1], [*outputs, "z"], ["", *outputs[1:]], [*outputs[:-1], ""]])
+    names = [
+        "query",
+        *(["", ""] if packed else ["key", "value"]),
+        *[name for name in feeds if name not in ("query", "key", "value")],
+    ]
+    try:
+        node = helper.make_node("GroupQueryAttention", names, outputs, domain="onnx_quarot", **attributes)
+    except (TypeError, ValueError, OverflowError):
+        return "not a node"
+    inputs = [
+        helper.make_tensor_value_info(v, helper.np_dtype_to_tensor_dtype(x.dtype), None) for v, x in feeds.items()
+    ]
+    return run(node, inputs, feeds, rng)
+
+
 def fuzz_operator(seed: int, folder: Path) -> str:
-    return fuzz_qlinear(seed, folder) if seed % 3 == 0 else fuzz_transform(seed, folder)
+    return (fuzz_qlinear, fuzz_transform, fuzz_attention, fuzz_transform)[seed % 4](seed, folder)

@@ -43,7 +43,7 @@ struct ApiBase {
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
 
 // ONNXTensorElementDataType, which is also onnx.TensorProto.DataType for these.
-enum ElementType : int { kFloat = 1, kUInt8 = 2, kInt8 = 3, kFloat16 = 10, kDouble = 11, kBFloat16 = 16 };
+enum ElementType : int { kFloat = 1, kUInt8 = 2, kInt8 = 3, kInt32 = 6, kFloat16 = 10, kDouble = 11, kBFloat16 = 16 };
 
 enum Characteristic : int { kRequired = 0, kOptional = 1 };
 

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "abi.h"
+#include "attention.h"
 #include "hadamard.h"
 #include "hadamard_quantize.h"
 #include "qlinear.h"
@@ -29,7 +30,8 @@ class Domain {
       : hadamard_{{{api, kFloat}, {api, kFloat16}, {api, kBFloat16}, {api, kDouble}}},
         quantize_{{{api, kInt8}, {api, kUInt8}}},
         dynamic_quantize_(api),
-        linears_{{{api, kFloat}, {api, kFloat16}, {api, kBFloat16}}} {
+        linears_{{{api, kFloat}, {api, kFloat16}, {api, kBFloat16}}},
+        attention_(api) {
     const auto release = [api](CustomOpDomain* held) { ReleaseCustomOpDomain(api, held); };
     CustomOpDomain* made = nullptr;
     check(api, CreateCustomOpDomain(api, kDomain, &made));
@@ -38,6 +40,7 @@ class Domain {
     for (const HadamardQuantizeOp& op : quantize_) check(api, CustomOpDomain_Add(api, made, &op));
     check(api, CustomOpDomain_Add(api, made, &dynamic_quantize_));
     for (const QLinearOp& op : linears_) check(api, CustomOpDomain_Add(api, made, &op));
+    check(api, CustomOpDomain_Add(api, made, &attention_));
     handle_ = owner.release();
   }
 
@@ -48,6 +51,7 @@ class Domain {
   std::array<HadamardQuantizeOp, 2> quantize_;
   HadamardDynamicQuantizeOp dynamic_quantize_;
   std::array<QLinearOp, 3> linears_;
+  AttentionOp attention_;
   CustomOpDomain* handle_ = nullptr;
 };
 

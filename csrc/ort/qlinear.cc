@@ -3,16 +3,16 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "fwht.h"
 #include "node.h"
+#include "operator.h"
 #include "qlinear/qlinear.h"
 #include "status.h"
+#include "work.h"
 
 namespace onnx_quarot::ort {
 namespace {
@@ -25,16 +25,10 @@ constexpr std::size_t kMostOutputs = 3;
 constexpr std::size_t kTaskProducts = std::size_t{1} << 21;
 constexpr std::size_t kTaskValues = std::size_t{1} << 15;
 
-std::string text(const std::vector<std::int64_t>& dims) {
-  std::string joined;
-  for (const std::int64_t dim : dims) joined += (joined.empty() ? "" : ", ") + std::to_string(dim);
-  return "[" + joined + "]";
-}
-
 void check_dims(const char* name, const std::vector<std::int64_t>& found, const std::vector<std::size_t>& wanted) {
   const std::vector<std::int64_t> rule(wanted.begin(), wanted.end());
   if (found != rule)
-    throw std::invalid_argument(std::string(name) + " has shape " + text(found) + ": it must be " + text(rule));
+    throw std::invalid_argument(std::string(name) + " has shape " + text_of(found) + ": it must be " + text_of(rule));
 }
 
 // float16 by its bits: exact, subnormal numbers, infinities and NaNs included.
@@ -130,33 +124,6 @@ class Reader {
   const KernelInfo* info_;
 };
 
-// Runs task(i) for i in [0, total) on the session's threads; the first failure is thrown.
-template <class Task>
-void parallel(const Api* api, const KernelContext* context, std::size_t total, const Task& task) {
-  if (total == 1) return task(0);
-  struct Work {
-    const Api* api;
-    const Task& task;
-    std::vector<Status*> failures;  // one a task, so that no two threads write to the same one
-  } work{api, task, std::vector<Status*>(total, nullptr)};
-  Status* status = KernelContext_ParallelFor(
-      api, context,
-      [](void* data, std::size_t i) {
-        auto& job = *static_cast<Work*>(data);
-        job.failures[i] = guarded(job.api, [&] { job.task(i); });
-      },
-      total, 0, &work);
-  for (Status* failure : work.failures) {
-    if (failure == nullptr) continue;
-    if (status == nullptr) {
-      status = failure;
-    } else {
-      ReleaseStatus(api, failure);
-    }
-  }
-  check(api, status);
-}
-
 struct Inputs {
   const void* x = nullptr;
   const std::uint8_t* weights = nullptr;
@@ -171,21 +138,6 @@ struct Inputs {
 struct Part {
   void* y = nullptr;
   std::size_t columns = 0, first = 0, end = 0;
-};
-
-// Room for a row: on a boundary of cache lines, where the transform is fastest, and not cleared.
-class AlignedFloats {
- public:
-  explicit AlignedFloats(std::size_t count)
-      : floats_(count == 0 ? nullptr : static_cast<float*>(::operator new[](count * sizeof(float), kAlignment))) {}
-  float* data() const { return floats_.get(); }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  struct Delete {
-    void operator()(float* floats) const { ::operator delete[](floats, kAlignment); }
-  };
-  std::unique_ptr<float[], Delete> floats_;
 };
 
 // Immutable once made: one kernel runs on many threads at once.
@@ -265,7 +217,7 @@ class QLinearKernel {
     bool whole = total == shape_.columns && splits_.size() <= kMostOutputs && !gated_;
     for (std::size_t i = 0; i + 1 < splits_.size(); ++i) whole = whole && splits_[i] % kPanelColumns == 0;
     if (whole) return;
-    throw std::invalid_argument("splits is " + text({splits_.begin(), splits_.end()}) + ": it must be up to " +
+    throw std::invalid_argument("splits is " + text_of({splits_.begin(), splits_.end()}) + ": it must be up to " +
                                 std::to_string(kMostOutputs) + " numbers that add up to N, which is " +
                                 std::to_string(shape_.columns) + ", all but the last multiples of " +
                                 std::to_string(kPanelColumns) + ", and none with gated=1");
@@ -274,7 +226,7 @@ class QLinearKernel {
   // Those of the node are those of its attributes, and all are used: nothing else would say where columns are to go.
   void check_outputs(const KernelInfo* info) const {
     const std::string rule =
-        "with splits " + text({splits_.begin(), splits_.end()}) + " there must be " + std::to_string(outputs());
+        "with splits " + text_of({splits_.begin(), splits_.end()}) + " there must be " + std::to_string(outputs());
     std::size_t count = 0;
     check(api_, KernelInfo_GetOutputCount(api_, info, &count));
     if (count != outputs()) throw std::invalid_argument("outputs are " + std::to_string(count) + ": " + rule);
@@ -296,7 +248,7 @@ class QLinearKernel {
     Inputs inputs;
     inputs.x_dims = dims_of(api_, values[0]);
     if (inputs.x_dims.empty() || inputs.x_dims.back() != static_cast<std::int64_t>(shape_.depth)) {
-      throw std::invalid_argument("X has shape " + text(inputs.x_dims) + ": its last axis must be K, which is " +
+      throw std::invalid_argument("X has shape " + text_of(inputs.x_dims) + ": its last axis must be K, which is " +
                                   std::to_string(shape_.depth));
     }
     const std::size_t step = shape_.bits == 4 ? 2 : 1;
@@ -317,7 +269,8 @@ class QLinearKernel {
       const std::vector<std::int64_t> dims = dims_of(api_, values[4]);
       const auto length = dims.size() == 1 ? static_cast<std::size_t>(dims[0]) : 0;
       if (length != shape_.depth && length != rotation_->block_size) {
-        throw std::invalid_argument("signs has shape " + text(dims) + ": it must have the length of a block or of K");
+        throw std::invalid_argument("signs has shape " + text_of(dims) +
+                                    ": it must have the length of a block or of K");
       }
       const auto* signs = static_cast<const std::int8_t*>(data_of(api_, values[4]));
       inputs.signs.assign(signs, signs + length);
@@ -332,8 +285,8 @@ class QLinearKernel {
     inputs.bias_rows = dims.size() > 1 && splits_.empty() && !gated_;
     if (dims == whole && inputs.bias_rows) return;
     if (dims.size() == 1 && dims[0] == whole.back()) return;
-    throw std::invalid_argument("bias has shape " + text(dims) + ": it must be " + text({whole.back()}) +
-                                (splits_.empty() && !gated_ ? " or " + text(whole) : ""));
+    throw std::invalid_argument("bias has shape " + text_of(dims) + ": it must be " + text_of({whole.back()}) +
+                                (splits_.empty() && !gated_ ? " or " + text_of(whole) : ""));
   }
 
   // Quantizes a row of X, as float32, normalized, rotated: from X's own memory if nothing has to be done to it.
@@ -414,15 +367,6 @@ class QLinearKernel {
   std::optional<TransformSpec> rotation_;
 };
 
-// ONNX Runtime names the node in errors of running it, but not in those of making it.
-QLinearKernel* make_kernel(const Api* api, ElementType type, const KernelInfo* info) {
-  try {
-    return new QLinearKernel(api, type, info);
-  } catch (const std::invalid_argument& error) {
-    throw std::invalid_argument("QLinear node '" + name_of(api, info) + "': " + error.what());
-  }
-}
-
 // One definition answers for all types of X: the type is that of the input.
 void infer_shape(const Api* api, ShapeInferContext* context) {
   TensorInfo* x = nullptr;
@@ -461,28 +405,17 @@ ElementType input_type(const CustomOp* op, std::size_t index) {
 }  // namespace
 
 QLinearOp::QLinearOp(const Api* table, ElementType element) : CustomOp{}, api(table), type(element) {
-  version = kApiVersion;
+  define_common<QLinearKernel>(*this);
   GetName = [](const CustomOp*) { return "QLinear"; };
-  GetExecutionProviderType = [](const CustomOp*) -> const char* { return nullptr; };
   GetInputType = input_type;
   GetInputTypeCount = [](const CustomOp*) { return std::size_t{5}; };
   GetInputCharacteristic = [](const CustomOp*, std::size_t index) { return index < 3 ? kRequired : kOptional; };
-  GetInputMemoryType = [](const CustomOp*, std::size_t) { return kDefaultMemory; };
   GetOutputType = [](const CustomOp* op, std::size_t) { return self(op)->type; };
   GetOutputTypeCount = [](const CustomOp*) { return kMostOutputs; };
   GetOutputCharacteristic = [](const CustomOp*, std::size_t index) { return index == 0 ? kRequired : kOptional; };
-  GetVariadicInputMinArity = GetVariadicInputHomogeneity = [](const CustomOp*) { return 0; };
-  GetVariadicOutputMinArity = GetVariadicOutputHomogeneity = [](const CustomOp*) { return 0; };
-  GetStartVersion = [](const CustomOp*) { return 1; };
-  GetEndVersion = [](const CustomOp*) { return 1; };
-  CreateKernelV2 = [](const CustomOp* op, const Api* table_now, const KernelInfo* info, void** kernel) {
-    return guarded(table_now, [&] { *kernel = make_kernel(table_now, self(op)->type, info); });
+  CreateKernelV2 = [](const CustomOp* op, const Api* api_now, const KernelInfo* info, void** kernel) {
+    return made(op, api_now, info, kernel, [&] { return new QLinearKernel(api_now, self(op)->type, info); });
   };
-  KernelComputeV2 = [](void* kernel, KernelContext* context) {
-    const auto* self_kernel = static_cast<const QLinearKernel*>(kernel);
-    return guarded(self_kernel->api(), [&] { self_kernel->compute(context); });
-  };
-  KernelDestroy = [](void* kernel) { delete static_cast<QLinearKernel*>(kernel); };
   InferOutputShapeFn = [](const CustomOp* op, ShapeInferContext* context) {
     return guarded(self(op)->api, [&] { infer_shape(self(op)->api, context); });
   };

@@ -73,11 +73,11 @@ float sum_squares(const float* values, std::size_t depth) {
   return parts[0];
 }
 
-// x / (1 + exp(-x)), with exp as 2^n times a polynomial of degree 6 on half of ln 2 to either side (after Cephes'
-// expf).
-inline Isa::Float silu(Isa::Float x) {
+// exp(t) for t in -87..87, what is outside as the nearer end, and NaN for NaN: 2^n times a polynomial of degree 6 on
+// half of ln 2 to either side (after Cephes' expf).
+inline Isa::Float exponential(Isa::Float given) {
   constexpr float most = 87.0f, magic = 12582912.0f;
-  Isa::Float t = -x;
+  Isa::Float t = given;
   t = t > most ? splat(most) : t;
   t = t < -most ? splat(-most) : t;
   const Isa::Float shifted = t * 1.44269504f + magic;  // the whole part in the low bits
@@ -90,8 +90,11 @@ inline Isa::Float silu(Isa::Float x) {
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
   const auto power = reinterpret_cast<Isa::Int>(p) + (reinterpret_cast<Isa::Int>(shifted) << 23);
-  return x / (1.0f + reinterpret_cast<Isa::Float>(power));
+  return given == given ? reinterpret_cast<Isa::Float>(power) : given;
 }
+
+// x / (1 + exp(-x)).
+inline Isa::Float silu(Isa::Float x) { return x / (1.0f + exponential(-x)); }
 
 void gate(const float* values, std::size_t pairs, float* y) {
   for (std::size_t pair = 0; pair < pairs; ++pair, values += 2 * kPanelColumns, y += kPanelColumns) {

@@ -14,13 +14,22 @@
 //   Part, nibbles(...), values4, dot4(part, ...), flush(sum, part)   the same for 4 bits; a Part takes 32 features
 //
 // Everything has internal linkage. Products and sums are not contracted: results are the same bits everywhere.
-#include "ends-inl.h"
+#include "attention-inl.h"
 #include "product4-inl.h"
 #include "product8-inl.h"
 
-#define ONNX_QUAROT_QLINEAR_KERNELS(symbol, name)                                                                 \
-  namespace onnx_quarot {                                                                                         \
-  const QLinearKernels symbol = {                                                                                 \
-      name,      Isa::step_bytes8, 4, peak_bits, sum_squares, gate, Isa::quantize8, quantize_bytes<Isa::offset4>, \
-      multiply8, multiply4};                                                                                      \
+#define ONNX_QUAROT_QLINEAR_KERNELS(symbol, name)              \
+  namespace onnx_quarot {                                      \
+  const QLinearKernels symbol = {name,                         \
+                                 Isa::step_bytes8,             \
+                                 4,                            \
+                                 peak_bits,                    \
+                                 sum_squares,                  \
+                                 gate,                         \
+                                 Isa::quantize8,               \
+                                 quantize_bytes<Isa::offset4>, \
+                                 multiply8,                    \
+                                 multiply4,                    \
+                                 attend_queries,               \
+                                 turn_pairs};                  \
   }

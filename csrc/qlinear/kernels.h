@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "attention.h"
+
 namespace onnx_quarot {
 
 // One row to quantize: values * inverse, rounded, in `steps` steps of four, zeros after `depth`. `out`
@@ -51,6 +53,8 @@ struct QLinearKernels {
   void (*quantize4)(const QuantizeJob&);
   void (*multiply8)(const MultiplyJob&);
   void (*multiply4)(const MultiplyJob&);
+  void (*attend)(const AttendJob&);
+  void (*turn)(const TurnJob&);
 };
 
 extern const QLinearKernels qlinear_baseline;

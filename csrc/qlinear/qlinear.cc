@@ -144,6 +144,10 @@ void multiply(const QuantizedRows& rows, std::size_t first, std::size_t end, con
   }
 }
 
+void attend(const AttendJob& job) { qlinear_kernels().attend(job); }
+
+void turn(const TurnJob& job) { qlinear_kernels().turn(job); }
+
 const QLinearKernels& qlinear_kernels() {
   static const QLinearKernels& chosen = choose();
   return chosen;

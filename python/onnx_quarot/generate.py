@@ -13,6 +13,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 
+from onnx_quarot.custom_op import DOMAIN
 from onnx_quarot.data import InputSpec, load_tokenizer
 from onnx_quarot.errors import ConfigError, DataError, ModelError
 
@@ -193,7 +194,7 @@ def extends_in_place(model: ir.Model) -> bool:
     return bool(caches) and all(
         len(uses := tuple(value.uses())) == 1
         and uses[0].node.op_type == "GroupQueryAttention"
-        and uses[0].node.domain == "com.microsoft"
+        and uses[0].node.domain in ("com.microsoft", DOMAIN)
         for value in caches
     )
 

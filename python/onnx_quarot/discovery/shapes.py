@@ -491,6 +491,7 @@ CONTRIB: dict[tuple[str, str], ContribRule] = {
     (_MICROSOFT, "SkipSimplifiedLayerNormalization"): _skip_norm,
     (_MICROSOFT, "SkipLayerNormalization"): _skip_norm,
     (_MICROSOFT, "GroupQueryAttention"): _group_query_attention,
+    ("onnx_quarot", "GroupQueryAttention"): _group_query_attention,
     (_MICROSOFT, "FusedMatMul"): _fused_matmul,
     (_MICROSOFT, "FusedGemm"): _fused_matmul,
     (_MICROSOFT, "MatMulNBits"): _matmul_n_bits,
