@@ -50,7 +50,7 @@ def test_weights_predict_what_an_error_does_to_the_output() -> None:
     rng = np.random.default_rng(0)
     query, key, value = (rng.standard_normal((64, 8)) for _ in range(3))
     key[0] += 2 * query.mean(axis=0)
-    _, of_values = row_weights(query, key[:, None], value[:, None], Scores(1, 1))
+    _, of_values, _ = row_weights(query, key[:, None], value[:, None], Scores(1, 1))
     exact = np.zeros(64)
     for token in range(64):
         moved = value.copy()
@@ -64,7 +64,7 @@ def test_weights_of_keys() -> None:
     """A small error of a score moves the output by p |value - output|."""
     rng = np.random.default_rng(1)
     query, key, value = (rng.standard_normal((32, 8)) for _ in range(3))
-    of_keys, _ = row_weights(query, key[:, None], value[:, None], Scores(1, 1))
+    of_keys, _, _ = row_weights(query, key[:, None], value[:, None], Scores(1, 1))
     for token in (0, 5, 28):
         # Along a query, its own score changes by a known amount.
         change = 0.0
@@ -80,7 +80,7 @@ def test_weights_of_keys() -> None:
 def test_scores_see_the_window_and_the_past() -> None:
     rng = np.random.default_rng(2)
     query, key, value = rng.standard_normal((4, 8)), rng.standard_normal((12, 1, 8)), rng.standard_normal((12, 1, 8))
-    _, weights = row_weights(query, key, value, Scores(1, 1, window=3))
+    _, weights, _ = row_weights(query, key, value, Scores(1, 1, window=3))
     assert np.flatnonzero(weights[:, 0]).tolist() == [6, 7, 8]  # the first query, at position 8; the others are skipped
 
 
@@ -94,12 +94,27 @@ def test_a_sample_keeps_what_weighs_and_estimates_the_rest() -> None:
         sample.update(rows, weights)
         even = 0.02 * weights.mean()
         total, mean = total + (weights + even).sum(), mean + ((weights + even) * rows).sum(axis=0)
-    assert (sample._rows[:, 0] == -5).sum() == 10
-    assert len(sample._rows) == 1024
-    importance = sample._weights.sum(axis=1)
-    weights = np.maximum(importance, sample._threshold)
-    estimate = (weights[:, None] * sample._rows).sum(axis=0) / weights.sum()
+    assert (sample._rows[0, :, 0] == -5).sum() == 10
+    assert sample._rows.shape == (1, 1024, 4)
+    estimate = (sample._shares() * sample._rows[0]).sum(axis=0)
     np.testing.assert_allclose(estimate, mean / total, atol=0.3)
+
+
+def test_covariances_are_those_of_all_rows_and_heads_draw_for_themselves() -> None:
+    rng = np.random.default_rng(5)
+    sample, seen, heavy = WeightedSample(2, 4), [], []
+    for _ in range(6):
+        rows, weights = rng.standard_normal((500, 8)).astype(np.float32) + 9, rng.uniform(0, 1, (500, 2)) ** 4
+        sample.update(rows, weights)
+        seen.append(rows.reshape(500, 2, 4))
+        heavy.append(weights + 0.02 * weights.mean(axis=0))
+    rows, weights = np.concatenate(seen), np.concatenate(heavy)
+    for head in range(2):
+        expected = np.cov(rows[:, head].T, aweights=weights[:, head], bias=True)
+        np.testing.assert_allclose(sample.covariance()[head], expected, atol=1e-6)
+        kept = sample._weights[head]
+        assert kept.mean() > 1.5 * weights[:, head].mean()
+        assert set(map(tuple, sample._rows[head])) <= set(map(tuple, rows[:, head]))
 
 
 @pytest.mark.parametrize("per_channel", [True, False])

@@ -163,7 +163,7 @@ def rotation_options(function: F) -> F:
     return click.option(
         "--rotations",
         callback=parse_rotations,
-        help="Which kinds may be used: some of R1,R2,R3,R4, or none. [default: R1,R2,R4, and R3 with int4-tensor]",
+        help="Which kinds may be used: some of R1,R2,R3,R4, or none. [default: R1,R2,R4, and R3 with a 4-bit cache]",
     )(function)
 
 

@@ -1,12 +1,14 @@
 """Quantized key/value caches: GroupQueryAttention's own, with static scales found on calibration data.
 
 Scales are symmetric, one a channel of each key/value head or one a tensor. They are measured on the rotated model: R2
-rotates what the cache holds of values, R3 what it holds of keys. In four bits keys and values are centred as well, and
-scales weigh errors as attention does (see :mod:`kv_fit`), which needs queries and keys behind their RoPE.
+rotates what the cache holds of values, R3 what it holds of keys. In four bits both get bases that fit what they hold
+(see :mod:`kv_basis`): values in the weights around them, keys in the graph. They are centred as well, and scales weigh
+errors as attention does (see :mod:`kv_fit`). All that needs queries and keys behind their RoPE.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,11 @@ from .calibrate import observe
 from .clipping import fit_rows
 from .editing import GraphNames, take_over
 from .errors import ConfigError, ModelError
+from .kv_basis import balanced, balanced_together, value_path
 from .kv_fit import CacheFit, Scores, WeightedSample, row_weights
 from .observers import Sink
 from .progress import Progress
+from .provenance import record_fitted
 from .replay import Replay
 from .scheme import TensorSpec
 
@@ -75,20 +79,45 @@ def check_cache(kv_cache: str | None) -> None:
         raise ConfigError(f"kv_cache: {kv_cache!r} is not supported; use one of {', '.join(CACHES)}")
 
 
-def quantize_cache(
-    model: ir.Model, model_path: Path, kv_cache: str, data: Replay, progress: Progress
-) -> list[CacheReport]:
-    """Make the caches of `model` integers, in place; a report for each attention layer.
+@dataclass(frozen=True)
+class CachePlan:
+    """What was found on the data for every attention of a model: fits of keys and of values, and their head size."""
 
-    model_path: the same model as a file, in float, to be run on `data`. The past inputs and present outputs become
-    int8 [batch, heads, tokens, size], or uint8 [.., size / 2] with two 4-bit values a byte. Raises ConfigError for a
-    model without GroupQueryAttention whose caches are inputs and outputs, or one with an odd head size at 4 bits,
-    DataError for values that are not finite.
+    kv_cache: str
+    fits: tuple[tuple[_Cache, tuple[CacheFit, CacheFit], int], ...]
+
+    def fold_values(self, model: ir.Model) -> bool:
+        """Put the bases of values into the weights around them, in `model`; whether there were any."""
+        layers: list[str] = []
+        for cache, (_, values), size in self.fits:
+            if values.basis is not None:
+                path = value_path(cache.node, size)
+                assert path is not None
+                path.fold(values.basis)
+                layers += path.layers()
+        if layers:
+            record_fitted(model, layers)
+        return bool(layers)
+
+
+def plan_cache(
+    model: ir.Model,
+    model_path: Path,
+    kv_cache: str,
+    data: Replay,
+    progress: Progress,
+    fitted: Collection[str] = ("R2", "R3"),
+) -> CachePlan:
+    """Find out how the caches of `model` become integers.
+
+    model_path: the same model as a file, in float, to be run on `data`. fitted: which of values (R2) and keys (R3) may
+    change basis. Raises ConfigError for a model without GroupQueryAttention whose caches are inputs and outputs, or one
+    with an odd head size at 4 bits, DataError for values that are not finite.
     """
     check_cache(kv_cache)
     bits, per_channel = (8 if kv_cache.startswith("int8") else 4), not kv_cache.endswith("-tensor")
     caches = _caches(model)
-    measured = {cache.node: _measure(cache, bits, per_channel) for cache in caches}
+    measured = {cache.node: _measure(cache, bits, per_channel, fitted) for cache in caches}
     sinks: dict[str, Sink] = {}
     readers: dict[str, str] = {}
     for cache in caches:
@@ -99,17 +128,29 @@ def quantize_cache(
     sizes = {node: m.size for node, m in measured.items()}
     if bits == 4 and (odd := next((node for node, size in sizes.items() if size % 2), None)) is not None:
         raise ConfigError(f"kv_cache: {odd.name!r} has heads of {sizes[odd]} features; 4 bits need an even number")
+    return CachePlan(kv_cache, tuple((c, measured[c.node].fits(), sizes[c.node]) for c in caches))
+
+
+def quantize_cache(model: ir.Model, plan: CachePlan) -> list[CacheReport]:
+    """Make the caches of `model` integers, in place, once values are in their bases; a report for each attention.
+
+    The past inputs and present outputs become int8 [batch, heads, tokens, size], or uint8 [.., size / 2] with two
+    4-bit values a byte.
+    """
+    kv_cache = plan.kv_cache
+    bits, per_channel = (8 if kv_cache.startswith("int8") else 4), not kv_cache.endswith("-tensor")
     names = GraphNames(model.graph)
     dtype = ir.DataType.INT8 if bits == 8 else ir.DataType.UINT8
     reports = []
-    for cache in caches:
+    for cache, fits, size in plan.fits:
         node = cache.node
         node.resize_inputs(max(len(node.inputs), max(_SCALES) + 1))
-        fits = measured[node].fits()
         for index, value, fit in zip(_SCALES, cache.present, fits, strict=True):
             node.replace_input_with(index, names.initializer(ir.Tensor(fit.scale), f"{value.name}.scale"))
+        if fits[0].basis is not None:
+            _turn_keys(model.graph, names, cache, fits[0].basis[0])
         _centre(model.graph, names, cache, fits)
-        width = sizes[node] * bits // 8
+        width = size * bits // 8
         for value in (*cache.past, *cache.present):
             value.type = ir.TensorType(dtype)
             if value.shape is not None:
@@ -118,14 +159,14 @@ def quantize_cache(
         for attribute in ("k_quant_type", "v_quant_type"):
             node.attributes[attribute] = ir.AttrString(attribute, kind)
         node.attributes["kv_cache_bit_width"] = ir.AttrInt64("kv_cache_bit_width", bits)
-        count = 2 * cache.heads * sizes[node]
+        count = 2 * cache.heads * size
         reports.append(CacheReport(str(node.name), kv_cache, 4 * count, count * bits // 8))
     return reports
 
 
-def _measure(cache: _Cache, bits: int, per_channel: bool) -> _Plain | _Attended:
+def _measure(cache: _Cache, bits: int, per_channel: bool, fitted: Collection[str]) -> _Plain | _Attended:
     if bits == 4 and cache.opened:
-        return _Attended(cache, bits, per_channel)
+        return _Attended(cache, bits, per_channel, fitted)
     return _Plain(cache, bits, per_channel)
 
 
@@ -143,16 +184,19 @@ class _Plain:
     def size(self) -> int:
         return next(iter(self._samples.values())).size
 
-    def fits(self) -> list[CacheFit]:
+    def fits(self) -> tuple[CacheFit, CacheFit]:
         scales = (sample.scale(self._spec, self._per_channel) for sample in self._samples.values())
-        return [CacheFit(np.zeros(1, np.float32), scale) for scale in scales]
+        keys, values = (CacheFit(np.zeros(1, np.float32), scale) for scale in scales)
+        return keys, values
 
 
 class _Attended:
-    """Offsets and scales, every token weighed by the attention it gets: queries, keys and values of a batch in turn."""
+    """Bases, offsets and scales, every token weighed by the attention it gets: queries, keys and values of a batch in
+    turn.
+    """
 
-    def __init__(self, cache: _Cache, bits: int, per_channel: bool) -> None:
-        self._cache, self._bits, self._per_channel = cache, bits, per_channel
+    def __init__(self, cache: _Cache, bits: int, per_channel: bool, fitted: Collection[str]) -> None:
+        self._cache, self._bits, self._per_channel, self._fitted = cache, bits, per_channel, fitted
         attributes = cache.node.attributes
         self._scores = Scores(
             heads=attributes.get_int("num_heads", 0),
@@ -163,6 +207,7 @@ class _Attended:
         )
         self._waiting: list[Array] = []
         self._samples: list[WeightedSample] = []
+        self._queries: Array | float = 0.0
         self.size = 0
 
     def sinks(self) -> dict[str, Sink]:
@@ -180,20 +225,61 @@ class _Attended:
         heads, self.size = keys.shape[1], keys.shape[3]
         self._samples = self._samples or [WeightedSample(heads, self.size) for _ in range(2)]
         for q, k, v in zip(queries, keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3), strict=True):
-            weights = row_weights(q, k, v, self._scores)
+            *weights, moments = row_weights(q, k, v, self._scores)
+            self._queries = self._queries + moments
             for sample, rows, weight in zip(self._samples, (k, v), weights, strict=True):
                 sample.update(rows.reshape(len(rows), -1), weight)
 
-    def fits(self) -> list[CacheFit]:
+    def fits(self) -> tuple[CacheFit, CacheFit]:
         exact = self._cache.shifts_cancel
         keys, values = self._samples
-        return [
-            keys.fit(self._bits, per_channel=self._per_channel, centred=exact and not self._scores.softcap),
-            values.fit(self._bits, per_channel=self._per_channel, centred=exact),
-        ]
+        of_keys, of_values = self._bases()
+        even = exact and not self._scores.softcap
+        return (
+            keys.fit(self._bits, per_channel=self._per_channel, centred=even, basis=of_keys),
+            values.fit(self._bits, per_channel=self._per_channel, centred=exact, basis=of_values),
+        )
+
+    def _bases(self) -> tuple[Array | None, Array | None]:
+        keys, values = self._samples
+        of_keys = of_values = None
+        if "R3" in self._fitted:
+            # The graph multiplies all heads by one matrix.
+            one = balanced_together(keys.covariance(), np.asarray(self._queries))
+            of_keys = np.broadcast_to(one, (keys.heads, *one.shape))
+        path = value_path(self._cache.node, self.size) if "R2" in self._fitted else None
+        if path is not None:
+            pairs = zip(values.covariance(), path.readers(self.size), strict=True)
+            of_values = np.stack([balanced(*pair) for pair in pairs])
+        return of_keys, of_values
 
 
-def _centre(graph: ir.Graph, names: GraphNames, cache: _Cache, fits: list[CacheFit]) -> None:
+def _turn_keys(graph: ir.Graph, names: GraphNames, cache: _Cache, basis: Array) -> None:
+    """Multiply every head's keys by `basis` [size, size] in front of the attention, and its queries by what undoes it.
+
+    One product of all heads: MatMul of [batch, tokens * heads, size].
+    """
+    node, size = cache.node, len(basis)
+    for index, matrix in ((0, np.linalg.inv(basis).T), (1, basis)):
+        x = node.inputs[index]
+        assert x is not None
+        assert cache.present[0].dtype is not None
+        dtype = cache.present[0].dtype
+        count = cache.heads if index else node.attributes.get_int("num_heads", 0)
+        steps = (
+            ("Reshape", "heads", ir.tensor(np.array([0, -1, size], np.int64))),
+            ("MatMul", "turned", ir.tensor(matrix.astype(dtype.numpy()))),
+            ("Reshape", "rows", ir.tensor(np.array([0, -1, count * size], np.int64))),
+        )
+        for op_type, what, constant in steps:
+            out = names.value(f"{node.inputs[index].name}.{what}", dtype)  # type: ignore[union-attr]
+            operand = names.initializer(constant, f"{out.name}.{'shape' if op_type == 'Reshape' else 'basis'}")
+            graph.insert_before(node, ir.node(op_type, [x, operand], outputs=[out], name=str(out.name)))
+            x = out
+        node.replace_input_with(index, x)
+
+
+def _centre(graph: ir.Graph, names: GraphNames, cache: _Cache, fits: Sequence[CacheFit]) -> None:
     """Take the offsets from keys and values in front of the attention, and give the values' back behind it."""
     node = cache.node
 

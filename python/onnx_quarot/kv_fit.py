@@ -25,10 +25,14 @@ _FRACTIONS = np.linspace(0.2, 1.1, 28)  # of the whole range that are covered
 
 @dataclass(frozen=True)
 class CacheFit:
-    """What is taken from every key or value, [heads * size], and scales, the same length or [1]; float32."""
+    """What is taken from every key or value, [heads * size], and scales, the same length or [1]; float32.
+
+    basis: what keys or values are multiplied by first, float64 [heads, size, size].
+    """
 
     offset: Array
     scale: Array
+    basis: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,9 @@ class Scores:
     window: int = -1
 
 
-def row_weights(query: Array, key: Array, value: Array, scores: Scores) -> tuple[Array, Array]:
-    """How much errors of each key and of each value matter to the output, [tokens, kv_heads] each.
+def row_weights(query: Array, key: Array, value: Array, scores: Scores) -> tuple[Array, Array, Array]:
+    """How much errors of each key and of each value matter to the output, [tokens, kv_heads] each, and the second
+    moments of the queries, which weigh as much as what they find, [kv_heads, size, size].
 
     query: [tokens, heads * size]; key and value: [tokens (with the past's), kv_heads, size]. An error e of a value
     moves the output by p e, where p is its attention; one of a score by about p |value - output| e.
@@ -54,6 +59,7 @@ def row_weights(query: Array, key: Array, value: Array, scores: Scores) -> tuple
     behind = positions - np.arange(total)[None, :]
     hidden = (behind < 0) | (behind >= scores.window if scores.window >= 0 else False)
     of_keys, of_values = np.zeros((total, kv_heads)), np.zeros((total, kv_heads))
+    moments = np.zeros((kv_heads, size, size))
     group = scores.heads // kv_heads
     factor = size**-0.5 if scores.factor is None else scores.factor
     for head in range(scores.heads):
@@ -68,54 +74,75 @@ def row_weights(query: Array, key: Array, value: Array, scores: Scores) -> tuple
         distance = (v**2).sum(axis=1) - 2 * out @ v.T + (out**2).sum(axis=1, keepdims=True)
         p **= 2
         of_values[:, head // group] += p.sum(axis=0)
-        of_keys[:, head // group] += (p * np.maximum(distance, 0)).sum(axis=0)
-    return of_keys, of_values
+        p *= np.maximum(distance, 0)
+        of_keys[:, head // group] += p.sum(axis=0)
+        moments[head // group] += (queries[:, head] * p.sum(axis=1)[:, None]).T @ queries[:, head]
+    return of_keys, of_values, moments
 
 
 class WeightedSample:
-    """Rows of keys or values with their weights: at most 1,024, drawn by priority (Duffield et al.,
-    arXiv:cs/0509026), so that weighted sums over them estimate those over all.
+    """Rows of keys or values with their weights: at most 1,024 a head, drawn by priority (Duffield et al.,
+    arXiv:cs/0509026), so that weighted sums over them estimate those over all; and the moments of all.
     """
 
     def __init__(self, heads: int, size: int) -> None:
-        width = heads * size
         self.heads, self.size = heads, size
-        self._rows, self._weights, self._chance = np.zeros((0, width), np.float32), np.zeros((0, heads)), np.zeros(0)
-        self._threshold = 0.0  # the largest chance that was not enough
-        self._unit: Array | None = None
-        self._low, self._high = np.full(width, np.inf), np.full(width, -np.inf)
+        self._rows, self._weights = np.zeros((heads, 0, size), np.float32), np.zeros((heads, 0))
+        self._chance, self._threshold = np.zeros((heads, 0)), np.zeros(heads)  # the largest that was not enough
+        self._total, self._sum, self._squares = np.zeros(heads), np.zeros((heads, size)), np.zeros((heads, size, size))
+        self._low, self._high = np.full(heads * size, np.inf), np.full(heads * size, -np.inf)
         self._rng = np.random.default_rng(0)
 
     def update(self, rows: Array, weights: Array) -> None:
         """rows: [tokens, heads * size]; weights: [tokens, heads]."""
         self._low, self._high = np.minimum(self._low, rows.min(axis=0)), np.maximum(self._high, rows.max(axis=0))
-        weights = weights + _EVEN_SHARE * weights.mean(axis=0) + np.finfo(np.float32).tiny
-        if self._unit is None:
-            self._unit = weights.sum(axis=0)
-        weights = weights / self._unit
-        self._rows = np.concatenate([self._rows, rows])
-        self._weights = np.concatenate([self._weights, weights])
-        self._chance = np.concatenate([self._chance, weights.sum(axis=1) / self._rng.uniform(size=len(rows))])
-        if len(self._rows) > _KEPT_ROWS:
-            order = np.argsort(-self._chance)
-            kept = order[:_KEPT_ROWS]
-            self._threshold = max(self._threshold, float(self._chance[order[_KEPT_ROWS]]))
-            self._rows, self._weights, self._chance = self._rows[kept], self._weights[kept], self._chance[kept]
+        weights = (weights + _EVEN_SHARE * weights.mean(axis=0) + np.finfo(np.float32).tiny).T
+        rows = rows.reshape(len(rows), self.heads, self.size).transpose(1, 0, 2)
+        weighted = weights[:, :, None] * rows
+        self._total += weights.sum(axis=1)
+        self._sum += weighted.sum(axis=1)
+        self._squares += weighted.transpose(0, 2, 1) @ rows
+        self._rows = np.concatenate([self._rows, rows], axis=1)
+        self._weights = np.concatenate([self._weights, weights], axis=1)
+        self._chance = np.concatenate([self._chance, weights / self._rng.uniform(size=weights.shape)], axis=1)
+        if self._rows.shape[1] > _KEPT_ROWS:
+            order = np.argsort(-self._chance, axis=1)[:, : _KEPT_ROWS + 1]
+            first_out = np.take_along_axis(self._chance, order[:, -1:], axis=1)[:, 0]
+            self._threshold = np.maximum(self._threshold, first_out)
+            kept = order[:, :-1]
+            self._rows = np.take_along_axis(self._rows, kept[:, :, None], axis=1)
+            self._weights = np.take_along_axis(self._weights, kept, axis=1)
+            self._chance = np.take_along_axis(self._chance, kept, axis=1)
 
-    def fit(self, bits: int, *, per_channel: bool, centred: bool) -> CacheFit:
-        """Offset and scale of least weighted squared error. centred: False for an offset of zero."""
-        lowest, highest = -(1 << bits - 1), (1 << bits - 1) - 1
-        importance = self._weights.sum(axis=1)
+    def _shares(self) -> Array:
+        """What each kept row weighs in its head, of 1: [rows, heads]."""
         # A row that stayed although its weight is small stands for those that went.
-        weights = self._weights * (np.maximum(importance, self._threshold) / importance)[:, None]
-        weights /= weights.sum(axis=0)
-        weights = np.repeat(weights, self.size, axis=1)
-        x = self._rows.astype(np.float64)
-        middle = (self._low + self._high) / 2
+        weights = np.maximum(self._weights, self._threshold[:, None])
+        shares: Array = (weights / weights.sum(axis=1, keepdims=True)).T
+        return shares
+
+    def covariance(self) -> Array:
+        """Of all rows as they weigh, float64 [heads, size, size]."""
+        mean = self._sum / self._total[:, None]
+        covariance: Array = self._squares / self._total[:, None, None] - mean[:, :, None] * mean[:, None, :]
+        return covariance
+
+    def fit(self, bits: int, *, per_channel: bool, centred: bool, basis: Array | None = None) -> CacheFit:
+        """Offset and scale of least weighted squared error of the rows, or of the rows times `basis`
+        [heads, size, size]. centred: False for an offset of zero.
+        """
+        lowest, highest = -(1 << bits - 1), (1 << bits - 1) - 1
+        weights = np.repeat(self._shares(), self.size, axis=1)
+        rows, low, high = self._rows.astype(np.float64), self._low, self._high
+        if basis is not None:
+            rows = rows @ basis
+            low, high = rows.min(axis=1).ravel(), rows.max(axis=1).ravel()
+        x = rows.transpose(1, 0, 2).reshape(rows.shape[1], -1)
+        middle = (low + high) / 2
         centres = [middle + t * ((x * weights).sum(axis=0) - middle) for t in _CENTRES] if centred else [0 * middle]
         best, offset, scale = np.full(x.shape[1], np.inf), centres[0], np.ones(x.shape[1])
         for centre in centres:
-            half = np.maximum(self._high - centre, centre - self._low)
+            half = np.maximum(high - centre, centre - low)
             half = np.maximum(half if per_channel else half.max(), np.finfo(np.float32).tiny * 2**8)
             for fraction in _FRACTIONS:
                 step = np.broadcast_to(fraction * half * 2 / (highest - lowest), best.shape)
@@ -127,4 +154,4 @@ class WeightedSample:
                 best, offset, scale = (
                     np.where(better, new, old) for new, old in ((error, best), (origin, offset), (step, scale))
                 )
-        return CacheFit(offset.astype(np.float32), (scale if per_channel else scale[:1]).astype(np.float32))
+        return CacheFit(offset.astype(np.float32), (scale if per_channel else scale[:1]).astype(np.float32), basis)

@@ -15,7 +15,7 @@ from onnx_quarot.calibrate import inner_values
 from onnx_quarot.errors import ModelError
 from onnx_quarot.load import load
 from onnx_quarot.progress import NullProgress, Progress
-from onnx_quarot.provenance import Bases, recorded
+from onnx_quarot.provenance import Bases, fitted, recorded
 from onnx_quarot.qlinear import OP_TYPE
 from onnx_quarot.sites import LinearSite, linear_sites
 
@@ -30,7 +30,8 @@ class LayerFigures:
     peaks: largest magnitude of every channel of its input, of the reference and of the candidate. kurtosis: of all
     values of the input, 3 for a normal distribution; channel_kurtosis: of every channel's values over the tokens.
     input_sqnr: signal over quantization noise of the candidate's input, in dB; None where the input is not quantized
-    by QuantizeLinear. output_sqnr: the reference's output over the difference, in dB.
+    by QuantizeLinear. output_sqnr: the reference's output over the difference, in dB; None for results of
+    another shape, or in the bases of a cache.
     """
 
     name: str
@@ -103,7 +104,7 @@ def compare_layers(
 
 
 def _pairs(sites: Sequence[LinearSite], candidate: ir.Model) -> Any:
-    nodes = {str(node.name): node for node in candidate.graph}
+    nodes, apart = {str(node.name): node for node in candidate.graph}, fitted(candidate)
     for site in sites:
         node = nodes.get(site.node_name)
         if node is None or node.inputs[0] is None:
@@ -119,7 +120,7 @@ def _pairs(sites: Sequence[LinearSite], candidate: ir.Model) -> Any:
             (site.activation, str(site.node.outputs[0].name)),
             (str(entering.name), str(node.outputs[0].name)),
             dequantized,
-            _is_product(node),
+            _is_product(node) and str(site.node.outputs[0].name) not in apart,
         )
 
 

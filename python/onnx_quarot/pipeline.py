@@ -15,7 +15,7 @@ from onnx_quarot.data import as_batches, input_specs
 from onnx_quarot.errors import ConfigError, ModelError
 from onnx_quarot.forms import check_schemes, layer_schemes, quantize_sites
 from onnx_quarot.genai_folder import complete_folder
-from onnx_quarot.kv_cache import CacheReport, check_cache, quantize_cache
+from onnx_quarot.kv_cache import CacheReport, check_cache, plan_cache, quantize_cache
 from onnx_quarot.load import blamed_on, load, model_size
 from onnx_quarot.plan import DEFAULT_ROTATIONS, Plan
 from onnx_quarot.plan_options import PlanOptions
@@ -140,7 +140,7 @@ def quantize(
     only the weights become integers.
     exclude: names of nodes (or patterns, or regular expressions that begin with ^) that stay in floating point. layers:
     other schemes, or None for floating point, by node name, pattern or operator type, the first that fits. rotations:
-    R1, R2 and R4 unless given, and R3 with the cache int4-tensor (scales a channel do not gain from it); () means none,
+    R1, R2 and R4 unless given, and R3 with a cache of 4 bits, for which R2 and R3 are made to measure; () means none,
     and R3 is left out where the cache stays in floating point. config and matrix_dim as in :func:`discover`. seed:
     random signs in the rotations; ``"search:K"`` tries the seeds 0 to K - 1 and keeps the one closest to the float
     model on the calibration data, at K + 1 times the cost.
@@ -150,7 +150,7 @@ def quantize(
     path, clock, show = check_output(source, target), Stopwatch(), progress or NullProgress()
     chosen = parse_scheme(scheme).with_method(method).with_options(block=block, weights=weights)
     check_cache(kv_cache)
-    wanted, unused = _wanted(rotations, kv_cache)
+    wanted, fitted, unused = _wanted(rotations, kv_cache)
     with clock.step("discover"):
         model = load(source)
         check_schemes(model, chosen, layers or {})
@@ -180,7 +180,12 @@ def quantize(
         data = Replay(batches, folder)
         with clock.step("quantize"):
             tables: list[TableReport] = []
-            caches = [] if kv_cache is None else quantize_cache(model, float_path, kv_cache, data, show)
+            caches: list[CacheReport] = []
+            if kv_cache is not None:
+                found = plan_cache(model, float_path, kv_cache, data, show, fitted)
+                if found.fold_values(model):  # which later calibration has to see
+                    float_path = stage(model, folder / "values.onnx", folder).path
+                caches = quantize_cache(model, found)
             done = quantize_sites(model, float_path, sites, chosen, data, folder, show, mixed=mixed, overrides=others)
             if "Gather" in op_types:
                 share_tables(model, done.shared)
@@ -193,15 +198,18 @@ def quantize(
     return _report(source, path, name, plan, proof, clock, tuple(done.reports), tuple(tables), notes)
 
 
-def _wanted(rotations: Iterable[str] | None, kv_cache: str | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The kinds of rotation that pay with this cache, and a note on one that does not."""
-    if rotations is None:
-        keys = kv_cache == "int4-tensor"
-        return (*DEFAULT_ROTATIONS, *(("R3",) if keys else ())), ()
-    wanted = tuple(rotations)
-    if "R3" not in wanted or kv_cache is not None:
-        return wanted, ()
-    return tuple(r for r in wanted if r != "R3"), ("R3 was left out: it pays with a quantized key cache only",)
+def _wanted(
+    rotations: Iterable[str] | None, kv_cache: str | None
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """The kinds of rotation to plan, those in place of which a cache finds bases of its own, and a note on R3."""
+    wanted = (*DEFAULT_ROTATIONS, "R3") if rotations is None else tuple(rotations)
+    without = tuple(r for r in wanted if r != "R3")
+    if kv_cache is not None and kv_cache.startswith("int4"):
+        return without, tuple(r for r in wanted if r in ("R2", "R3")), ()
+    if "R3" not in wanted or (kv_cache is not None and rotations is not None):
+        return wanted, (), ()
+    unused = () if rotations is None else ("R3 was left out: it pays with a quantized key cache only",)
+    return without, (), unused
 
 
 def _folder_note(companions: tuple[str, ...]) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ Evaluation reads it to compare inner values with the original's; people can read
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from onnx_quarot.transform import Rotation
 
 Array = np.ndarray[Any, Any]
 KEY = "onnx_quarot.bases"
+_FITTED = "onnx_quarot.fitted"
 
 
 @dataclass(frozen=True)
@@ -60,3 +62,19 @@ def recorded(model: ir.Model) -> Bases:
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(f"model: its metadata entry {KEY!r} cannot be read ({error})") from error
+
+
+def record_fitted(model: ir.Model, names: Iterable[str]) -> None:
+    """Note that the layers with these results hold bases that no record describes: those of a cache."""
+    model.metadata_props[_FITTED] = json.dumps(sorted(names), separators=(",", ":"))
+
+
+def fitted(model: ir.Model) -> frozenset[str]:
+    """What :func:`record_fitted` wrote; empty for a model without. Raises ModelError for what cannot be read."""
+    try:
+        names = json.loads(model.metadata_props.get(_FITTED, "[]"))
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ModelError(f"model: its metadata entry {_FITTED!r} cannot be read")
+    return frozenset(names)

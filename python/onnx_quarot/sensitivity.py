@@ -33,7 +33,7 @@ from .load import load
 from .partial import disposable
 from .plan_options import recorded_options
 from .progress import NullProgress, Progress
-from .provenance import recorded
+from .provenance import fitted, recorded
 from .rewrite import rotate_model
 from .save import write
 from .sites import LinearSite, linear_sites, readers
@@ -171,7 +171,7 @@ def _rotate_alike(model: ir.Model, other: ir.Model, candidate: Path) -> None:
 def _join(model: ir.Model, other: ir.Model) -> list[str]:
     """Put each quantized layer of `other` beside the layer of `model` that has its result's name; their names.
 
-    Layers that became one operator are switched together.
+    Layers that became one operator are switched together, those around a cache with bases of its own not at all.
     """
     opset = model.opset_imports.get("", 0)
     if opset != other.opset_imports.get("", 0):
@@ -184,6 +184,8 @@ def _join(model: ir.Model, other: ir.Model) -> list[str]:
     for site in linear_sites(model):
         if (end := _end(site, results)) is not None:
             groups.setdefault(end, []).append(site)
+    apart = fitted(other)
+    groups = {e: sites for e, sites in groups.items() if not any(str(s.node.outputs[0].name) in apart for s in sites)}
     parts = {end: part for end in groups if (part := _between(end, known)) is not None and _is_quantized(part)}
     names = GraphNames(model.graph)
     switches = Switches(names, len(parts))
