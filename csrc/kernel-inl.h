@@ -121,10 +121,15 @@ ONNX_QUAROT_INLINE V difference(V a, V b, V one) {
   }
 }
 
-// Passes over columns may multiply by the scale as well, on the units of multiply-adds. With 64-byte vectors, two of
-// which are computed a cycle on either kind, every other of their stages therefore subtracts plainly: the bits say at
-// which distances.
-constexpr std::size_t kPlainInColumns = kVectorBytes >= 64 ? 0b10101 : 0;
+// With 64-byte vectors, two of which are computed a cycle on either kind of units, those of multiply-adds would be the
+// busier ones where a scale is multiplied as well: some subtractions are left to the adders. In passes over columns
+// those of every other stage, whose distances the bits say.
+constexpr bool kSparesMultipliers = kVectorBytes >= 64;
+constexpr std::size_t kPlainInColumns = kSparesMultipliers ? 0b10101 : 0;
+template <class V>
+ONNX_QUAROT_INLINE V sparing_difference(V a, V b, V one) {
+  return kSparesMultipliers ? a - b : difference(a, b, one);
+}
 
 // Butterflies between R vectors, neighbours first, from distance H to below End.
 template <std::size_t R, std::size_t H = 1, std::size_t End = R, std::size_t Plain = 0, class V>

@@ -9,11 +9,11 @@ namespace {
 template <class V>
 ONNX_QUAROT_INLINE void signed_sums(V x0, V x1, V x2, V x3, V* sums, V one) {
   const V plus = x0 + x1, minus = difference(x0, x1, one), low = difference(x3, x2, one), high = x3 + x2;
-  sums[0] = difference(low, plus, one);
+  sums[0] = sparing_difference(low, plus, one);
   sums[1] = low + minus;
   sums[2] = difference(low, minus, one);
   sums[3] = low + plus;
-  sums[4] = difference(high, plus, one);
+  sums[4] = sparing_difference(high, plus, one);
   sums[5] = high + minus;
   sums[6] = difference(high, minus, one);
   sums[7] = high + plus;

@@ -223,6 +223,32 @@ def test_in_place_out_and_threads() -> None:
     np.testing.assert_array_equal(same, expected)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_threads_in_a_forked_process() -> None:
+    """The child has none of its parent's threads and starts its own; callers in several threads share them."""
+    code = """
+import os
+from concurrent.futures import ThreadPoolExecutor
+import numpy as np
+from onnx_quarot import hadamard
+
+x = np.random.default_rng(0).standard_normal((256, 1024)).astype(np.float32)
+alone = hadamard(x)
+
+def same(threads):
+    return np.array_equal(hadamard(x, threads=threads), alone)
+
+assert same(2)
+child = os.fork()
+if child == 0:
+    with ThreadPoolExecutor(4) as callers:
+        os._exit(0 if all(callers.map(same, [2, 3, 4] * 5)) else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert same(3)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 def test_strides() -> None:
     base = np.random.default_rng(0).standard_normal((6, 5, 128)).astype(np.float32)
     views = [base[::2], base[:, ::-1], base[..., 32:96], base[..., ::2], base.transpose(2, 0, 1)[..., :4]]

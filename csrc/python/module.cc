@@ -9,7 +9,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -239,6 +241,16 @@ bool overlap_partly(const py::array& x, const Rows& in, const py::array& out, co
   return py::cast<bool>(py::module_::import("numpy").attr("shares_memory")(x, out));
 }
 
+// Made anew only if it is not that of the thread's last call: to look an order up takes as long as a short row.
+Transform transform_for(const TransformSpec& spec) {
+  const auto fields = [](const TransformSpec& s) {
+    return std::tie(s.dtype, s.size, s.block_size, s.transpose, s.scale, s.signs_length, s.isa);
+  };
+  static thread_local std::optional<std::pair<TransformSpec, Transform>> last;
+  if (!last.has_value() || fields(last->first) != fields(spec)) last.emplace(spec, Transform(spec));
+  return last->second;
+}
+
 py::object hadamard(const Arguments& given) {
   py::array x = as_array(given[kX], "x");
   TransformSpec spec;
@@ -262,7 +274,7 @@ py::object hadamard(const Arguments& given) {
   std::vector<float> signs;
   if (given[kSigns] != nullptr) signs = read_signs(given[kSigns]);
   spec.signs_length = signs.size();
-  const Transform transform(spec);
+  const Transform transform = transform_for(spec);
 
   py::array result;
   if (given[kOut] == nullptr) {
