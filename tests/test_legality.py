@@ -193,6 +193,41 @@ CASES: dict[str, tuple[Nodes, dict[str, np.ndarray], bool]] = {
         {"ax": i64(-1), "r": i64(1, 1, 32)},
         False,
     ),
+    "write positions": (
+        [node("MatMul", "x d", "k"), node("Gather", "k p", "u", axis=0), node("ScatterND", "h i u", "m")],
+        {"d": rand(16, 32), "p": i64(1), "i": i64(0).reshape(1, 1)},
+        True,
+    ),
+    "add positions to zeros": (
+        [node("Shape", "h", "s"), node("ConstantOfShape", "s", "k"),
+         node("ScatterND", "k i h", "m", reduction="add")],
+        {"i": i64(1, 0).reshape(2, 1)},
+        True,
+    ),
+    "the larger of two positions": (
+        [node("MatMul", "x d", "k"), node("Gather", "k p", "u", axis=0),
+         node("ScatterND", "h i u", "m", reduction="max")],
+        {"d": rand(16, 32), "p": i64(1), "i": i64(0).reshape(1, 1)},
+        False,
+    ),
+    "write over numbers": (
+        [node("Shape", "h", "s"),
+         node("ConstantOfShape", "s", "k", value=numpy_helper.from_array(np.ones(1, np.float32))),
+         node("Gather", "h p", "u", axis=0), node("ScatterND", "k i u", "m")],
+        {"p": i64(1), "i": i64(0).reshape(1, 1)},
+        False,
+    ),
+    "add whole rows to zeros": (
+        [node("Shape", "h", "s"), node("ConstantOfShape", "s", "k"), node("Expand", "i s", "j"),
+         node("ScatterElements", "k j h", "m", axis=0, reduction="add")],
+        {"i": i64(1, 0).reshape(2, 1, 1)},
+        True,
+    ),
+    "write features one by one": (
+        [node("ScatterElements", "h i u", "m", axis=2)],
+        {"i": i64(0).reshape(1, 1, 1), "u": rand(1, 1, 1)},
+        False,
+    ),
     "mean over positions": ([node("ReduceMean", "h ax", "m", keepdims=1)], {"ax": i64(1)}, True),
     "pad with a constant position": (
         [node("Expand", "c s", "k"), node("Concat", "k h", "m", axis=1)],

@@ -8,14 +8,23 @@ blocks every axis it touches.
 from __future__ import annotations
 
 from onnx_quarot.discovery.constants import constant
-from onnx_quarot.discovery.rules import attention, einsum, elementwise, linear, moe, norms, shape
+from onnx_quarot.discovery.rules import attention, einsum, elementwise, linear, moe, norms, scatter, shape
 from onnx_quarot.discovery.rules.readers import is_linear, linear_slot
 from onnx_quarot.discovery.rules.registry import RULES
 from onnx_quarot.discovery.typing import Def, Port, Typing, Use, ports
 
 __all__ = ["RULES", "apply_rules", "is_linear"]
 
-_FILLED = (attention, einsum, elementwise, linear, moe, norms, shape)  # importing them enters their rules in the table
+_FILLED = (
+    attention,
+    einsum,
+    elementwise,
+    linear,
+    moe,
+    norms,
+    scatter,
+    shape,
+)  # importing them enters their rules in the table
 
 
 def apply_rules(t: Typing) -> None:

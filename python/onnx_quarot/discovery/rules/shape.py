@@ -19,7 +19,10 @@ def _shape(t: Typing, n: ir.Node) -> None:
 
 @rule("ConstantOfShape", "Range")
 def _filled(t: Typing, n: ir.Node) -> None:
-    t.block_node(n, describe(n, "makes its values from sizes"))
+    """Zeros are zeros in any basis; everything else keeps its own."""
+    filled = n.attributes.get("value")
+    if n.op_type == "Range" or (filled is not None and filled.as_tensor().numpy().any()):
+        t.block_node(n, describe(n, "makes its values from sizes"))
 
 
 @rule("Identity", "Cast", "Dropout", "Neg")
