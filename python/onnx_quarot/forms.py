@@ -10,8 +10,10 @@ from pathlib import Path
 import onnx_ir as ir
 
 from .blocks import quantize_blocks
+from .custom_op import DOMAIN
 from .dynamic import quantize_dynamic
 from .errors import ConfigError
+from .fused_attention import fuse_attention
 from .fused_linear import quantize_fused
 from .hessians import solve_weights
 from .observers import Range
@@ -84,6 +86,8 @@ def quantize_sites(
             done, weights = quantize_tokens(model, part, schemes, solved, ranks), []
         reports += done
         shared += weights
+    if any(node.domain == DOMAIN for node in model.graph):  # else the model does without the library
+        fuse_attention(model)
     return Quantized(reports, notes, shared)
 
 

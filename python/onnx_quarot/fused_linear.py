@@ -18,7 +18,6 @@ from .custom_op import DOMAIN
 from .custom_op import OP_TYPE as HADAMARD
 from .editing import GraphNames, take_over
 from .errors import ConfigError, ModelError
-from .fused_attention import fuse_attention
 from .fused_neighbours import absorb_neighbours
 from .portable import Transform
 from .qdq import SiteReport, check_replaceable
@@ -78,7 +77,6 @@ def quantize_fused(
         if site.root in tied and len(group) == 1 and block is None:
             shared.append(SharedWeight(site, *stored[key], zero=128, layout=Layout.PANELS))
     absorb_neighbours(model, made)
-    fuse_attention(model)
     return [_report(site, schemes[site.node_name]) for site in sites], shared
 
 
