@@ -95,3 +95,10 @@ def test_a_piece_that_cannot_run_is_named(tmp_path: Path) -> None:
     feeds["input_ids"] = feeds["input_ids"].astype(np.float32)
     with pytest.raises(ModelError, match="part from node '/model/embed_tokens"):
         segments.run_in_segments(source, feeds, ["logits"], segment_bytes=1)
+
+
+def test_an_output_that_no_node_makes_is_named(tmp_path: Path) -> None:
+    source = small_llama.save(tmp_path / "a.onnx", CONFIG, external=False)
+    feeds = small_llama.decoder_feeds(CONFIG, np.random.default_rng(0))
+    with pytest.raises(ModelError, match="no node makes 'nothing'"):
+        segments.run_in_segments(source, feeds, ["logits", "nothing"])

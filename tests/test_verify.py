@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 import onnx_quarot as oq
 import onnx_quarot.verify as verify_module
 import small_llama
+from onnx_quarot.data import InputSpec
 from onnx_quarot.differences import relative_error
 from onnx_quarot.rewrite import rotate_model
 from small_llama import Config
@@ -164,3 +165,9 @@ def test_masks_of_infinity_do_not_hide_the_rest() -> None:
     assert relative_error(a, np.array([1.0, -np.inf, 2.5])) == 0.25
     assert relative_error(a, np.array([1.0, 5.0, 2.0])) == np.inf
     assert relative_error(np.ones(3), np.array([1.0, np.nan, 1.0])) == np.inf
+
+
+def test_an_input_of_absurd_size_is_named() -> None:
+    spec = InputSpec(name="x", dtype=np.dtype(np.float32), shape=(1 << 40, 1 << 30))
+    with pytest.raises(oq.VerificationError, match=r"input 'x' has shape \[1099511627776, 1073741824\]"):
+        verify_module.random_feeds([spec])

@@ -38,7 +38,7 @@ def run_in_segments(
     """The values of ``outputs`` for ``feeds``, as one session over the whole model at ``path`` would give them.
 
     Values of half precision are computed, fed and returned as float32 where :func:`runs_wide`. Raises ModelError,
-    naming the piece by its first node, if ONNX Runtime refuses it.
+    naming the piece by its first node, if ONNX Runtime refuses it, or an output that no node makes.
     """
     model = load(path)
     runtime_faults.refuse(model, str(path))
@@ -58,6 +58,9 @@ def run_in_segments(
                 values[name] = array
         for name in [name for name in values if last_use.get(name, -1) <= number]:
             del values[name]
+    for name in outputs:
+        if name not in values:
+            raise ModelError(f"{path}: no node makes {name!r}, which is an output")
     return [values[name] for name in outputs]
 
 

@@ -6,6 +6,7 @@ their inner tensors exposed, and the message names the one where the error begin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ Array = np.ndarray[Any, Any]
 _TOLERANCE = {"float64": 1e-8, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1.5e-1}
 _ROUNDED = 0.15  # what rounding of weights may make of any output, once the rest is proven
 _WHOLE_BYTES = 1 << 30  # models with more weights than this run piece by piece
+_MOST_ELEMENTS = 1 << 28  # of an input: random values of it take 2 GiB
 _LENGTHS = {"batch": 1, "sequence": 8, "past": 4}
 
 
@@ -179,6 +181,11 @@ def _feed(spec: InputSpec, rng: np.random.Generator, past: int) -> Array:
     if spec.shape is None:
         raise VerificationError(f"model: input {spec.name!r} has no shape; verification needs one (or verify=False)")
     shape = tuple(d if isinstance(d, int) else _length(str(d), past) for d in spec.shape)
+    if math.prod(shape) > _MOST_ELEMENTS:
+        raise VerificationError(
+            f"model: input {spec.name!r} has shape {list(shape)}, which is more than verification feeds: at most "
+            f"{_MOST_ELEMENTS:,} elements (or verify=False)"
+        )
     dtype = np.dtype(spec.dtype)
     if dtype == np.bool_:
         return np.ones(shape, dtype)
