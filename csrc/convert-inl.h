@@ -61,34 +61,29 @@ ONNX_QUAROT_INLINE void narrow_vector(const double* from, T* to) {
   store(to, joined(narrowed<T>(load(from)), narrowed<T>(load(from + kHalfLanes)), LanesOf<Floats>{}));
 }
 
-template <class T>
-void widen(const void* source, double* to, std::size_t count) {
-  const T* from = static_cast<const T*>(source);
+// One after the other, what is left through buffers.
+template <class From, class To, class Vector>
+ONNX_QUAROT_INLINE void in_vectors(const From* from, To* to, std::size_t count, const Vector& vector) {
   constexpr std::size_t lanes = 2 * kHalfLanes;
   const std::size_t whole = count / lanes * lanes;
-  for (std::size_t i = 0; i < whole; i += lanes) widen_vector(from + i, to + i);
+  for (std::size_t i = 0; i < whole; i += lanes) vector(from + i, to + i);
   if (whole < count) {
-    T rest[lanes] = {};
-    double wide[lanes];
-    std::memcpy(rest, from + whole, (count - whole) * sizeof(T));
-    widen_vector(rest, wide);
-    std::memcpy(to + whole, wide, (count - whole) * sizeof(double));
+    From rest[lanes] = {};
+    To converted[lanes];
+    std::memcpy(rest, from + whole, (count - whole) * sizeof(From));
+    vector(rest, converted);
+    std::memcpy(to + whole, converted, (count - whole) * sizeof(To));
   }
 }
 
 template <class T>
+void widen(const void* source, double* to, std::size_t count) {
+  in_vectors(static_cast<const T*>(source), to, count, [](const T* some, double* wide) { widen_vector(some, wide); });
+}
+
+template <class T>
 void narrow(const double* from, void* target, std::size_t count) {
-  T* to = static_cast<T*>(target);
-  constexpr std::size_t lanes = 2 * kHalfLanes;
-  const std::size_t whole = count / lanes * lanes;
-  for (std::size_t i = 0; i < whole; i += lanes) narrow_vector(from + i, to + i);
-  if (whole < count) {
-    double rest[lanes] = {};
-    T narrow[lanes];
-    std::memcpy(rest, from + whole, (count - whole) * sizeof(double));
-    narrow_vector(rest, narrow);
-    std::memcpy(to + whole, narrow, (count - whole) * sizeof(T));
-  }
+  in_vectors(from, static_cast<T*>(target), count, [](const double* some, T* narrow) { narrow_vector(some, narrow); });
 }
 
 template <>

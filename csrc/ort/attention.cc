@@ -277,16 +277,7 @@ class AttentionKernel {
 
 // Caches have the shapes that the model states: their lengths are the values of an input.
 void infer_shape(const Api* api, ShapeInferContext* context) {
-  const auto integer = [&](const char* name) {
-    std::int64_t value = 0;
-    const OpAttribute* attribute = nullptr;
-    std::size_t size = 0;
-    if (succeeded(api, ShapeInferContext_GetAttribute(api, context, name, &attribute)) && attribute != nullptr) {
-      check(api, ReadOpAttr(api, attribute, kIntAttribute, &value, sizeof(value), &size));
-    }
-    return value;
-  };
-  const std::int64_t heads = integer("num_heads"), size = integer("head_size");
+  const std::int64_t heads = first_integer(api, context, "num_heads"), size = first_integer(api, context, "head_size");
   if (heads < 1 || size < 1 || heads > 65536 || size > 65536) return;  // said when the kernel is made
   infer_output(api, context, 0, kFloat, heads * size);
 }

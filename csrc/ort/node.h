@@ -4,6 +4,7 @@
 #define ONNX_QUAROT_ORT_NODE_H
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -14,6 +15,7 @@
 #include "fwht.h"
 #include "orders.h"
 #include "status.h"
+#include "work.h"
 
 namespace onnx_quarot::ort {
 
@@ -144,6 +146,21 @@ inline void infer_output(const Api* api, ShapeInferContext* context, std::size_t
   check(api, SetDimensions(api, made, dims.data(), dims.size()));
   check(api, SetSymbolicDimensions(api, made, names.data(), names.size()));
   check(api, ShapeInferContext_SetOutputTypeShape(api, context, index, made));
+}
+
+// The first of the integers of an attribute of this kind, while shapes are inferred: 0 where there is none. `most`: how
+// many there may be.
+template <std::size_t most = 1>
+std::int64_t first_integer(const Api* api, const ShapeInferContext* context, const char* name,
+                           AttributeType kind = kIntAttribute) {
+  std::array<std::int64_t, most> values{};
+  const OpAttribute* attribute = nullptr;
+  std::size_t size = 0;
+  const bool found = succeeded(api, ShapeInferContext_GetAttribute(api, context, name, &attribute));
+  if (found && attribute != nullptr) {
+    check(api, ReadOpAttr(api, attribute, kind, values.data(), sizeof(values), &size));
+  }
+  return values[0];
 }
 
 // Shape of an input as far as the model states it; empty for an unknown rank.
@@ -280,33 +297,11 @@ void run_rows(const Api* api, const KernelContext* context, const Transform& tra
   const std::size_t chunk = std::max<std::size_t>(1, kChunkCost / row_cost(transform));
   const std::size_t chunks = rows / chunk;
   if (chunks < 2) return range(std::size_t{0}, rows);
-
-  struct Work {
-    const Api* api;
-    const Range& range;
-    std::size_t rows;
-    std::size_t chunks;
-    std::vector<Status*> failures;  // one slot a chunk, so that no two threads write to the same one
-  } work{api, range, rows, chunks, std::vector<Status*>(chunks, nullptr)};
-
-  Status* status = KernelContext_ParallelFor(
-      api, context,
-      [](void* data, std::size_t i) {
-        auto& job = *static_cast<Work*>(data);
-        const std::size_t first = job.rows / job.chunks * i + std::min(i, job.rows % job.chunks);
-        const std::size_t count = job.rows / job.chunks + (i < job.rows % job.chunks ? 1 : 0);
-        job.failures[i] = guarded(job.api, [&] { job.range(first, count); });
-      },
-      chunks, 0, &work);
-  for (Status* failure : work.failures) {
-    if (failure == nullptr) continue;
-    if (status == nullptr) {
-      status = failure;
-    } else {
-      ReleaseStatus(api, failure);
-    }
-  }
-  check(api, status);
+  parallel(api, context, chunks, [&](std::size_t i) {
+    const std::size_t first = rows / chunks * i + std::min(i, rows % chunks);
+    const std::size_t count = rows / chunks + (i < rows % chunks ? 1 : 0);
+    range(first, count);
+  });
 }
 
 }  // namespace onnx_quarot::ort

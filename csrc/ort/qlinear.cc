@@ -373,25 +373,14 @@ void infer_shape(const Api* api, ShapeInferContext* context) {
   check(api, ShapeInferContext_GetInputTypeShape(api, context, 0, &x));
   ElementType type = kFloat;
   check(api, GetTensorElementType(api, x, &type));
-  // Of a list, the first one; 0 where there is none.
-  const auto integer = [&](const char* name, AttributeType kind) {
-    std::array<std::int64_t, kMostOutputs> values{};
-    const OpAttribute* attribute = nullptr;
-    std::size_t size = 0;
-    const bool found = succeeded(api, ShapeInferContext_GetAttribute(api, context, name, &attribute));
-    if (found && attribute != nullptr) {
-      check(api, ReadOpAttr(api, attribute, kind, values.data(), sizeof(values), &size));
-    }
-    return values[0];
-  };
   // What does not fit is said when the kernel is made. Further outputs are as the model states them: whether the node
   // has them is not known here.
-  const std::int64_t columns = integer("N", kIntAttribute);
-  const std::int64_t first = integer("splits", kIntsAttribute);
+  const std::int64_t columns = first_integer(api, context, "N");
+  const std::int64_t first = first_integer<kMostOutputs>(api, context, "splits", kIntsAttribute);
   if (first > 0) {
     infer_output(api, context, 0, type, first);
   } else if (columns > 0) {
-    infer_output(api, context, 0, type, integer("gated", kIntAttribute) != 0 ? columns / 2 : columns);
+    infer_output(api, context, 0, type, first_integer(api, context, "gated") != 0 ? columns / 2 : columns);
   }
 }
 

@@ -3,20 +3,13 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
-#include <iterator>
 #include <limits>
 #include <random>
-#include <string>
 #include <vector>
 
+#include "all_kernels.h"
 #include "qlinear/kernels.h"
 #include "qlinear/qlinear.h"
-
-namespace onnx_quarot {
-extern const QLinearKernels qlinear_emulated_avx512vnni;
-extern const QLinearKernels qlinear_emulated_avxvnni;
-extern const QLinearKernels qlinear_emulated_signed;
-}  // namespace onnx_quarot
 
 using namespace onnx_quarot;
 
@@ -28,13 +21,6 @@ void expect(bool holds, const char* kernels, const char* what, std::size_t a, st
   if (holds) return;
   ++failures;
   std::fprintf(stderr, "failed: %s, %s (%zu, %zu, %zu)\n", kernels, what, a, b, c);
-}
-
-std::vector<const QLinearKernels*> all_kernels() {
-  std::vector<const QLinearKernels*> all;
-  for (const std::string& isa : qlinear_isas()) all.push_back(&qlinear_kernels(isa));
-  all.insert(all.end(), {&qlinear_emulated_avx512vnni, &qlinear_emulated_avxvnni, &qlinear_emulated_signed});
-  return all;
 }
 
 std::vector<float> normal(std::size_t count, std::mt19937& random) {

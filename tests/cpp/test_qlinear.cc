@@ -9,14 +9,9 @@
 #include <string>
 #include <vector>
 
+#include "all_kernels.h"
 #include "qlinear/kernels.h"
 #include "qlinear/qlinear.h"
-
-namespace onnx_quarot {
-extern const QLinearKernels qlinear_emulated_avx512vnni;
-extern const QLinearKernels qlinear_emulated_avxvnni;
-extern const QLinearKernels qlinear_emulated_signed;
-}  // namespace onnx_quarot
 
 using namespace onnx_quarot;
 
@@ -122,10 +117,7 @@ void check(const QLinearShape& shape, std::size_t count, Fill fill, std::mt19937
   check_shape(shape);
   const Layer layer = make_layer(shape, fill, random);
   const std::vector<float> x = make_rows(shape, count, fill, random), wanted = reference(layer, x, count);
-  std::vector<const QLinearKernels*> all = {&qlinear_emulated_avx512vnni, &qlinear_emulated_avxvnni,
-                                            &qlinear_emulated_signed};
-  for (const std::string& name : qlinear_isas()) all.push_back(&qlinear_kernels(name));
-  for (const QLinearKernels* kernels : all) {
+  for (const QLinearKernels* kernels : all_kernels()) {
     QuantizedRows rows(*kernels, shape, count);
     for (std::size_t m = 0; m < count; ++m) rows.set(m, x.data() + m * shape.depth);
     // In one piece, and in four that share nothing.
@@ -172,8 +164,7 @@ void check_floats(std::mt19937& random) {
                          std::numeric_limits<float>::quiet_NaN()};
   std::copy(std::begin(edges), std::end(edges), values.begin());
   std::vector<float> first(values.size() / 2), y(first.size());
-  std::vector<const QLinearKernels*> all = {&qlinear_baseline, &qlinear_emulated_avx512vnni, &qlinear_emulated_avxvnni};
-  for (const std::string& name : qlinear_isas()) all.push_back(&qlinear_kernels(name));
+  const std::vector<const QLinearKernels*> all = all_kernels();
   for (const QLinearKernels* kernels : all) {
     kernels->gate(values.data(), y.size() / 16, y.data());
     if (kernels == all.front()) first = y;
