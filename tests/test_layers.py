@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,8 @@ def test_the_page_shows_every_layer_and_loads_nothing(models: tuple[Path, Path, 
     assert "src=" not in html
     assert "href=" not in html
     assert f"{metrics.perplexity_ratio:.4f}" in html
+    light, dark = (set(re.findall(r"--(\w+):", rules)) for rules in html.split("prefers-color-scheme: dark"))
+    assert set(re.findall(r"var\(--(\w+)\)", html)) == light == dark
 
 
 def test_the_page_says_why_there_are_no_sensitivities(models: tuple[Path, Path, Path, Feeds]) -> None:

@@ -19,7 +19,7 @@ from onnx_quarot.progress import Progress
 from onnx_quarot.sensitivity import Sensitivities, measure_sensitivity
 
 Array = np.ndarray[Any, Any]
-_BEFORE, _AFTER = "#c2410c", "#1d4ed8"
+_BEFORE, _AFTER = "var(--before)", "var(--after)"  # colours that the page defines, for either scheme
 _PICTURES = 6  # layers whose channels are drawn
 _WORST = 8  # layers in a table
 _STEPS = [m * 10**e for e in range(9) for m in (1, 2, 5)]  # between lines of a grid
@@ -118,7 +118,7 @@ def render(
     ]
     body = "\n".join(f"<h2>{escape(title)}</h2>\n{content}" for title, content in sections)
     title = " beside ".join(_told_apart(Path(metrics.candidate.path), Path(metrics.reference.path)))
-    return _PAGE.format(title=escape(title), body=body, before=_BEFORE, after=_AFTER)
+    return _PAGE.format(title=escape(title), body=body)
 
 
 def _told_apart(first: Path, second: Path) -> tuple[str, str]:
@@ -192,7 +192,8 @@ def _lines(
             x = 52 + i / max(1, len(layers) - 1) * (_WIDTH - 62)
             y = _HEIGHT - (scaled(value) - low) / (high - low) * (_HEIGHT - 16) - 8
             tip = escape(f"{layers[i]}: {name} {value:.3g} {unit}")
-            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6" fill="{colour}"><title>{tip}</title></circle>')
+            dot = f'cx="{x:.1f}" cy="{y:.1f}" r="2.6" style="fill:{colour}"'
+            parts.append(f"<circle {dot}><title>{tip}</title></circle>")
     keys = "".join(
         f'<span class="key"><i style="background:{c}"></i>{n}</span>' for c, n in zip(colours, legend, strict=True)
     )
@@ -255,7 +256,7 @@ def _bars(values: Array, top: float, title: str, colour: str) -> str:
     heights = [float(b.max()) / (top or 1.0) * 90 for b in bins]
     bars = "".join(f"M{i * 400 / len(bins):.1f} 96v-{max(h, 0.5):.1f}" for i, h in enumerate(heights))
     return (
-        f'<svg viewBox="0 0 400 112" role="img"><path d="{bars}" stroke="{colour}" stroke-width="1.4"/>'
+        f'<svg viewBox="0 0 400 112" role="img"><path d="{bars}" style="stroke:{colour}" stroke-width="1.4"/>'
         f'<text x="0" y="110">{title}: at most {values.max():.3g}, median {np.median(values):.3g}</text></svg>'
     )
 
@@ -279,18 +280,24 @@ _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title>
 <style>
- body {{ font: 14px/1.45 system-ui, sans-serif; color: #0f172a; margin: 2rem auto; max-width: 58rem; padding: 0 1rem }}
- h1 {{ font-size: 1.35rem }} h2 {{ font-size: 1.05rem; margin-top: 2rem }}
+ :root {{ color-scheme: light dark; --page: #ffffff; --text: #0f172a; --soft: #475569; --line: #e2e8f0;
+         --before: #c2410c; --after: #1d4ed8 }}
+ @media (prefers-color-scheme: dark) {{
+  :root {{ --page: #0f172a; --text: #e2e8f0; --soft: #94a3b8; --line: #334155; --before: #fb923c; --after: #60a5fa }}
+ }}
+ body {{ font: 14px/1.45 system-ui, sans-serif; color: var(--text); background: var(--page); margin: 2rem auto;
+        max-width: 58rem; padding: 0 1rem }}
+ h1 {{ font-size: 1.35rem; overflow-wrap: anywhere }} h2 {{ font-size: 1.05rem; margin-top: 2rem }}
  table {{ border-collapse: collapse; margin: .6rem 0 }} td, th {{ padding: .2rem .8rem .2rem 0; text-align: left }}
  td + td, th + td, th + th {{ text-align: right; font-variant-numeric: tabular-nums }}
  td:has(.bar) {{ text-align: left }}
- tr {{ border-bottom: 1px solid #e2e8f0 }}
- svg {{ width: 100%; height: auto }} svg text {{ font-size: 11px; fill: #475569 }} .grid {{ stroke: #e2e8f0 }}
+ tr {{ border-bottom: 1px solid var(--line) }}
+ svg {{ width: 100%; height: auto }} svg text {{ font-size: 11px; fill: var(--soft) }} .grid {{ stroke: var(--line) }}
  .key {{ margin-right: 1.2rem }} .key i {{ display: inline-block; width: .7rem; height: .7rem; border-radius: 50%;
    margin-right: .4rem }}
- .bar {{ display: inline-block; height: .7rem; background: {after} }}
+ .bar {{ display: inline-block; height: .7rem; background: var(--after) }}
  .pictures figure {{ display: grid; grid-template-columns: 1fr 1fr; gap: 0 1rem; margin: .8rem 0 }}
- figcaption {{ grid-column: 1 / 3 }} figcaption, .note {{ color: #475569 }}
+ figcaption {{ grid-column: 1 / 3 }} figcaption, .note {{ color: var(--soft) }}
 </style></head><body>
 <h1>{title}</h1>
 {body}
