@@ -6,9 +6,9 @@ benchmarks/bench_qlinear.py --benchmark-json FILE`` they are in pytest-benchmark
 One thread (two where a figure says so), one process, calls interleaved, outputs bound beforehand. A figure is the
 median over rounds of (their time / ours): above 1, QLinear is faster. "hot" calls follow a call of the same session
 that is not counted; before "cold" ones 96 MB of other memory are read, so that weights come from memory, as when
-decoding. Limits of the CPU are measured in C++ (machine_limits.cc); from what is compared with them, the time of a
-session that does nothing is taken off. Every answer is checked. DynamicQuantizeMatMul has one range for all rows; on
-x86 CPUs without VNNI it saturates sums in 16 bits.
+decoding. The time of a session that does nothing is taken off both sides: a model pays it once a run, not once a layer.
+Limits of the CPU are measured in C++ (machine_limits.cc). Every answer is checked. DynamicQuantizeMatMul has one range
+for all rows; on x86 CPUs without VNNI it saturates sums in 16 bits.
 
 With ``--benchmark-max-time`` below 0.3 answers are checked as ever, in a few rounds whose figures mean little, and the
 largest size is left out.
@@ -212,22 +212,28 @@ def race(calls: list[Callable[[], object]], cold: bool, seconds: float) -> Array
     return np.array(times)
 
 
-def ratio(times: Array, theirs: int, ours: int, idle: int | None = None) -> float:
-    """Median over rounds; idle: the column of a session that does nothing, which ours is freed from."""
-    free = times[:, ours] - (0 if idle is None else np.median(times[:, idle]))
-    return float(median(times[:, theirs] / free))
+def ratio(times: Array, theirs: int, ours: int) -> float:
+    """Median over rounds."""
+    return float(median(times[:, theirs] / times[:, ours]))
+
+
+def net(times: Array, *columns: int) -> Array:
+    """Some columns without the time of a session that does nothing, the last column of all: [rounds, columns]."""
+    found: Array = times[:, columns] - np.median(times[:, -1])
+    return found
 
 
 def beside_onnxruntime(layers: tuple[Layer, Layer, Array], seconds: float) -> Iterator[tuple[str, float]]:
     """Ratios to ONNX Runtime's layer, for the calls above."""
     theirs, ours, matrix = layers
+    idle = nothing(len(matrix))
     for rows, cold in CALLS:
         x = activations(rows, len(matrix))
-        (first, y_first), (second, y_second) = theirs.call(x), ours.call(x)
-        times = race([first, second], cold, seconds)
+        (first, y_first), (second, y_second), (rest, _) = theirs.call(x), ours.call(x), idle.call(x[:1])
+        times = race([first, second, rest], cold, seconds)
         check(y_first, x, matrix)
         check(y_second, x, matrix)
-        yield f"M={rows}{' cold' if cold else ''}", ratio(times, 0, 1)
+        yield f"M={rows}{' cold' if cold else ''}", ratio(net(times, 0, 1), 0, 1)
 
 
 def beside_limits(layers: tuple[Layer, Layer, Array], seconds: float) -> Iterator[tuple[str, float]]:
@@ -244,10 +250,12 @@ def beside_limits(layers: tuple[Layer, Layer, Array], seconds: float) -> Iterato
         rest, _ = idle.call(x[:1])
         if rows == 1:
             read = functools.partial(limits().read_seconds, constants.ctypes.data, constants.nbytes)
-            yield f"M=1{' cold' if cold else ''}: of a read", ratio(race([read, call, rest], cold, seconds), 0, 1, 2)
+            times = race([read, call, rest], cold, seconds)
+            share = float(median(times[:, 0] / net(times, 1)[:, 0]))
+            yield f"M=1{' cold' if cold else ''}: of a read", share
         else:
             times, peaks = race([call, rest], cold, seconds), [limits().dot_rate() for _ in range(50)]
-            free = float(np.median(times[:, 0]) - np.median(times[:, 1]))
+            free = float(np.median(net(times, 0)))
             yield f"M={rows}: of the peak", 2.0 * rows * depth * columns / free / max(peaks)
         check(y, x, matrix)
 
@@ -282,9 +290,10 @@ for rows in (256, 1):
 
 
 def without_vnni(depth: int, columns: int, seconds: float) -> dict[str, float]:
-    """Speed of the AVX2 kernels by that of the CPU's best: in processes of their own, which take turns."""
+    """Speed of the AVX2 kernels by that of those with VNNI, as wide as the CPU has it and of AVX2's width: in processes
+    of their own, which take turns."""
     code = _CHILD.format(folder=str(Path(__file__).parent), depth=depth, columns=columns, seconds=seconds)
-    times: dict[str, list[list[float]]] = {"": [], "avx2": []}
+    times: dict[str, list[list[float]]] = {"": [], "avxvnni": [], "avx2": []}
     answers = set()
     for _ in range(3 if seconds >= _SECONDS else 1):
         for isa, found in times.items():
@@ -297,7 +306,11 @@ def without_vnni(depth: int, columns: int, seconds: float) -> dict[str, float]:
             answers.add(tuple(line[1] for line in lines))
     assert len(answers) == 1, "instruction sets differ"
     best = {isa: np.median(found, axis=0) for isa, found in times.items()}
-    return {f"M={rows}": float(best[""][i] / best["avx2"][i]) for i, rows in enumerate((256, 1))}
+    return {
+        f"AVX2 by {name}, M={rows}": float(best[isa][i] / best["avx2"][i])
+        for name, isa in (("the best", ""), ("AVX-VNNI", "avxvnni"))
+        for i, rows in enumerate((256, 1))
+    }
 
 
 def figures(depth: int, columns: int, seconds: float) -> dict[str, float]:
@@ -311,8 +324,7 @@ def figures(depth: int, columns: int, seconds: float) -> dict[str, float]:
         for name, value in beside_limits(layers, seconds):
             found[f"{kind}, {name}"] = value
     if seconds >= _SECONDS or (depth, columns) == min(SIZES):  # two processes a turn, which make weights anew
-        for name, value in without_vnni(depth, columns, seconds).items():
-            found[f"AVX2 by the best, {name}"] = value
+        found |= without_vnni(depth, columns, seconds)
     if depth == 8192:
         found["with a rotation inside, time by the time without"] = rotated(depth, columns, 4 * seconds)
     return found
