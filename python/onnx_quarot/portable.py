@@ -148,7 +148,7 @@ class Transform:
             y = body.cast(y, self.dtype)
         # A length of 0 in the shape means 0. Before opset 14 it always meant "as in the input", which leaves only
         # an empty first axis right.
-        allow_zero = {"allowzero": 1} if body.opset_version >= 14 else {}
+        allow_zero: dict[str, Any] = {"allowzero": 1} if body.opset_version >= 14 else {}
         return body.node("Reshape", [y, body.node("Shape", [x])], **allow_zero)
 
     def wrap(
@@ -194,8 +194,8 @@ class Body:
         self.compute = ir.DataType.FLOAT
         self.nodes: list[ir.Node] = []
 
-    def node(self, op_type: str, inputs: list[ir.Value], **attributes: Any) -> ir.Value:
-        node = ir.node(op_type, inputs, attributes)
+    def node(self, op_type: str, inputs: list[ir.Value], *, domain: str = "", **attributes: Any) -> ir.Value:
+        node = ir.node(op_type, inputs, attributes, domain=domain)
         node.outputs[0].name = f"v{len(self.nodes)}"
         self.nodes.append(node)
         return node.outputs[0]

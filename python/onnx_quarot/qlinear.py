@@ -1,7 +1,8 @@
 """Linear layers in one compiled operator, ``onnx_quarot::QLinear``: rotate, quantize per token, multiply, scale.
 
-Weights are stored packed, as the kernel reads them (layout version 1, see :func:`pack`). A model-local function in
-standard operators unpacks them, so that the model runs without the library too, if slowly.
+Weights are stored packed, as the kernel reads them (layout version 1, see :func:`pack`). A model-local function unpacks
+them, so that the model runs without the library too: in standard operators to the same integers, if slowly, or for
+ONNX Runtime's own ``MatMulNBits``, as fast as that is.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ PANEL = 16
 BLOCKS = (32, 64, 128)
 MOST_OUTPUTS = 3
 MAX_DEPTH = 131072
+_MICROSOFT = "com.microsoft"
 _MIN_IR_VERSION = 10
 # Rows whose largest value is below this count as zeros.
 _LEAST_PEAK = 1e-30
@@ -61,13 +63,28 @@ def pack_scales(scales: Array) -> npt.NDArray[np.float32]:
     return np.ascontiguousarray(filled.reshape(len(scales), -1, PANEL).transpose(1, 0, 2))
 
 
+def pack_zero_points(zeros: Array) -> npt.NDArray[np.uint8]:
+    """Zero points ``[blocks, N]`` of 4-bit weights, 0 to 15, as the operator reads them: ``[panels, blocks, 8]``.
+
+    Byte j of a panel's block holds that of output j in its lower half and of output 8 + j in its upper one.
+    """
+    if zeros.min() < 0 or zeros.max() > 15:
+        raise ConfigError("zeros: holds values outside 0 to 15")
+    filled = np.pad(zeros.astype(np.uint8), ((0, 0), (0, -zeros.shape[1] % PANEL)))
+    panels = filled.reshape(len(zeros), -1, PANEL).transpose(1, 0, 2)
+    packed: npt.NDArray[np.uint8] = panels[..., :8] | (panels[..., 8:] << 4)
+    return packed
+
+
 @dataclass(frozen=True)
 class QLinearSpec:
     """What tells one QLinear from another, its tensors aside.
 
     block: None for 8 bits. rotation: of float32 rows. epsilon: rows are divided by sqrt(mean of squares + epsilon)
     first. splits: columns of each output, all but the last multiples of 16, at most :data:`MOST_OUTPUTS`. gated: every
-    32 columns are 16 ``a`` and 16 ``b``, and outputs are ``silu(a) * b``, half as many.
+    32 columns are 16 ``a`` and 16 ``b``, and outputs are ``silu(a) * b``, half as many. zero_points: of 4-bit weights;
+    without them all are 8, in the codes' own numbers. nbits: the function multiplies by MatMulNBits, 4 bits only, which
+    makes activations integers per token and block; else by standard operators, to the operator's own integers.
     """
 
     depth: int
@@ -79,6 +96,12 @@ class QLinearSpec:
     epsilon: float | None = None
     splits: tuple[int, ...] = ()
     gated: bool = False
+    zero_points: bool = False
+    nbits: bool = False
+
+    def __post_init__(self) -> None:
+        if self.block is None and (self.zero_points or self.nbits):
+            raise ConfigError("block: None means 8 bits, which have no zero points and no MatMulNBits")
 
     @property
     def outputs(self) -> tuple[int, ...]:
@@ -106,23 +129,27 @@ class QLinearSpec:
     def overload(self) -> str:
         """The name of the function body."""
         parts = [f"k{self.depth}_n{self.columns}", "w8" if self.block is None else f"w4b{self.block}"]
+        parts += ["zero_points"] if self.zero_points else []
         parts += ["bias"] if self.has_bias else []
         parts += [f"hadamard_{self.rotation.overload()}"] if self.rotation is not None else []
         parts += [f"norm_{self.epsilon:g}"] if self.epsilon is not None else []
         parts += ["split_" + "_".join(map(str, self.splits))] if self.splits else []
         parts += ["gated"] if self.gated else []
+        parts += ["matmulnbits"] if self.nbits else []
         return "_".join(parts) + {ir.DataType.FLOAT16: "_f16", ir.DataType.BFLOAT16: "_bf16"}.get(self.dtype, "")
 
 
 def add_qlinear(model: ir.Model, spec: QLinearSpec, inputs: Sequence[ir.Value | None], name: str) -> ir.Node:
     """Make a node, and the function it stands for, which is put into the model; the caller places the node.
 
-    inputs: X, packed weights, scales, bias or None, signs or None. ONNX Runtime before 1.24
-    crashes at signs without a bias. A bias is [N], or of the shape of the only output. Shapes of outputs follow from
-    X's, where that is known: ONNX Runtime learns of those behind the first one from the model alone.
+    inputs: X, packed weights, scales, and each or None: bias, signs, zero points. A bias is [N], or of the shape of the
+    only output. Shapes of outputs follow from X's, where that is known: ONNX Runtime learns of those behind the first
+    one from the model alone.
     """
     model.ir_version = max(model.ir_version, _MIN_IR_VERSION)
     model.opset_imports[DOMAIN] = OPSET_VERSION
+    if spec.nbits:
+        model.opset_imports.setdefault(_MICROSOFT, 1)
     identifier = (DOMAIN, OP_TYPE, spec.overload)
     if identifier not in model.functions:
         model.functions[identifier] = _function(spec, model.opset_imports[""])
@@ -147,30 +174,19 @@ def add_qlinear(model: ir.Model, spec: QLinearSpec, inputs: Sequence[ir.Value | 
 
 
 def _function(spec: QLinearSpec, opset: int) -> ir.Function:
-    """The operator in standard operators: the same integers, multiplied in float32."""
+    """What the operator does, in others."""
     body = Body(opset)
-    kinds = [spec.dtype, ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.FLOAT, ir.DataType.INT8]
-    names = ["X", "W", "scales", "bias", "signs"]
-    inputs = [ir.Value(name=name, type=ir.TensorType(kind)) for name, kind in zip(names, kinds, strict=True)]
-    x, packed, scales, bias, signs = inputs
+    kinds = [ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.FLOAT, ir.DataType.INT8, ir.DataType.UINT8]
+    names = ["X", "W", "scales", "bias", "signs", "zero_points"]
+    inputs = [ir.Value(name=n, type=ir.TensorType(k)) for n, k in zip(names, [spec.dtype, *kinds], strict=True)]
+    x, packed, scales, bias, signs, zeros = inputs
     has_signs = spec.rotation is not None and spec.rotation.signs_length > 0
-    straight = rows = x if spec.dtype == ir.DataType.FLOAT else body.cast(x, ir.DataType.FLOAT)
-    if spec.rotation is not None:
-        rows = spec.rotation.apply(body, rows, signs if has_signs else None)
-    largest = body.reduce("ReduceMax", body.node("Abs", [rows]))
-    peak = body.node("Max", [largest, _real(body, _LEAST_PEAK)])
-    inverse = body.node("Div", [_real(body, 127.0), peak])
-    # Infinity times zero is NaN, as is what a NaN touches: the whole row of one becomes NaN, as in the operator.
-    codes = body.node("Round", [body.node("Mul", [rows, inverse])])
-    row_scale = body.node("Div", [peak, _real(body, 127.0)])
-    if spec.epsilon is not None:
-        row_scale = body.node("Mul", [row_scale, _norm_factor(body, straight, spec.epsilon)])
-    weight = _sides_apart(body, spec, _unpacked(body, spec, packed, scales), [spec.depth])
-    product = body.node("Mul", [body.node("MatMul", [codes, weight]), row_scale])
-    if spec.block is None:
-        product = body.node("Mul", [product, _sides_apart(body, spec, scales, [])])
+    rows = x if spec.dtype == ir.DataType.FLOAT else body.cast(x, ir.DataType.FLOAT)
+    weights = [packed, scales, *([zeros] if spec.zero_points else [])]
+    multiply = _multiply_by_nbits if spec.nbits else _multiply
+    product = multiply(body, spec, rows, signs if has_signs else None, weights)
     if spec.has_bias:
-        product = body.node("Add", [product, _sides_apart(body, spec, bias, [])])
+        product = body.node("Add", [product, _sides_apart(body, spec, bias, [], [])])
     products = [product]
     if len(spec.outputs) > 1:
         products = body.split(product, spec.outputs)
@@ -182,15 +198,13 @@ def _function(spec: QLinearSpec, opset: int) -> ir.Function:
     products = [body.node("Identity", [y]) if is_float else body.cast(y, spec.dtype) for y in products]
     for index, y in enumerate(products):
         y.name = f"Y{index}" if index else "Y"
-    used = inputs[:3] + ([bias] if spec.has_bias or has_signs else []) + ([signs] if has_signs else [])
-    graph = ir.Graph(used, products, nodes=body.nodes, opset_imports={"": opset}, name=spec.overload)
+    used = [True, True, True, spec.has_bias, has_signs, spec.zero_points]
+    count = len(used) - used[::-1].index(True)
+    imports = {"": opset, _MICROSOFT: 1} if spec.nbits else {"": opset}
+    graph = ir.Graph(inputs[:count], products, nodes=body.nodes, opset_imports=imports, name=spec.overload)
     # Declared for the nodes that carry them; their values are in the body already.
     declared = [_attribute(name, value) for name, value in spec.attributes.items()]
     return ir.Function(DOMAIN, OP_TYPE, spec.overload, graph=graph, attributes=declared)
-
-
-def _real(body: Body, value: float) -> ir.Value:
-    return body.constant(np.array(value, np.float32))
 
 
 def _attribute(name: str, value: float | list[int]) -> ir.Attr:
@@ -199,40 +213,115 @@ def _attribute(name: str, value: float | list[int]) -> ir.Attr:
     return ir.AttrFloat32(name, value) if isinstance(value, float) else ir.AttrInt64(name, value)
 
 
-def _norm_factor(body: Body, x: ir.Value, epsilon: float) -> ir.Value:
-    square = body.node("Mul", [x, x])
-    mean = body.reduce("ReduceMean", square)
-    return body.node("Reciprocal", [body.node("Sqrt", [body.node("Add", [mean, _real(body, epsilon)])])])
+def _multiply(
+    body: Body, spec: QLinearSpec, straight: ir.Value, signs: ir.Value | None, weights: Sequence[ir.Value]
+) -> ir.Value:
+    """The operator in standard operators: the same integers, multiplied in float32."""
+    rows = straight if spec.rotation is None else spec.rotation.apply(body, straight, signs)
+    largest = body.reduce("ReduceMax", body.node("Abs", [rows]))
+    peak = body.node("Max", [largest, _real(body, _LEAST_PEAK)])
+    inverse = body.node("Div", [_real(body, 127.0), peak])
+    # Infinity times zero is NaN, as is what a NaN touches: the whole row of one becomes NaN, as in the operator.
+    codes = body.node("Round", [body.node("Mul", [rows, inverse])])
+    row_scale = body.node("Div", [peak, _real(body, 127.0)])
+    if spec.epsilon is not None:
+        row_scale = body.node("Div", [row_scale, _length(body, straight, spec.epsilon)])
+    weight = _sides_apart(body, spec, _unpacked(body, spec, weights), [spec.depth], [])
+    product = body.node("Mul", [body.node("MatMul", [codes, weight]), row_scale])
+    if spec.block is None:
+        product = body.node("Mul", [product, _sides_apart(body, spec, weights[1], [], [])])
+    return product
 
 
-def _sides_apart(body: Body, spec: QLinearSpec, x: ir.Value, leading: list[int]) -> ir.Value:
-    """[*leading, N] in the order of the product: of a gated one, all of ``a`` before all of ``b``."""
+def _multiply_by_nbits(
+    body: Body, spec: QLinearSpec, rows: ir.Value, signs: ir.Value | None, weights: Sequence[ir.Value]
+) -> ir.Value:
+    """The layer by MatMulNBits, whose weights are made once, where ONNX Runtime folds constants."""
+    assert spec.block is not None
+    if spec.epsilon is not None:
+        rows = body.node("Div", [rows, _length(body, rows, spec.epsilon)])
+    if spec.rotation is not None:
+        rows = spec.rotation.apply(body, rows, signs)
+    packed, scales, *zeros = weights
+    blocks = -(-spec.depth // spec.block)
+    codes = _pairs(body, _halves(body, packed), 8)
+    operands = [
+        _channels_first(body, spec, codes, [blocks, spec.block // 2]),
+        _channels_first(body, spec, scales, [blocks]),
+    ]
+    if zeros:
+        points = _halves(body, zeros[0])
+        if blocks % 2:
+            points = body.node("Pad", [points, body.constant(np.array([0, 0, 0, 0, 1, 0], np.int64))])
+        even = blocks + blocks % 2
+        points = body.reshape(_channels_first(body, spec, points, [even]), [spec.columns, even // 2, 2])
+        operands.append(body.reshape(_pairs(body, points, 2), [spec.columns, even // 2]))
+    sizes: dict[str, Any] = {"K": spec.depth, "N": spec.columns, "bits": 4, "block_size": spec.block}
+    return body.node("MatMulNBits", [rows, *operands], domain=_MICROSOFT, **sizes, accuracy_level=4)
+
+
+def _real(body: Body, value: float) -> ir.Value:
+    return body.constant(np.array(value, np.float32))
+
+
+def _length(body: Body, x: ir.Value, epsilon: float) -> ir.Value:
+    """The root of the mean square of each row, with an epsilon under it."""
+    mean = body.reduce("ReduceMean", body.node("Pow", [x, _real(body, 2.0)]))
+    return body.node("Sqrt", [body.node("Add", [mean, _real(body, epsilon)])])
+
+
+def _sides_apart(body: Body, spec: QLinearSpec, x: ir.Value, before: list[int], after: list[int]) -> ir.Value:
+    """[*before, N, *after] in the order of the product: of a gated one, all of ``a`` before all of ``b``."""
     if not spec.gated:
         return x
-    rank = len(leading)
-    pairs = body.reshape(x, [*leading, spec.columns // (2 * PANEL), 2, PANEL])
-    sides = body.node("Transpose", [pairs], perm=[*range(rank), rank + 1, rank, rank + 2])
-    return body.reshape(sides, [*leading, spec.columns])
+    axis = len(before)
+    pairs = body.reshape(x, [*before, spec.columns // (2 * PANEL), 2, PANEL, *after])
+    order = [*range(axis), axis + 1, axis, *range(axis + 2, axis + 3 + len(after))]
+    return body.reshape(body.node("Transpose", [pairs], perm=order), [*before, spec.columns, *after])
 
 
-def _unpacked(body: Body, spec: QLinearSpec, packed: ir.Value, scales: ir.Value) -> ir.Value:
+def _channels_first(body: Body, spec: QLinearSpec, panels: ir.Value, shape: list[int]) -> ir.Value:
+    """[N, *shape] of panels, [panels, steps or blocks, 16] or with bytes of a step behind."""
+    order = [0, 2, 1, 3] if len(shape) > 1 else [0, 2, 1]
+    rows = body.reshape(body.node("Transpose", [panels], perm=order), [-1, *shape])
+    if spec.columns % PANEL:
+        ends = [body.constant(np.array([place], np.int64)) for place in (0, spec.columns, 0)]
+        rows = body.node("Slice", [rows, *ends])
+    return _sides_apart(body, spec, rows, [], shape)
+
+
+def _halves(body: Body, x: ir.Value) -> ir.Value:
+    """uint8 [..., n] as [..., 2 n]: the lower halves, then the upper ones."""
+    four = body.constant(np.array(4, np.uint8))
+    low = body.node("BitShift", [body.node("BitShift", [x, four], direction="LEFT"), four], direction="RIGHT")
+    return body.node("Concat", [low, body.node("BitShift", [x, four], direction="RIGHT")], axis=-1)
+
+
+def _pairs(body: Body, x: ir.Value, size: int) -> ir.Value:
+    """Halves [..., size] as bytes [..., size / 2], the even ones lower: a product, as bits are or-ed since opset 18."""
+    matrix = np.kron(np.eye(size // 2, dtype=np.uint8), np.array([[1], [16]], np.uint8))
+    one, zero = _real(body, 1.0), body.constant(np.array(0, np.uint8))
+    return body.node("QLinearMatMul", [x, one, zero, body.constant(matrix), one, zero, one, zero])
+
+
+def _unpacked(body: Body, spec: QLinearSpec, weights: Sequence[ir.Value]) -> ir.Value:
     """[K, N] float32: the integers, for 4 bits times their scales."""
+    packed, scales, *zeros = weights
     panels = -(-spec.columns // PANEL)
     if spec.block is None:
-        codes = body.cast(packed, ir.DataType.FLOAT)
-        values = body.node("Sub", [codes, _real(body, 128.0)])
+        values = body.node("Sub", [body.cast(packed, ir.DataType.FLOAT), _real(body, 128.0)])
         step, depth = 4, -(-spec.depth // 4) * 4
     else:
-        # In float: arithmetic on uint8 came with opset 14.
-        pairs, sixteen = body.cast(packed, ir.DataType.FLOAT), _real(body, 16.0)
-        high = body.node("Floor", [body.node("Div", [pairs, sixteen])])
-        low = body.node("Sub", [pairs, body.node("Mul", [high, sixteen])])
-        values = body.node("Sub", [body.node("Concat", [low, high], axis=3), _real(body, 8.0)])
+        codes = body.cast(_halves(body, packed), ir.DataType.FLOAT)
         step, depth = 8, -(-spec.depth // spec.block) * spec.block
         blocks = depth // spec.block
-        grouped = body.reshape(values, [panels, blocks, spec.block // step, PANEL, step])
+        points = _real(body, 8.0)
+        if zeros:
+            halves = body.cast(_halves(body, zeros[0]), ir.DataType.FLOAT)
+            points = body.reshape(halves, [panels, blocks, 1, PANEL, 1])
+        grouped = body.reshape(codes, [panels, blocks, spec.block // step, PANEL, step])
         factors = body.reshape(scales, [panels, blocks, 1, PANEL, 1])
-        scaled = body.node("Mul", [grouped, factors])
+        scaled = body.node("Mul", [body.node("Sub", [grouped, points]), factors])
         values = body.reshape(scaled, [panels, depth // step, PANEL, step])
     order = body.node("Transpose", [values], perm=[1, 3, 0, 2])
     matrix = body.reshape(order, [depth, panels * PANEL])
