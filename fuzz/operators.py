@@ -127,6 +127,8 @@ def fuzz_qlinear(seed: int, folder: Path) -> str:
         feeds["b"] = array(TensorProto.FLOAT, [n], rng)
         if rng.random() < 0.5:
             feeds["r"] = values.choice(np.array([-1, 1], np.int8), k)
+    if block is not None and rng.random() < 0.5:
+        feeds["z"] = values.integers(0, 256, (*feeds["s"].shape[:2], 8)).astype(np.uint8)
     attributes: dict[str, Any] = {"K": k, "N": n, "layout_version": 1, "rotate": rng.choice([0, 1])}
     if block is not None:
         attributes |= {"bits": 4, "block": block}
@@ -155,9 +157,13 @@ def fuzz_qlinear(seed: int, folder: Path) -> str:
                 with np.errstate(all="ignore"):
                     feeds[name] = feeds[name].astype(rng.choice([np.float32, np.uint8, np.int8, np.float64]))
             case 4:
-                outputs = rng.choice([outputs[:-1], [*outputs, "z"], ["", *outputs[1:]], [*outputs[:-1], ""]])
+                outputs = rng.choice([outputs[:-1], [*outputs, "more"], ["", *outputs[1:]], [*outputs[:-1], ""]])
+    # Inputs that are left out have no name, up to the last one that is there.
+    order = ["x", "w", "s", "b", "r", "z"]
+    last = max(order.index(name) for name in feeds)
+    names = [name if name in feeds else "" for name in order[: last + 1]]
     try:
-        node = helper.make_node("QLinear", [*feeds], outputs, domain="onnx_quarot", **attributes)
+        node = helper.make_node("QLinear", names, outputs, domain="onnx_quarot", **attributes)
     except (TypeError, ValueError, OverflowError):
         return "not a node"
     inputs = [
@@ -202,7 +208,7 @@ def fuzz_attention(seed: int, folder: Path) -> str:
                     np.array(rng.choice([-1, 0, 1, 64, 70, 2**31 - 1, -(2**31)]), np.int32), feeds[which].shape
                 )
             case 4:
-                outputs = rng.choice([outputs[:-1], [*outputs, "z"], ["", *outputs[1:]], [*outputs[:-1], ""]])
+                outputs = rng.choice([outputs[:-1], [*outputs, "more"], ["", *outputs[1:]], [*outputs[:-1], ""]])
     names = [
         "query",
         *(["", ""] if packed else ["key", "value"]),

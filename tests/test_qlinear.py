@@ -21,7 +21,7 @@ from onnx_quarot import _core
 from onnx_quarot.custom_op import DOMAIN, add_hadamard, register
 from onnx_quarot.errors import ConfigError
 from onnx_quarot.portable import Transform
-from onnx_quarot.qlinear import QLinearSpec, add_qlinear, pack, pack_scales
+from onnx_quarot.qlinear import QLinearSpec, add_qlinear, pack, pack_scales, pack_zero_points
 
 Array = np.ndarray[Any, Any]
 
@@ -113,6 +113,22 @@ def reference(x: Array, weight: Array, scales: Array, block: int | None, bias: A
             y += part.astype(np.float32) * scales[index]
         y = y * row_scale
     return y if bias is None else y + bias
+
+
+def make_raw(depth: int, columns: int, inputs: dict[str, Array | None], **attributes: Any) -> onnx.ModelProto:
+    """A node without a function body. inputs: initializers behind X, in order; None is an input left out."""
+    attributes = {"K": depth, "N": columns, "layout_version": 1} | attributes
+    names = ["x", *("" if value is None else name for name, value in inputs.items())]
+    node = helper.make_node("QLinear", names, ["y"], domain=DOMAIN, name="raw", **attributes)
+    graph = helper.make_graph(
+        [node],
+        "raw",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["a", "b", depth])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["a", "b", None])],
+        [numpy_helper.from_array(value, name) for name, value in inputs.items() if value is not None],
+    )
+    imports = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
+    return helper.make_model(graph, opset_imports=imports, ir_version=10)
 
 
 def activations(rows: int, depth: int) -> Array:
@@ -259,16 +275,7 @@ def test_short_floats(dtype: int, numpy_dtype: Any, rotated: bool) -> None:
 
 def test_leading_axes_and_no_rows() -> None:
     weight, scales = make_weight(32, 20, None)
-    node = helper.make_node("QLinear", ["x", "w", "s"], ["y"], domain=DOMAIN, K=32, N=20, layout_version=1)
-    graph = helper.make_graph(
-        [node],
-        "raw",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["a", "b", 32])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["a", "b", 20])],
-        [numpy_helper.from_array(pack(weight), "w"), numpy_helper.from_array(scales, "s")],
-    )
-    imports = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
-    model = helper.make_model(graph, opset_imports=imports, ir_version=10)
+    model = make_raw(32, 20, {"w": pack(weight), "s": scales})
     x = activations(6, 32)
     y = run(model, x.reshape(2, 3, 32))
     np.testing.assert_array_equal(y.reshape(6, 20), reference(x, weight, scales, None))
@@ -281,6 +288,11 @@ def test_leading_axes_and_no_rows() -> None:
         ("splits", [16, 5], r"splits is \[16, 5\]: it must be up to 3 numbers that add up to N, which is 20"),
         ("epsilon", -1.0, "epsilon is -1"),
         ("N", 33, r"W has shape \[2, 8, 16, 4\]: it must be \[3, 8, 16, 4\]"),
+        ("bits", "4", "attribute bits has another type: it must be an int"),
+        ("gated", 1.0, "attribute gated has another type: it must be an int"),
+        ("splits", 20, "attribute splits has another type: it must be ints"),
+        ("splits", [16.0, 4.0], "attribute splits has another type: it must be ints"),
+        ("epsilon", 1, "attribute epsilon has another type: it must be a float"),
     ]:
         broken = onnx.ModelProto()
         broken.CopyFrom(model)
@@ -291,6 +303,45 @@ def test_leading_axes_and_no_rows() -> None:
             broken.graph.node[0].attribute.append(helper.make_attribute(attribute, value))
         with pytest.raises(Exception, match=message):
             run(broken, x.reshape(2, 3, 32))
+
+
+@pytest.mark.parametrize("block", [32, 64, 128])
+@pytest.mark.parametrize(("rows", "depth", "columns"), [(1, 1, 1), (1, 2048, 320), (3, 99, 17), (40, 130, 48)])
+def test_zero_points_are_exact(block: int, rows: int, depth: int, columns: int) -> None:
+    codes, scales = make_weight(depth, columns, block)
+    zeros = np.random.default_rng(5).integers(0, 16, scales.shape)
+    bias = np.linspace(-1, 1, columns, dtype=np.float32)
+    given = {"w": pack(codes, block), "s": pack_scales(scales)}
+    all_inputs = given | {"b": bias, "r": None, "z": pack_zero_points(zeros)}
+    model = make_raw(depth, columns, all_inputs, bits=4, block=block)
+    x = activations(rows, depth)
+    weight = codes.astype(np.int32) + 8 - zeros.repeat(block, axis=0)[:depth]
+    for threads in (1, 2):
+        y = run(model, x[:, None], threads=threads)
+        np.testing.assert_array_equal(y[:, 0], reference(x, weight, scales, block, bias))
+    # Without a bias, and all of them 8: as if there were none.
+    without = make_raw(depth, columns, given, bits=4, block=block)
+    eights = {"b": None, "r": None, "z": pack_zero_points(np.full_like(zeros, 8))}
+    model = make_raw(depth, columns, given | eights, bits=4, block=block)
+    np.testing.assert_array_equal(run(model, x[:, None]), run(without, x[:, None]))
+
+
+def test_zero_points_that_do_not_fit_are_refused() -> None:
+    codes, scales = make_weight(96, 20, 32)
+    x, bias, signs = activations(2, 96)[:, None], np.zeros(20, np.float32), np.ones(96, np.int8)
+    given = {"w": pack(codes, 32), "s": pack_scales(scales), "b": bias, "r": signs}
+    for shape in [(2, 3), (3, 2, 8), (2, 3, 16)]:
+        model = make_raw(96, 20, given | {"z": np.zeros(shape, np.uint8)}, bits=4, block=32)
+        with pytest.raises(Exception, match=rf"zero_points has shape \[{shape[0]}, .*: it must be \[2, 3, 8\]"):
+            run(model, x)
+    weight, scales = make_weight(96, 20, None)
+    given = {"w": pack(weight), "s": scales, "b": bias, "r": signs, "z": np.zeros((2, 1, 8), np.uint8)}
+    message = "QLinear node 'raw': zero_points are given with bits 8: only weights of 4 bits have them"
+    with pytest.raises(Exception, match=message):
+        run(make_raw(96, 20, given), x)
+    model = make_raw(96, 20, given | {"z": np.zeros((2, 1, 8), np.int8)})
+    with pytest.raises(Exception, match=r"int8"):
+        run(model, x)
 
 
 @pytest.mark.parametrize(("dtype", "block"), [(TensorProto.FLOAT, None), (TensorProto.FLOAT16, 32)])

@@ -91,7 +91,9 @@ inline constexpr Entry<163, Status*(const KernelInfo*, const char* name, std::in
 inline constexpr Entry<244, Status*(const KernelInfo*, char* out, std::size_t* size)> KernelInfo_GetNodeName{};
 inline constexpr Entry<230, Status*(const KernelInfo*, std::size_t* out)> KernelInfo_GetInputCount{};
 inline constexpr Entry<231, Status*(const KernelInfo*, std::size_t* out)> KernelInfo_GetOutputCount{};
-// Empty for an optional output that is left out.
+// Empty for an optional input or output that is left out.
+inline constexpr Entry<232, Status*(const KernelInfo*, std::size_t index, char* out, std::size_t* size)>
+    KernelInfo_GetInputName{};
 inline constexpr Entry<233, Status*(const KernelInfo*, std::size_t index, char* out, std::size_t* size)>
     KernelInfo_GetOutputName{};
 // Makes a TypeInfo that the caller releases; the TensorInfo that it is cast to is part of it.

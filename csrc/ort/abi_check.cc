@@ -25,6 +25,7 @@ CHECK_SLOT(CastTypeInfoToTensorInfo);
 CHECK_SLOT(ReleaseTypeInfo);
 CHECK_SLOT(KernelInfo_GetInputCount);
 CHECK_SLOT(KernelInfo_GetOutputCount);
+CHECK_SLOT(KernelInfo_GetInputName);
 CHECK_SLOT(KernelInfo_GetOutputName);
 CHECK_SLOT(KernelInfoGetConstantInput_tensor);
 CHECK_SLOT(KernelContext_GetInputCount);

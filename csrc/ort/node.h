@@ -68,6 +68,24 @@ class AttributeReader {
     return std::nullopt;
   }
 
+  // Empty where there is none, or an empty list.
+  std::vector<std::int64_t> integers(const char* name) const {
+    std::size_t size = 0;
+    std::vector<std::int64_t> values;
+    if (succeeded(api_, KernelInfoGetAttributeArray_int64(api_, info_, name, nullptr, &size)) && size > 0) {
+      values.resize(size);
+      check(api_, KernelInfoGetAttributeArray_int64(api_, info_, name, values.data(), &size));
+      return values;
+    }
+    std::int64_t integer = 0;
+    float real = 0;
+    if (succeeded(api_, KernelInfoGetAttribute_int64(api_, info_, name, &integer)) ||
+        succeeded(api_, KernelInfoGetAttribute_float(api_, info_, name, &real)) || is_text_or_list(name)) {
+      throw std::invalid_argument("attribute " + std::string(name) + " has another type: it must be ints");
+    }
+    return values;
+  }
+
   std::optional<float> real(const char* name) const {
     float value = 0;
     if (succeeded(api_, KernelInfoGetAttribute_float(api_, info_, name, &value))) return value;

@@ -81,53 +81,29 @@ std::uint16_t to_bfloat(float value) {
   return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-// Reads attributes: required ones without a default.
-class Reader {
- public:
-  Reader(const Api* api, const KernelInfo* info) : api_(api), info_(info) {}
-
-  std::size_t integer(const char* name, std::optional<std::int64_t> otherwise, std::int64_t least) const {
-    std::int64_t value = 0;
-    if (!succeeded(api_, KernelInfoGetAttribute_int64(api_, info_, name, &value))) {
-      if (!otherwise) throw std::invalid_argument("attribute " + std::string(name) + " is missing: it must be an int");
-      value = *otherwise;
-    }
-    if (value < least) {
-      throw std::invalid_argument(std::string(name) + " is " + std::to_string(value) + ": it must be at least " +
-                                  std::to_string(least));
-    }
-    return static_cast<std::size_t>(value);
+std::size_t at_least(std::int64_t least, const char* name, std::int64_t value) {
+  if (value < least) {
+    throw std::invalid_argument(std::string(name) + " is " + std::to_string(value) + ": it must be at least " +
+                                std::to_string(least));
   }
+  return static_cast<std::size_t>(value);
+}
 
-  // Empty where there is none.
-  std::vector<std::size_t> integers(const char* name, std::int64_t least) const {
-    std::size_t size = 0;
-    if (!succeeded(api_, KernelInfoGetAttributeArray_int64(api_, info_, name, nullptr, &size)) || size == 0) return {};
-    std::vector<std::int64_t> values(size);
-    check(api_, KernelInfoGetAttributeArray_int64(api_, info_, name, values.data(), &size));
-    for (const std::int64_t value : values) {
-      if (value >= least) continue;
-      throw std::invalid_argument(std::string(name) + " holds " + std::to_string(value) + ": it must be at least " +
-                                  std::to_string(least));
-    }
-    return {values.begin(), values.end()};
-  }
+std::size_t required(const AttributeReader& reader, const char* name, std::int64_t least) {
+  const std::optional<std::int64_t> value = reader.integer(name);
+  if (!value) throw std::invalid_argument("attribute " + std::string(name) + " is missing: it must be an int");
+  return at_least(least, name, *value);
+}
 
-  std::optional<double> real(const char* name) const {
-    float value = 0;
-    if (!succeeded(api_, KernelInfoGetAttribute_float(api_, info_, name, &value))) return std::nullopt;
-    return static_cast<double>(value);
-  }
+std::size_t optional(const AttributeReader& reader, const char* name, std::int64_t otherwise, std::int64_t least) {
+  return at_least(least, name, reader.integer(name).value_or(otherwise));
+}
 
- private:
-  const Api* api_;
-  const KernelInfo* info_;
-};
+enum Input : std::size_t { kX, kWeights, kScales, kBias, kSigns, kZeroPoints, kInputs };
 
 struct Inputs {
   const void* x = nullptr;
-  const std::uint8_t* weights = nullptr;
-  const float* scales = nullptr;
+  PackedWeights weights{};
   const float* bias = nullptr;
   bool bias_rows = false;  // one for each row
   std::vector<float> signs;
@@ -144,37 +120,37 @@ struct Part {
 class QLinearKernel {
  public:
   QLinearKernel(const Api* api, ElementType type, const KernelInfo* info) : api_(api), type_(type) {
-    const Reader reader(api, info);
-    shape_.depth = reader.integer("K", std::nullopt, 1);
-    shape_.columns = reader.integer("N", std::nullopt, 1);
-    shape_.bits = reader.integer("bits", 8, 1);
-    shape_.block = reader.integer("block", 0, 0);
+    const AttributeReader reader(api, info);
+    shape_.depth = required(reader, "K", 1);
+    shape_.columns = required(reader, "N", 1);
+    shape_.bits = optional(reader, "bits", 8, 1);
+    shape_.block = optional(reader, "block", 0, 0);
+    shape_.zero_points = has_input(info, kZeroPoints);
     check_shape(shape_);
-    const std::size_t layout = reader.integer("layout_version", std::nullopt, 0);
+    const std::size_t layout = required(reader, "layout_version", 0);
     if (layout != static_cast<std::size_t>(kPackedLayout)) {
       throw std::invalid_argument("layout_version is " + std::to_string(layout) + ": this library reads " +
                                   std::to_string(kPackedLayout));
     }
-    gated_ = reader.integer("gated", 0, 0) != 0;
+    gated_ = optional(reader, "gated", 0, 0) != 0;
     if (gated_ && shape_.columns % (2 * kPanelColumns) != 0) {
       throw std::invalid_argument("N is " + std::to_string(shape_.columns) +
                                   ": with gated=1 it must be a multiple of " + std::to_string(2 * kPanelColumns));
     }
-    splits_ = reader.integers("splits", 1);
+    for (const std::int64_t width : reader.integers("splits")) splits_.push_back(at_least(1, "splits", width));
     check_splits();
     check_outputs(info);
-    if (const std::optional<double> epsilon = reader.real("epsilon")) {
-      if (!(*epsilon >= 0)) {
-        throw std::invalid_argument("epsilon is " + std::to_string(*epsilon) + ": it must be at least 0");
-      }
-      epsilon_ = static_cast<float>(*epsilon);
+    epsilon_ = reader.real("epsilon");
+    if (epsilon_ && !(*epsilon_ >= 0)) {
+      throw std::invalid_argument("epsilon is " + std::to_string(*epsilon_) + ": it must be at least 0");
     }
-    if (reader.integer("rotate", 0, 0) == 0) return;
+    if (optional(reader, "rotate", 0, 0) == 0) return;
+    const Attributes attributes = read_attributes(reader);
     rotation_.emplace();
     rotation_->size = shape_.depth;
-    rotation_->block_size = reader.integer("block_size", static_cast<std::int64_t>(shape_.depth), 1);
-    rotation_->transpose = reader.integer("transpose", 0, 0) != 0;
-    rotation_->scale = reader.real("scale");
+    rotation_->block_size = attributes.block_size.value_or(shape_.depth);
+    rotation_->transpose = attributes.transpose;
+    rotation_->scale = attributes.scale;
     const Transform valid(*rotation_);
   }
 
@@ -238,41 +214,54 @@ class QLinearKernel {
     }
   }
 
+  bool has_input(const KernelInfo* info, std::size_t index) const {
+    std::size_t count = 0, size = 0;
+    check(api_, KernelInfo_GetInputCount(api_, info, &count));
+    if (count <= index) return false;
+    check(api_, KernelInfo_GetInputName(api_, info, index, nullptr, &size));
+    return size > 1;  // with the terminating zero
+  }
+
   Inputs read(const KernelContext* context) const {
     std::size_t count = 0;
     check(api_, KernelContext_GetInputCount(api_, context, &count));
-    const Value* values[5] = {};
-    for (std::size_t i = 0; i < std::min<std::size_t>(count, 5); ++i) {
+    std::array<const Value*, kInputs> values{};
+    for (std::size_t i = 0; i < std::min<std::size_t>(count, kInputs); ++i) {
       check(api_, KernelContext_GetInput(api_, context, i, &values[i]));
     }
     Inputs inputs;
-    inputs.x_dims = dims_of(api_, values[0]);
+    inputs.x_dims = dims_of(api_, values[kX]);
     if (inputs.x_dims.empty() || inputs.x_dims.back() != static_cast<std::int64_t>(shape_.depth)) {
       throw std::invalid_argument("X has shape " + text_of(inputs.x_dims) + ": its last axis must be K, which is " +
                                   std::to_string(shape_.depth));
     }
     const std::size_t step = shape_.bits == 4 ? 2 : 1;
-    check_dims("W", dims_of(api_, values[1]), {shape_.panels(), shape_.steps() / step, kPanelColumns, 4});
+    check_dims("W", dims_of(api_, values[kWeights]), {shape_.panels(), shape_.steps() / step, kPanelColumns, 4});
     if (shape_.bits == 8) {
-      check_dims("scales", dims_of(api_, values[2]), {shape_.columns});
+      check_dims("scales", dims_of(api_, values[kScales]), {shape_.columns});
     } else {
-      check_dims("scales", dims_of(api_, values[2]), {shape_.panels(), shape_.blocks(), kPanelColumns});
+      check_dims("scales", dims_of(api_, values[kScales]), {shape_.panels(), shape_.blocks(), kPanelColumns});
     }
-    inputs.x = data_of(api_, values[0]);
-    inputs.weights = static_cast<const std::uint8_t*>(data_of(api_, values[1]));
-    inputs.scales = static_cast<const float*>(data_of(api_, values[2]));
-    if (values[3] != nullptr) {
-      read_bias(dims_of(api_, values[3]), inputs);
-      inputs.bias = static_cast<const float*>(data_of(api_, values[3]));
+    inputs.x = data_of(api_, values[kX]);
+    inputs.weights.codes = static_cast<const std::uint8_t*>(data_of(api_, values[kWeights]));
+    inputs.weights.scales = static_cast<const float*>(data_of(api_, values[kScales]));
+    if (shape_.zero_points) {
+      const std::vector<std::int64_t> dims = dims_of(api_, values[kZeroPoints]);
+      check_dims("zero_points", dims, {shape_.panels(), shape_.blocks(), kPanelColumns / 2});
+      inputs.weights.zero_points = static_cast<const std::uint8_t*>(data_of(api_, values[kZeroPoints]));
     }
-    if (values[4] != nullptr && rotation_) {
-      const std::vector<std::int64_t> dims = dims_of(api_, values[4]);
+    if (values[kBias] != nullptr) {
+      read_bias(dims_of(api_, values[kBias]), inputs);
+      inputs.bias = static_cast<const float*>(data_of(api_, values[kBias]));
+    }
+    if (values[kSigns] != nullptr && rotation_) {
+      const std::vector<std::int64_t> dims = dims_of(api_, values[kSigns]);
       const auto length = dims.size() == 1 ? static_cast<std::size_t>(dims[0]) : 0;
       if (length != shape_.depth && length != rotation_->block_size) {
         throw std::invalid_argument("signs has shape " + text_of(dims) +
                                     ": it must have the length of a block or of K");
       }
-      const auto* signs = static_cast<const std::int8_t*>(data_of(api_, values[4]));
+      const auto* signs = static_cast<const std::int8_t*>(data_of(api_, values[kSigns]));
       inputs.signs.assign(signs, signs + length);
     }
     return inputs;
@@ -344,8 +333,8 @@ class QLinearKernel {
         const std::size_t first = std::max(panel, to.first / kPanelColumns);
         const std::size_t end = std::min({all_panels, panel + width, (to.end + kPanelColumns - 1) / kPanelColumns});
         if (first >= end) continue;
-        multiply(rows, count * part / row_parts, count * (part + 1) / row_parts, inputs.weights, inputs.scales,
-                 target(to), first, end);
+        multiply(rows, count * part / row_parts, count * (part + 1) / row_parts, inputs.weights, target(to), first,
+                 end);
       }
     });
     if (type_ == kFloat) return;
@@ -387,7 +376,7 @@ void infer_shape(const Api* api, ShapeInferContext* context) {
 const QLinearOp* self(const CustomOp* op) { return static_cast<const QLinearOp*>(op); }
 
 ElementType input_type(const CustomOp* op, std::size_t index) {
-  constexpr ElementType types[] = {kFloat, kUInt8, kFloat, kFloat, kInt8};
+  constexpr ElementType types[] = {kFloat, kUInt8, kFloat, kFloat, kInt8, kUInt8};
   return index == 0 ? self(op)->type : types[index];
 }
 
@@ -397,8 +386,8 @@ QLinearOp::QLinearOp(const Api* table, ElementType element) : CustomOp{}, api(ta
   define_common<QLinearKernel>(*this);
   GetName = [](const CustomOp*) { return "QLinear"; };
   GetInputType = input_type;
-  GetInputTypeCount = [](const CustomOp*) { return std::size_t{5}; };
-  GetInputCharacteristic = [](const CustomOp*, std::size_t index) { return index < 3 ? kRequired : kOptional; };
+  GetInputTypeCount = [](const CustomOp*) { return std::size_t{kInputs}; };
+  GetInputCharacteristic = [](const CustomOp*, std::size_t index) { return index <= kScales ? kRequired : kOptional; };
   GetOutputType = [](const CustomOp* op, std::size_t) { return self(op)->type; };
   GetOutputTypeCount = [](const CustomOp*) { return kMostOutputs; };
   GetOutputCharacteristic = [](const CustomOp*, std::size_t index) { return index == 0 ? kRequired : kOptional; };

@@ -1,6 +1,7 @@
 // An `Isa` for CPUs with a dot product of four bytes: each lane of a sum gains four products. The including file
 // defines ONNX_QUAROT_DOT_LANES, ONNX_QUAROT_DOT_ROWS, ONNX_QUAROT_DOT_PANELS, ONNX_QUAROT_DOT_SIGNED (1: weights are
-// signed as well, 0: unsigned) and Vector dot_bytes(Vector sum, Vector weights, Vector values).
+// signed as well, 0: unsigned), Vector dot_bytes(Vector sum, Vector weights, Vector values), and Vector
+// wide_bytes<Vector>(from), see kernel-inl.h.
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -10,7 +11,7 @@
 namespace onnx_quarot {
 namespace {
 
-void quantize_all_bytes(const QuantizeJob& job);
+void quantize_bytes(const QuantizeJob& job);
 
 struct Isa {
   static constexpr std::size_t lanes = ONNX_QUAROT_DOT_LANES, rows = ONNX_QUAROT_DOT_ROWS,
@@ -21,7 +22,7 @@ struct Isa {
                                row_panels4 = ONNX_QUAROT_DOT_SIGNED        ? 0
                                              : ONNX_QUAROT_DOT_LANES == 16 ? 2
                                                                            : 1;
-  static constexpr std::int32_t offset8 = ONNX_QUAROT_DOT_SIGNED ? 0 : 128, offset4 = 8;
+  static constexpr std::int32_t offset8 = ONNX_QUAROT_DOT_SIGNED ? 0 : 128;
   static constexpr std::size_t step_bytes8 = 4;
   using Int [[gnu::vector_size(4 * ONNX_QUAROT_DOT_LANES), gnu::aligned(4)]] = std::int32_t;
   using Float [[gnu::vector_size(4 * ONNX_QUAROT_DOT_LANES), gnu::aligned(4)]] = float;
@@ -50,8 +51,9 @@ struct Isa {
   }
   static Values values(const std::uint8_t* from, std::size_t) { return values4(from); }
   static Int dot8(Int sum, Weights weights, Values values) { return dot_bytes(sum, weights, values); }
-  static void quantize8(const QuantizeJob& job) { quantize_all_bytes(job); }
+  static void quantize8(const QuantizeJob& job) { quantize_bytes(job); }
 
+  static Int wide_bytes(const std::uint8_t* from) { return onnx_quarot::wide_bytes<Int>(from); }
   static Part part(Int sum) { return sum; }
   static Weights4 nibbles(const std::uint8_t* from, std::size_t vector, std::size_t half) {
     const Bytes loaded = bytes(from, vector);
@@ -70,9 +72,3 @@ struct Isa {
 }  // namespace onnx_quarot
 
 #include "kernel-inl.h"
-
-namespace onnx_quarot {
-namespace {
-void quantize_all_bytes(const QuantizeJob& job) { quantize_bytes<Isa::offset8>(job); }
-}  // namespace
-}  // namespace onnx_quarot

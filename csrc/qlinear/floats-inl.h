@@ -106,7 +106,6 @@ void gate(const float* values, std::size_t pairs, float* y) {
 
 // Values in -127..127 in the order of their features, one byte each: for every CPU that multiplies bytes. Writes whole
 // vectors: up to lanes - 1 bytes behind the last step.
-template <std::int32_t Offset>
 void quantize_bytes(const QuantizeJob& job) {
   using Narrow [[gnu::vector_size(Isa::lanes), gnu::aligned(1)]] = std::int8_t;
   auto* out = static_cast<std::int8_t*>(job.out);
@@ -133,7 +132,7 @@ void quantize_bytes(const QuantizeJob& job) {
     if (k < start + block) std::memset(out + k, 0, start + block - k);
     std::int32_t total = 0;
     for (std::size_t lane = 0; lane < Isa::lanes; ++lane) total += sum[lane];
-    job.corrections[index] = -Offset * total;
+    job.corrections[index] = -job.offset * total;
   }
 }
 

@@ -15,7 +15,7 @@ namespace {
 struct Isa {
   static constexpr std::size_t lanes = 8, rows = 5, panels = 1, halves = 2, rows4 = 4, panels4 = 1;
   static constexpr std::size_t row_panels8 = 1, row_panels4 = 0;
-  static constexpr std::int32_t offset8 = 128, offset4 = 8;
+  static constexpr std::int32_t offset8 = 128;
   static constexpr std::size_t step_bytes8 = 8;
   using Int [[gnu::vector_size(32), gnu::aligned(4)]] = std::int32_t;
   using Float [[gnu::vector_size(32), gnu::aligned(4)]] = float;
@@ -77,12 +77,15 @@ struct Isa {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums), sum);
     std::int32_t total = 0;
     for (const std::int32_t lane : sums) total += lane;
-    job.corrections[0] = -offset8 * total;
+    job.corrections[0] = -job.offset * total;
   }
 
   using Weights4 = __m256i;
   using Values4 = __m256i;
   using Part = __m256i;  // 16-bit sums
+  static Int wide_bytes(const std::uint8_t* from) {
+    return reinterpret_cast<Int>(_mm256_cvtepu8_epi32(_mm_loadu_si64(from)));
+  }
   static Part part(Int) { return _mm256_setzero_si256(); }
   static Weights4 nibbles(const std::uint8_t* from, std::size_t vector, std::size_t half) {
     const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + vector * 32));

@@ -4,6 +4,8 @@
 #include "portable_dot-inl.h"
 #else
 #include <immintrin.h>
+
+#include <cstdint>
 #endif
 
 namespace onnx_quarot {
@@ -15,6 +17,16 @@ inline Vector dot_bytes(Vector sum, Vector weights, Vector values) {
 #else
   return reinterpret_cast<Vector>(_mm512_dpbusd_epi32(
       reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(weights), reinterpret_cast<__m512i>(values)));
+#endif
+}
+template <class Vector>
+inline Vector wide_bytes(const std::uint8_t* from) {
+#if defined(ONNX_QUAROT_EMULATE_DOT)
+  return portable_wide<Vector>(from);
+#else
+  // The mask of all lanes: GCC 12 warns of the plain form, which leaves a vector uninitialized.
+  const __m128i bytes = _mm_castpd_si128(_mm_loaddup_pd(reinterpret_cast<const double*>(from)));
+  return reinterpret_cast<Vector>(_mm512_maskz_cvtepu8_epi32(0xffff, bytes));
 #endif
 }
 }  // namespace

@@ -4,6 +4,8 @@
 #include "portable_dot-inl.h"
 #else
 #include <immintrin.h>
+
+#include <cstdint>
 #endif
 
 namespace onnx_quarot {
@@ -15,6 +17,14 @@ inline Vector dot_bytes(Vector sum, Vector weights, Vector values) {
 #else
   return reinterpret_cast<Vector>(_mm256_dpbusd_avx_epi32(
       reinterpret_cast<__m256i>(sum), reinterpret_cast<__m256i>(weights), reinterpret_cast<__m256i>(values)));
+#endif
+}
+template <class Vector>
+inline Vector wide_bytes(const std::uint8_t* from) {
+#if defined(ONNX_QUAROT_EMULATE_DOT)
+  return portable_wide<Vector>(from);
+#else
+  return reinterpret_cast<Vector>(_mm256_cvtepu8_epi32(_mm_loadu_si64(from)));
 #endif
 }
 }  // namespace

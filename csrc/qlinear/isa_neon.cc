@@ -2,12 +2,22 @@
 #if defined(__ARM_FEATURE_DOTPROD)
 #include <arm_neon.h>
 
+#include <cstdint>
+#include <cstring>
+
 namespace onnx_quarot {
 namespace {
 template <class Vector>
 inline Vector dot_bytes(Vector sum, Vector weights, Vector values) {
   return reinterpret_cast<Vector>(vdotq_s32(reinterpret_cast<int32x4_t>(sum), reinterpret_cast<int8x16_t>(weights),
                                             reinterpret_cast<int8x16_t>(values)));
+}
+template <class Vector>
+inline Vector wide_bytes(const std::uint8_t* from) {
+  std::uint32_t four = 0;
+  std::memcpy(&four, from, sizeof(four));
+  const uint16x8_t pairs = vmovl_u8(vcreate_u8(four));
+  return reinterpret_cast<Vector>(vmovl_u16(vget_low_u16(pairs)));
 }
 }  // namespace
 }  // namespace onnx_quarot

@@ -5,31 +5,23 @@
 //   rows4, panels4               the same for 4 bits
 //   row_panels8, row_panels4     panels at a time of a single row; row_panels4 is 0 where there is no way of its own
 //   halves                       parts of a step of four features: 2 where they are multiplied in pairs
-//   offset8, offset4             what packed weights are too large by, as the products see them
+//   offset8                      what packed weights are too large by, as the products see them
 //   Int, Float                   vectors of 32-bit integers and floats
 //   quantize8, quantize4         see QuantizeJob
 //   widens, widened_bytes, widen a copy of a panel's step in a form that is multiplied faster, for many rows
 //   Weights, Values              operands: weights(bytes, vector, half), widened(...), values(bytes, half)
 //   dot8(sum, weights, values)   sum += products
 //   Part, nibbles(...), values4, dot4(part, ...), flush(sum, part)   the same for 4 bits; a Part takes 32 features
+//   wide_bytes(bytes)            as many bytes as lanes as 32-bit integers; of 16 lanes the last 8 are as the first 8
 //
 // Everything has internal linkage. Products and sums are not contracted: results are the same bits everywhere.
 #include "attention-inl.h"
 #include "product4-inl.h"
 #include "product8-inl.h"
 
-#define ONNX_QUAROT_QLINEAR_KERNELS(symbol, name)              \
-  namespace onnx_quarot {                                      \
-  const QLinearKernels symbol = {name,                         \
-                                 Isa::step_bytes8,             \
-                                 4,                            \
-                                 peak_bits,                    \
-                                 sum_squares,                  \
-                                 gate,                         \
-                                 Isa::quantize8,               \
-                                 quantize_bytes<Isa::offset4>, \
-                                 multiply8,                    \
-                                 multiply4,                    \
-                                 attend_queries,               \
-                                 turn_pairs};                  \
+#define ONNX_QUAROT_QLINEAR_KERNELS(symbol, name)                                                   \
+  namespace onnx_quarot {                                                                           \
+  const QLinearKernels symbol = {                                                                   \
+      name,           Isa::step_bytes8, 4,         Isa::offset8, peak_bits,      sum_squares, gate, \
+      Isa::quantize8, quantize_bytes,   multiply8, multiply4,    attend_queries, turn_pairs};       \
   }

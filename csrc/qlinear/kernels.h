@@ -19,24 +19,26 @@ struct QuantizeJob {
   std::size_t block_steps;  // steps that share a correction
   float inverse;
   void* out;
-  std::int32_t* corrections;  // one a block
+  std::int32_t* corrections;  // one a block: -offset times the sum of its values
+  std::int32_t offset;
 };
 
 // Rows of integers times packed panels. Distances in bytes for `values`, in elements elsewhere.
 struct MultiplyJob {
   const void* values;
   std::size_t row_bytes;
-  const std::int32_t* corrections;
+  const std::int32_t* corrections;  // what sums start from; with zero points, times these
   const float* row_scales;
   std::size_t rows;
   const std::uint8_t* weights;  // of the first panel
   std::size_t panel_bytes;
   std::size_t steps;
-  std::size_t block_steps;  // as above
-  const float* scales;      // of the first panel's first column
-  const float* bias;        // null: none; first row, first panel's first column
-  std::size_t bias_stride;  // 0: every row has the same
-  float* y;                 // first row, first panel's first column
+  std::size_t block_steps;          // as above
+  const float* scales;              // of the first panel's first column
+  const std::uint8_t* zero_points;  // 4 bits, of the first panel: null where all have the same
+  const float* bias;                // null: none; first row, first panel's first column
+  std::size_t bias_stride;          // 0: every row has the same
+  float* y;                         // first row, first panel's first column
   std::size_t y_stride;
   std::size_t columns;  // in all panels together; the last panel may be narrower than 16
   std::size_t reach;    // the same, with the panels behind them that may be fetched ahead
@@ -45,6 +47,7 @@ struct MultiplyJob {
 struct QLinearKernels {
   const char* name;
   std::size_t step_bytes8, step_bytes4;  // of four quantized activations, beside 8- and 4-bit weights
+  std::int32_t offset8;                  // what 8-bit weights are too large by, as the products see them
   std::uint32_t (*peak_bits)(const float* values, std::size_t depth);  // of the largest magnitude
   float (*sum_squares)(const float* values, std::size_t depth);
   // y = silu(a) * b, from pairs of panels, [pairs][2][16] to [pairs][16].

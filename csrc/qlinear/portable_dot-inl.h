@@ -1,5 +1,5 @@
-// The dot product of four bytes in plain C++, for vectors of any width: what CPUs without an instruction for it run,
-// and what stands in for the instruction where kernels made for it are tested.
+// The dot product of four bytes, and bytes as 32-bit integers, in plain C++, for vectors of any width: what CPUs
+// without instructions for it run, and what stands in for the instructions where kernels made for them are tested.
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -23,6 +23,15 @@ inline Vector portable_dot(Vector sum, Vector weights, Vector values) {
   Vector products;
   std::memcpy(&products, lanes, sizeof(products));
   return sum + products;
+}
+
+template <class Vector>
+inline Vector portable_wide(const std::uint8_t* from) {
+  std::int32_t lanes[sizeof(Vector) / 4];
+  for (std::size_t i = 0; i < sizeof(Vector) / 4; ++i) lanes[i] = from[i % 8];
+  Vector wide;
+  std::memcpy(&wide, lanes, sizeof(wide));
+  return wide;
 }
 
 }  // namespace

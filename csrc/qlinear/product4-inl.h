@@ -6,9 +6,34 @@
 namespace onnx_quarot {
 namespace {
 
+// Zero points of a panel in one block, two a byte.
+constexpr std::size_t kZeroBytes = kPanelColumns / 2;
+
+// Of the scales: where those of a tile's vector are, `blocks` of them a panel.
+constexpr std::size_t of_vector(std::size_t vector, std::size_t blocks) {
+  return vector / kVectors * blocks * kPanelColumns + vector % kVectors * Isa::lanes;
+}
+
+// What the sums of a block start from: the row's correction, in the columns of zero points times these.
+template <bool Zeros>
+inline Isa::Int start_of(std::int32_t correction, Isa::Int zeros) {
+  return Zeros ? splat(correction) * zeros : splat(correction);
+}
+
+// The zero points of a tile's vector in one block.
+template <bool Zeros>
+inline Isa::Int load_zeros(const std::uint8_t* panels, std::size_t blocks, std::size_t tile_vector) {
+  if constexpr (!Zeros) return Isa::Int{};
+  const std::uint8_t* block = panels + tile_vector / kVectors * blocks * kZeroBytes;
+  const std::size_t vector = tile_vector % kVectors;
+  Isa::Int places;
+  for (std::size_t i = 0; i < Isa::lanes; ++i) places[i] = static_cast<std::int32_t>((vector * Isa::lanes + i) / 8 * 4);
+  return Isa::wide_bytes(block + vector * Isa::lanes % 8) >> places & 15;
+}
+
 // 4 bits: sums of a block become floats at its end. Register files that are too small spill the floats, which are
 // touched once a block. BlockSteps: the job's, where it pays to know them beforehand, else 0.
-template <std::size_t Rows, std::size_t Panels, bool Ahead, std::size_t BlockSteps = 0>
+template <std::size_t Rows, std::size_t Panels, bool Zeros, bool Ahead, std::size_t BlockSteps = 0>
 __attribute__((noinline)) void tile4(const MultiplyJob& job, std::size_t first_row, std::size_t column,
                                      const std::uint8_t* ahead) {
   constexpr std::size_t vectors = kVectors * Panels;
@@ -16,6 +41,7 @@ __attribute__((noinline)) void tile4(const MultiplyJob& job, std::size_t first_r
   const std::size_t blocks = job.steps / block_steps;
   const std::uint8_t* weights = job.weights + column / kPanelColumns * job.panel_bytes;
   const float* scales = job.scales + column * blocks;
+  const std::uint8_t* zero_points = Zeros ? job.zero_points + column / 2 * blocks : nullptr;
   constexpr std::size_t triples = (Rows + 2) / 3;
   const std::uint8_t* starts[triples];
   ONNX_QUAROT_UNROLL for (std::size_t t = 0; t < triples; ++t) {
@@ -27,9 +53,11 @@ __attribute__((noinline)) void tile4(const MultiplyJob& job, std::size_t first_r
   Isa::Float totals[Rows][vectors] = {};
   for (std::size_t block = 0; block < blocks; ++block) {
     Isa::Int sums[chains][Rows][vectors] = {};
-    ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
-      const Isa::Int start = splat(corrections[r * blocks + block]);
-      ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) sums[0][r][v] = start;
+    ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
+      const Isa::Int zeros = load_zeros<Zeros>(zero_points, blocks, v);
+      ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
+        sums[0][r][v] = start_of<Zeros>(corrections[r * blocks + block], zeros);
+      }
     }
     for (std::size_t step = 0; step < block_steps; step += 8) {
       Isa::Part parts[chains][Rows][vectors];
@@ -68,27 +96,28 @@ __attribute__((noinline)) void tile4(const MultiplyJob& job, std::size_t first_r
       }
     }
     ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
-      const auto scale = load<Isa::Float>(scales + v / kVectors * blocks * kPanelColumns + v % kVectors * Isa::lanes);
+      const auto scale = load<Isa::Float>(scales + of_vector(v, blocks));
       ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
         ONNX_QUAROT_UNROLL for (std::size_t c = 1; c < chains; ++c) sums[0][r][v] += sums[c][r][v];
         totals[r][v] = totals[r][v] + to_float(sums[0][r][v]) * scale;
       }
     }
     scales += kPanelColumns;
+    if constexpr (Zeros) zero_points += kZeroBytes;
   }
   finish<false, Rows, Panels>(job, first_row, column, [&](std::size_t r, std::size_t v) { return totals[r][v]; });
 }
 
-template <std::size_t Rows, std::size_t Panels, bool Ahead>
+template <std::size_t Rows, std::size_t Panels, bool Zeros, bool Ahead>
 void tile4_of(std::size_t rows, const MultiplyJob& job, std::size_t first_row, std::size_t column,
               const std::uint8_t* ahead) {
   if constexpr (Rows > 1) {
-    if (rows < Rows) return tile4_of<Rows - 1, Panels, Ahead>(rows, job, first_row, column, ahead);
+    if (rows < Rows) return tile4_of<Rows - 1, Panels, Zeros, Ahead>(rows, job, first_row, column, ahead);
   }
-  tile4<Rows, Panels, Ahead>(job, first_row, column, ahead);
+  tile4<Rows, Panels, Zeros, Ahead>(job, first_row, column, ahead);
 }
 
-template <std::size_t Panels>
+template <std::size_t Panels, bool Zeros>
 void panels4(const MultiplyJob& job, std::size_t column) {
   const std::size_t groups = (job.rows + Isa::rows4 - 1) / Isa::rows4;
   const std::uint8_t* next = job.weights + (column / kPanelColumns + Panels) * job.panel_bytes;
@@ -96,26 +125,30 @@ void panels4(const MultiplyJob& job, std::size_t column) {
   for (std::size_t group = 0; group < groups; ++group) {
     const std::size_t row = job.rows * group / groups, rows = job.rows * (group + 1) / groups - row;
     if (fetches && group < Panels) {
-      tile4_of<Isa::rows4, Panels, true>(rows, job, row, column, next + group * job.panel_bytes);
+      tile4_of<Isa::rows4, Panels, Zeros, true>(rows, job, row, column, next + group * job.panel_bytes);
     } else {
-      tile4_of<Isa::rows4, Panels, false>(rows, job, row, column, nullptr);
+      tile4_of<Isa::rows4, Panels, Zeros, false>(rows, job, row, column, nullptr);
     }
   }
 }
 
 // One row, for products that take the upper halves of bytes where they are, 16 times too large.
-template <std::size_t BlockSteps, std::size_t Panels, class Set = Isa>
+template <std::size_t BlockSteps, std::size_t Panels, bool Zeros, class Set = Isa>
 inline void row4_panels(const MultiplyJob& job, std::size_t column) {
   constexpr std::size_t vectors = kVectors * Panels;
   const std::size_t blocks = job.steps / BlockSteps;
   const auto* row = static_cast<const std::uint8_t*>(job.values);
   const std::uint8_t* weights = job.weights + column / kPanelColumns * job.panel_bytes;
   const float* scales = job.scales + column * blocks;
+  const std::uint8_t* zero_points = Zeros ? job.zero_points + column / 2 * blocks : nullptr;
   const std::size_t ahead = row_distance<Panels>(job);
   Isa::Float totals[vectors] = {};
   for (std::size_t block = 0; block < blocks; ++block) {
     Isa::Int low[vectors], high[vectors] = {};
-    ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) low[v] = splat(job.corrections[block]);
+    ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
+      const Isa::Int zeros = load_zeros<Zeros>(zero_points, blocks, v);
+      low[v] = start_of<Zeros>(job.corrections[block], zeros);
+    }
     ONNX_QUAROT_UNROLL for (std::size_t step = 0; step < BlockSteps / 2; ++step) {
       const Isa::Values4 first = Isa::values4(row), second = Isa::values4(row + 4);
       ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
@@ -128,43 +161,52 @@ inline void row4_panels(const MultiplyJob& job, std::size_t column) {
       weights += kStepBytes;
     }
     ONNX_QUAROT_UNROLL for (std::size_t p = 0; p < Panels; ++p) {
-      __builtin_prefetch(scales + p * blocks * kPanelColumns + ahead / (BlockSteps / 2) / sizeof(float));
+      const std::size_t at = p * blocks * kPanelColumns + ahead / (BlockSteps / 2) / sizeof(float);
+      __builtin_prefetch(scales + at);
+      if constexpr (Zeros) __builtin_prefetch(zero_points + at / 2);
     }
     ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
-      const auto scale = load<Isa::Float>(scales + v / kVectors * blocks * kPanelColumns + v % kVectors * Isa::lanes);
+      const auto scale = load<Isa::Float>(scales + of_vector(v, blocks));
       totals[v] = totals[v] + to_float(low[v] + (high[v] >> 4)) * scale;
     }
     scales += kPanelColumns;
+    if constexpr (Zeros) zero_points += kZeroBytes;
   }
   finish<false, 1, Panels>(job, 0, column, [&](std::size_t, std::size_t v) { return totals[v]; });
 }
 
 // Short panels several at a time: what is done to a row is shared, and so is the end.
-template <std::size_t BlockSteps>
+template <std::size_t BlockSteps, bool Zeros>
 void row4(const MultiplyJob& job) {
   std::size_t column = 0;
   if constexpr (Isa::row_panels4 > 1) {
     constexpr std::size_t several = std::max<std::size_t>(1, Isa::row_panels4), width = several * kPanelColumns;
     const std::size_t end = job.panel_bytes > kShortPanel ? 0 : job.columns / width * width;
-    for (; column < end; column += width) row4_panels<BlockSteps, several>(job, column);
+    for (; column < end; column += width) row4_panels<BlockSteps, several, Zeros>(job, column);
   }
   for (; column < job.columns; column += kPanelColumns) {
     if constexpr (Isa::row_panels4 > 0) {
-      row4_panels<BlockSteps, 1>(job, column);
+      row4_panels<BlockSteps, 1, Zeros>(job, column);
     } else {
-      tile4<1, 1, false, BlockSteps>(job, 0, column, nullptr);
+      tile4<1, 1, Zeros, false, BlockSteps>(job, 0, column, nullptr);
     }
   }
 }
 
-void multiply4(const MultiplyJob& job) {
+template <bool Zeros>
+void multiply4_of(const MultiplyJob& job) {
   if (job.rows == 1) {
-    return job.block_steps == 8 ? row4<8>(job) : job.block_steps == 16 ? row4<16>(job) : row4<32>(job);
+    const auto row = job.block_steps == 8 ? row4<8, Zeros> : job.block_steps == 16 ? row4<16, Zeros> : row4<32, Zeros>;
+    return row(job);
   }
   constexpr std::size_t width = Isa::panels4 * kPanelColumns;
   std::size_t column = 0;
-  for (; column + width <= job.columns; column += width) panels4<Isa::panels4>(job, column);
-  for (; column < job.columns; column += kPanelColumns) panels4<1>(job, column);
+  for (; column + width <= job.columns; column += width) panels4<Isa::panels4, Zeros>(job, column);
+  for (; column < job.columns; column += kPanelColumns) panels4<1, Zeros>(job, column);
+}
+
+void multiply4(const MultiplyJob& job) {
+  job.zero_points == nullptr ? multiply4_of<false>(job) : multiply4_of<true>(job);
 }
 
 }  // namespace

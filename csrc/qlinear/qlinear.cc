@@ -14,6 +14,9 @@
 namespace onnx_quarot {
 namespace {
 
+// What 4-bit weights without zero points are too large by.
+constexpr std::int32_t kOffset4 = 8;
+
 struct Candidate {
   const QLinearKernels* kernels;
   bool runs;
@@ -63,6 +66,10 @@ void check_shape(const QLinearShape& shape) {
   if (shape.bits == 4 && shape.block != 32 && shape.block != 64 && shape.block != 128) {
     throw std::invalid_argument("block is " + std::to_string(shape.block) + ": it must be 32, 64 or 128");
   }
+  if (shape.bits != 4 && shape.zero_points) {
+    throw std::invalid_argument("zero_points are given with bits " + std::to_string(shape.bits) +
+                                ": only weights of 4 bits have them");
+  }
 }
 
 QuantizedRows::QuantizedRows(const QLinearKernels& kernels, const QLinearShape& shape, std::size_t rows)
@@ -89,8 +96,10 @@ void QuantizedRows::set(std::size_t index, const float* values, float factor) {
     return;
   }
   scales_[index] = peak / 127.0f * factor;
+  // Zero points are an offset that differs from output to output: sums are multiplied by them later.
+  const std::int32_t offset = shape_.bits == 8 ? kernels_->offset8 : shape_.zero_points ? 1 : kOffset4;
   const QuantizeJob job{values,        shape_.depth, shape_.steps(), shape_.steps() / shape_.blocks(),
-                        127.0f / peak, out,          corrections};
+                        127.0f / peak, out,          corrections,    offset};
   (shape_.bits == 4 ? kernels_->quantize4 : kernels_->quantize8)(job);
 }
 
@@ -98,8 +107,8 @@ float norm_factor(const QLinearKernels& kernels, const float* values, std::size_
   return 1.0f / std::sqrt(kernels.sum_squares(values, depth) / static_cast<float>(depth) + epsilon);
 }
 
-void multiply(const QuantizedRows& rows, std::size_t first, std::size_t end, const std::uint8_t* weights,
-              const float* scales, const QLinearOutput& output, std::size_t first_panel, std::size_t end_panel) {
+void multiply(const QuantizedRows& rows, std::size_t first, std::size_t end, const PackedWeights& weights,
+              const QLinearOutput& output, std::size_t first_panel, std::size_t end_panel) {
   const QLinearShape& shape = rows.shape_;
   const auto run = [&](std::size_t row, std::size_t row_end, std::size_t panel, std::size_t panel_end, float* y,
                        std::size_t stride) {
@@ -110,11 +119,12 @@ void multiply(const QuantizedRows& rows, std::size_t first, std::size_t end, con
     job.corrections = rows.corrections_.get() + row * shape.blocks();
     job.row_scales = rows.scales_.get() + row;
     job.rows = row_end - row;
-    job.weights = weights + panel * shape.panel_bytes();
+    job.weights = weights.codes + panel * shape.panel_bytes();
     job.panel_bytes = shape.panel_bytes();
     job.steps = shape.steps();
     job.block_steps = shape.steps() / shape.blocks();
-    job.scales = scales + column * shape.blocks();
+    job.scales = weights.scales + column * shape.blocks();
+    job.zero_points = shape.zero_points ? weights.zero_points + column / 2 * shape.blocks() : nullptr;
     job.bias = output.bias == nullptr ? nullptr : output.bias + row * output.bias_stride + column;
     job.bias_stride = output.bias_stride;
     job.y = y;

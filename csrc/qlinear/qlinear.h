@@ -23,6 +23,9 @@ namespace onnx_quarot {
 //                                      half and feature 4 + j in its upper one
 // 8-bit values lie in -127..127, with one scale an output. 4-bit ones lie in -8..7, with one scale an output and block
 // of `block` features, stored as [panels][blocks][16], float32; blocks are whole, filled with zeros.
+// 4-bit weights may have a zero point an output and block, 0..15: values are then code - zero point instead of code
+// - 8. They are stored as [panels][blocks][8]: byte j holds that of output j in its lower half and of output 8 + j in
+// its upper one.
 constexpr std::int64_t kPackedLayout = 1;
 constexpr std::size_t kPanelColumns = 16;
 constexpr std::size_t kStepBytes = 64;
@@ -30,10 +33,11 @@ constexpr std::size_t kStepBytes = 64;
 constexpr std::size_t kMaxDepth = 131072;
 
 struct QLinearShape {
-  std::size_t depth = 0;    // K
-  std::size_t columns = 0;  // N
-  std::size_t bits = 8;     // 8 or 4
-  std::size_t block = 0;    // 4 bits: 32, 64 or 128
+  std::size_t depth = 0;     // K
+  std::size_t columns = 0;   // N
+  std::size_t bits = 8;      // 8 or 4
+  std::size_t block = 0;     // 4 bits: 32, 64 or 128
+  bool zero_points = false;  // 4 bits: whether weights have them
 
   std::size_t panels() const { return (columns + kPanelColumns - 1) / kPanelColumns; }
   std::size_t blocks() const { return bits == 4 ? (depth + block - 1) / block : 1; }
@@ -46,6 +50,13 @@ struct QLinearShape {
 void check_shape(const QLinearShape& shape);
 
 struct QLinearKernels;
+
+// Packed weights, and what their integers are worth: laid out as above.
+struct PackedWeights {
+  const std::uint8_t* codes;
+  const float* scales;                        // [N], or of blocks
+  const std::uint8_t* zero_points = nullptr;  // of blocks, where the shape has them
+};
 
 // Where products of some columns of the weights go, float32.
 struct QLinearOutput {
@@ -71,25 +82,25 @@ class QuantizedRows {
   std::size_t count() const { return count_; }
 
  private:
-  friend void multiply(const QuantizedRows&, std::size_t, std::size_t, const std::uint8_t*, const float*,
-                       const QLinearOutput&, std::size_t, std::size_t);
+  friend void multiply(const QuantizedRows&, std::size_t, std::size_t, const PackedWeights&, const QLinearOutput&,
+                       std::size_t, std::size_t);
   const QLinearKernels* kernels_;
   QLinearShape shape_;
   std::size_t count_;
   std::size_t row_bytes_;
   // Not vectors, which would clear what is written right after.
   std::unique_ptr<std::uint8_t[]> values_;
-  std::unique_ptr<std::int32_t[]> corrections_;  // [count][blocks]: what the weights' offset adds, negated
+  std::unique_ptr<std::int32_t[]> corrections_;  // [count][blocks]: what sums start from, or what zero points count
   std::unique_ptr<float[]> scales_;
 };
 
 // 1 / sqrt(mean of squares + epsilon): what a row is multiplied by when it is normalized. The same bits on every CPU.
 float norm_factor(const QLinearKernels& kernels, const float* values, std::size_t depth, float epsilon);
 
-// Rows [first, end) times panels [first_panel, end_panel) of the packed weights, which are those of `output`. scales:
-// [N], or as above for 4 bits. Only these rows and columns of y are written; all is aligned to its elements.
-void multiply(const QuantizedRows& rows, std::size_t first, std::size_t end, const std::uint8_t* weights,
-              const float* scales, const QLinearOutput& output, std::size_t first_panel, std::size_t end_panel);
+// Rows [first, end) times panels [first_panel, end_panel) of the packed weights, which are those of `output`. Only
+// these rows and columns of y are written; all is aligned to its elements.
+void multiply(const QuantizedRows& rows, std::size_t first, std::size_t end, const PackedWeights& weights,
+              const QLinearOutput& output, std::size_t first_panel, std::size_t end_panel);
 
 // The kernels in use: the fastest this CPU runs within what ONNX_QUAROT_ISA allows. Or those called `isa`, for tests.
 const QLinearKernels& qlinear_kernels();

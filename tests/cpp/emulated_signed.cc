@@ -7,6 +7,10 @@ template <class Vector>
 inline Vector dot_bytes(Vector sum, Vector weights, Vector values) {
   return portable_dot<std::int8_t>(sum, weights, values);
 }
+template <class Vector>
+inline Vector wide_bytes(const std::uint8_t* from) {
+  return portable_wide<Vector>(from);
+}
 }  // namespace
 }  // namespace onnx_quarot
 

@@ -24,13 +24,23 @@ enum class Fill { random, extreme };
 
 struct Layer {
   QLinearShape shape;
-  std::vector<std::int8_t> values;  // [K][N], what the weights mean
+  std::vector<std::int8_t> values;  // [K][N], what the weights mean with the zero points that all have by default
   std::vector<std::uint8_t> packed;
   std::vector<float> scales, bias;
+  std::vector<std::uint8_t> zero_points;
+
+  PackedWeights weights() const { return {packed.data(), scales.data(), zero_points.data()}; }
+  // Of an output and block.
+  float scale(std::size_t block, std::size_t n) const {
+    return scales[(n / 16 * shape.blocks() + block) * 16 + n % 16];
+  }
+  std::int32_t zero_point(std::size_t block, std::size_t n) const {
+    return zero_points[(n / 16 * shape.blocks() + block) * 8 + n % 8] >> n % 16 / 8 * 4 & 15;
+  }
 };
 
 Layer make_layer(const QLinearShape& shape, Fill fill, std::mt19937& random) {
-  Layer layer{shape, std::vector<std::int8_t>(shape.depth * shape.columns), {}, {}, {}};
+  Layer layer{shape, std::vector<std::int8_t>(shape.depth * shape.columns), {}, {}, {}, {}};
   const int top = shape.bits == 8 ? 127 : 7, bottom = shape.bits == 8 ? -127 : -8;
   for (auto& value : layer.values) {
     const int drawn = bottom + static_cast<int>(random() % static_cast<unsigned>(top - bottom + 1));
@@ -38,7 +48,9 @@ Layer make_layer(const QLinearShape& shape, Fill fill, std::mt19937& random) {
   }
   const std::size_t fours = shape.steps(), offset = shape.bits == 8 ? 128 : 8;
   const auto at = [&](std::size_t k, std::size_t n) {
-    const int value = k < shape.depth && n < shape.columns ? layer.values[k * shape.columns + n] : 0;
+    // Beside zero points, what fills a block is not read as zero: rows are zero there.
+    const int filling = shape.zero_points ? top : 0;
+    const int value = k < shape.depth && n < shape.columns ? layer.values[k * shape.columns + n] : filling;
     return static_cast<unsigned>(value + static_cast<int>(offset));
   };
   for (std::size_t p = 0; p < shape.panels(); ++p) {
@@ -54,6 +66,10 @@ Layer make_layer(const QLinearShape& shape, Fill fill, std::mt19937& random) {
   const std::size_t scale_count = shape.bits == 8 ? shape.columns : shape.panels() * shape.blocks() * 16;
   for (std::size_t i = 0; i < scale_count; ++i)
     layer.scales.push_back(0.01f + static_cast<float>(random() % 100) / 1e4f);
+  for (std::size_t i = 0; i < (shape.zero_points ? scale_count / 2 : 0); ++i) {
+    const unsigned drawn = static_cast<unsigned>(random());
+    layer.zero_points.push_back(static_cast<std::uint8_t>(fill == Fill::extreme ? drawn % 2 * 255 : drawn % 256));
+  }
   for (std::size_t i = 0; i < shape.columns; ++i)
     layer.bias.push_back(static_cast<float>(random() % 100) / 10.0f - 5.0f);
   return layer;
@@ -94,15 +110,16 @@ std::vector<float> reference(const Layer& layer, const std::vector<float>& x, st
       float total = 0;
       for (std::size_t b = 0; b < shape.blocks(); ++b) {
         std::int32_t sum = 0;
+        const std::int32_t zero = shape.zero_points ? layer.zero_point(b, n) - 8 : 0;
         for (std::size_t k = b * block; k < std::min(shape.depth, (b + 1) * block); ++k) {
-          sum += q[k] * layer.values[k * shape.columns + n];
+          sum += q[k] * (layer.values[k * shape.columns + n] - zero);
         }
         volatile float product = static_cast<float>(sum);
         if (shape.bits == 8) {
           product = product * scale;
           total = product;
         } else {
-          product = product * layer.scales[(n / 16 * shape.blocks() + b) * 16 + n % 16];
+          product = product * layer.scale(b, n);
           total = total + product;
         }
       }
@@ -130,7 +147,7 @@ void check(const QLinearShape& shape, std::size_t count, Fill fill, std::mt19937
       const std::size_t row = pieces ? count / 2 : 0, panel = pieces ? shape.panels() / 2 : 0;
       const auto part = [&](std::size_t r0, std::size_t r1, std::size_t p0, std::size_t p1) {
         if (r0 < r1 && p0 < p1) {
-          multiply(rows, r0, r1, layer.packed.data(), layer.scales.data(), output, p0, p1);
+          multiply(rows, r0, r1, layer.weights(), output, p0, p1);
         }
       };
       part(0, row, 0, panel);
@@ -140,9 +157,9 @@ void check(const QLinearShape& shape, std::size_t count, Fill fill, std::mt19937
       for (std::size_t i = 0; i < y.size(); ++i) {
         if (std::memcmp(&y[i], &wanted[i], sizeof(float)) == 0 || (std::isnan(y[i]) && std::isnan(wanted[i]))) continue;
         ++failures;
-        std::fprintf(stderr, "failed: %s, %zu bits, K %zu, N %zu, block %zu, M %zu: y[%zu] is %g and not %g\n",
-                     kernels->name, shape.bits, shape.depth, shape.columns, shape.block, count, i,
-                     static_cast<double>(y[i]), static_cast<double>(wanted[i]));
+        std::fprintf(stderr, "failed: %s, %zu bits%s, K %zu, N %zu, block %zu, M %zu: y[%zu] is %g and not %g\n",
+                     kernels->name, shape.bits, shape.zero_points ? " with zero points" : "", shape.depth,
+                     shape.columns, shape.block, count, i, static_cast<double>(y[i]), static_cast<double>(wanted[i]));
         break;
       }
     }
@@ -211,6 +228,7 @@ int main(int count, char** arguments) {
       for (const std::size_t rows : {1u, 2u, 5u, 6u, 7u, 23u}) {
         check({depth, columns, 8, 0}, rows, Fill::random, random);
         for (const std::size_t block : {32u, 64u, 128u}) check({depth, columns, 4, block}, rows, Fill::random, random);
+        check({depth, columns, 4, std::size_t{32} << (depth + columns + rows) % 3, true}, rows, Fill::random, random);
       }
     }
   }
@@ -218,7 +236,9 @@ int main(int count, char** arguments) {
   // The largest sums there are, at depths where 16-bit ones and float32 ones would fail.
   for (const std::size_t rows : {1u, 40u}) {
     check({32768, 20, 8, 0}, rows, Fill::extreme, random);
-    check({32768, 20, 4, 128}, rows, Fill::extreme, random);
+    for (const bool zero_points : {false, true}) {
+      check({32768, 20, 4, 128, zero_points}, rows, Fill::extreme, random);
+    }
   }
   check({131072, 3, 8, 0}, 1, Fill::extreme, random);
   check_floats(random);

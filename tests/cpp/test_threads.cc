@@ -67,14 +67,16 @@ int transforms(std::size_t size, bool shared) {
   return differing(results, "transform");
 }
 
-int linear_layer(std::size_t bits) {
+int linear_layer(std::size_t bits, bool zero_points) {
   QLinearShape shape;
   shape.depth = 96;
   shape.columns = 16 * kThreads;
   shape.bits = bits;
   shape.block = bits == 4 ? 32 : 0;
+  shape.zero_points = zero_points;
   check_shape(shape);
   const std::vector<std::uint8_t> weights(shape.panels() * shape.panel_bytes(), bits == 4 ? 0x5a : 200);
+  const std::vector<std::uint8_t> zeros(shape.panels() * shape.blocks() * kPanelColumns / 2, 0x3c);
   const std::vector<float> scales(shape.panels() * shape.blocks() * kPanelColumns, 0.25f), bias = values(shape.columns);
   const std::vector<float> x = values(kThreads * shape.depth);
   std::vector<std::vector<float>> results(2, std::vector<float>(kThreads * shape.columns));
@@ -87,7 +89,7 @@ int linear_layer(std::size_t bits) {
     output.stride = shape.columns;
     output.bias = bias.data();
     const auto run = [&](std::size_t i) {
-      multiply(rows, 0, kThreads, weights.data(), scales.data(), output, i, i + 1);
+      multiply(rows, 0, kThreads, {weights.data(), scales.data(), zeros.data()}, output, i, i + 1);
     };
     for (std::size_t i = 0; alone && i < kThreads; ++i) set(i);
     for (std::size_t i = 0; alone && i < kThreads; ++i) run(i);
@@ -136,7 +138,9 @@ int main() {
   }
   for (const std::size_t size : {std::size_t{64}, std::size_t{4096}, std::size_t{1376}})
     failures += transforms(size, true);
-  for (int repeat = 0; repeat < 20; ++repeat) failures += linear_layer(8) + linear_layer(4);
+  for (int repeat = 0; repeat < 20; ++repeat) {
+    failures += linear_layer(8, false) + linear_layer(4, false) + linear_layer(4, true);
+  }
   together([&](std::size_t) {
     if (active_isa().empty() || qlinear_isa().empty() || !has_order(1536)) std::abort();
   });
