@@ -34,7 +34,7 @@ def at_level(source: Path, target: Path, level: int) -> Path:
     return target
 
 
-@pytest.mark.parametrize("scheme", ["a8w8-block", "a8w4-block"])
+@pytest.mark.parametrize("scheme", ["a8w8-block", "a8w4-matmulnbits"])
 def test_flips(benchmark: BenchmarkFixture, tmp_path: Path, scheme: str) -> None:
     folder = cached_smollm2()
     if folder is None:

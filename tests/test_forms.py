@@ -28,7 +28,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("scheme", "most"),
     [("a16w8", 0.08), ("a8w8", 0.1), ("a8w8-dynamic", 0.06), ("a8w4-dynamic", 0.6),
-     ("a8w8-dynamic-tensor", 0.1), ("a8w8-block", 0.07), ("a8w4-block", 0.5), ("a8w4", 0.8),
+     ("a8w8-dynamic-tensor", 0.1), ("a8w8-block", 0.07), ("a8w4-block", 0.5),
+     ("a8w4-matmulnbits", 0.5), ("a8w4", 0.8),
      ("a4w4", 0.8)],
 )  # fmt: skip
 def test_every_scheme_end_to_end(llama: Path, tmp_path: Path, scheme: str, most: float) -> None:
@@ -112,6 +113,35 @@ def test_attention_is_compiled_where_the_library_is_used_anyway(
     domains = [node.domain for node in ir.load(tmp_path / "q.onnx").graph if node.op_type == "GroupQueryAttention"]
     assert domains == ["com.microsoft" if rotations == () else "onnx_quarot"] * LLAMA.layers
     feeds = batches(LLAMA)[0]
+    with_library, without = (
+        oq.session(tmp_path / "q.onnx", use_library=use).run(["logits"], feeds)[0] for use in (True, False)
+    )
+    assert np.linalg.norm(with_library - without) < 0.05 * np.linalg.norm(without)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options", "compiled"),
+    [
+        ("a8w4-block", {}, True),
+        ("a8w4-block", {"block": 16}, False),  # which the operator does not know
+        ("a8w4-block", {"rotations": ()}, False),  # nothing else of the model needs the library
+        ("a8w4-block", {"rotations": (), "layers": {"*lm_head*": "a8w8-dynamic"}}, True),
+        ("a8w4-matmulnbits", {}, False),
+        ("a8w8-block", {}, False),
+    ],
+)
+def test_blocks_are_compiled_where_the_library_is_used_anyway(
+    llama: Path, tmp_path: Path, scheme: str, options: dict, compiled: bool
+) -> None:
+    oq.quantize(llama, tmp_path / "q.onnx", batches(LLAMA), scheme=scheme, **options)
+    model = ir.load(tmp_path / "q.onnx")
+    names = [node.op_type for node in model.graph]
+    assert ("QLinear" in names, "MatMulNBits" in names) == (compiled, not compiled)
+    assert not compiled or {"MatMul", "DynamicQuantizeMatMul"}.isdisjoint(names)
+    feeds = batches(LLAMA)[0]
+    # Without the library the operators are those of ONNX Runtime, which quantize activations in other groups.
+    overloads = [node.overload for node in model.graph if node.op_type == "QLinear" and "lm_head" not in node.name]
+    assert all(overload.endswith("_matmulnbits") for overload in overloads)
     with_library, without = (
         oq.session(tmp_path / "q.onnx", use_library=use).run(["logits"], feeds)[0] for use in (True, False)
     )

@@ -77,6 +77,26 @@ def test_quantization_noise_is_seen_where_it_arises(models: tuple[Path, Path, Pa
     assert after < before
 
 
+def test_layers_of_one_operator_are_found_in_it(tmp_path: Path) -> None:
+    """QLinear holds norms, rotations and several layers: what enters is what it multiplies."""
+    config = Config(layers=1, separate_qkv=True)
+    source = small_llama.save(tmp_path / "m.onnx", config)
+    feeds = small_llama.decoder_feeds(config, np.random.default_rng(0), length=24)
+    oq.quantize(source, tmp_path / "q.onnx", [feeds], scheme="a8w8-dynamic", seed=3)
+    oq.rotate(source, tmp_path / "r.onnx", seed=3)
+    found, rotated = (
+        {layer.name.split("/")[-2]: layer for layer in compare_layers(source, tmp_path / name, (feeds, feeds))}
+        for name in ("q.onnx", "r.onnx")
+    )
+    # Of the gate and what it multiplies, one operator is left, named like the gate.
+    assert list(found) == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "lm_head"]
+    for name, layer in found.items():
+        if name != "lm_head":  # tied to a table of integers, it is rotated in another way
+            np.testing.assert_allclose(layer.peaks[1], rotated[name].peaks[1], rtol=0.1, atol=0.1, err_msg=name)
+        assert (layer.output_sqnr is None) == (name == "gate_proj")
+        assert layer.output_sqnr is None or 20 < layer.output_sqnr < 60
+
+
 def test_models_without_a_common_layer(models: tuple[Path, Path, Path, Feeds], tmp_path: Path) -> None:
     source, _, _, feeds = models
     model = load(source)

@@ -1,4 +1,4 @@
-"""QLinear of 4-bit weights without the library: what its function computes, with zero points, and by MatMulNBits."""
+"""QLinear without the library: what its functions compute, with zero points, and by operators of ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EPSILON = 1e-3
 class Case:
     depth: int
     columns: int
-    block: int
+    block: int | None
     zeros: bool = True
     bias: bool = False
     rotated: bool = False
@@ -37,8 +37,11 @@ class Case:
     dtype: ir.DataType = ir.DataType.FLOAT
 
     def weights(self) -> tuple[Array, Array, Array]:
-        """Codes [K, N] from 0 to 15, scales and zero points [blocks, N]."""
+        """Codes [K, N] from 0 to 15, scales and zero points [blocks, N]; of 8 bits, codes from 1 to 255, one block."""
         random = np.random.default_rng(1)
+        if self.block is None:
+            scales = (random.random((1, self.columns)) * 0.001 + 0.0001).astype(np.float32)
+            return random.integers(1, 256, (self.depth, self.columns)), scales, np.full(scales.shape, 128)
         grid = (-(-self.depth // self.block), self.columns)
         scales = (random.random(grid) * 0.01 + 0.001).astype(np.float32)
         zeros = random.integers(0, 16, grid) if self.zeros else np.full(grid, 8)
@@ -46,7 +49,7 @@ class Case:
 
     def matrix(self) -> Array:
         codes, *grids = self.weights()
-        scales, zeros = (np.repeat(grid, self.block, axis=0)[: self.depth] for grid in grids)
+        scales, zeros = (np.repeat(grid, self.block or self.depth, axis=0)[: self.depth] for grid in grids)
         return ((codes - zeros) * scales).astype(np.float64)
 
     def signs_array(self) -> Array | None:
@@ -55,7 +58,7 @@ class Case:
     def bias_array(self) -> Array:
         return np.linspace(-1, 1, self.columns, dtype=np.float32)
 
-    def model(self, *, opset: int = 21, nbits: bool = False) -> onnx.ModelProto:
+    def model(self, *, opset: int = 21, contrib: bool = False) -> onnx.ModelProto:
         x = ir.Value(name="x", type=ir.TensorType(self.dtype), shape=ir.Shape(["m", self.depth]))
         graph = ir.Graph([x], [], nodes=[], opset_imports={"": opset}, name="g")
         model = ir.Model(graph, ir_version=10)
@@ -67,7 +70,7 @@ class Case:
             return value
 
         spec = QLinearSpec(self.depth, self.columns, self.block, self.dtype, self.bias, epsilon=self.epsilon)
-        spec = replace(spec, splits=self.splits, gated=self.gated, zero_points=self.zeros, nbits=nbits)
+        spec = replace(spec, splits=self.splits, gated=self.gated, zero_points=self.zeros, contrib=contrib)
         signs = None
         if self.rotated:
             rotation = add_hadamard(model, x, size=self.depth, signs=self.signs_array(), name="h")
@@ -77,8 +80,8 @@ class Case:
         codes, scales, zeros = self.weights()
         inputs = [
             x,
-            constant("w", pack(codes - 8, self.block)),
-            constant("s", pack_scales(scales)),
+            constant("w", pack(codes - (128 if self.block is None else 8), self.block)),
+            constant("s", scales[0] if self.block is None else pack_scales(scales)),
             constant("b", self.bias_array()) if self.bias else None,
             signs,
             constant("z", pack_zero_points(zeros)) if self.zeros else None,
@@ -114,6 +117,8 @@ CASES = {
     "rotated": Case(128, 48, 64, rotated=True, signs=True),
     "all at once": Case(128, 96, 128, rotated=True, signs=True, bias=True, epsilon=EPSILON, gated=True),
     "gated": Case(100, 64, 32, gated=True, epsilon=EPSILON),
+    "8 bits": Case(99, 35, None, zeros=False, bias=True, rotated=False, epsilon=EPSILON),
+    "8 bits, gated": Case(128, 64, None, zeros=False, rotated=True, signs=True, gated=True),
     "half precision": Case(130, 33, 64, dtype=ir.DataType.FLOAT16),
 }
 
@@ -132,25 +137,26 @@ def error(found: Array, wanted: Array) -> float:
 
 
 @pytest.mark.parametrize("opset", [13, 17, 23])
-@pytest.mark.parametrize("nbits", [False, True])
+@pytest.mark.parametrize("contrib", [False, True])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_both_functions_are_the_layer(case: Case, nbits: bool, opset: int) -> None:
-    model = case.model(opset=opset, nbits=nbits)
+def test_both_functions_are_the_layer(case: Case, contrib: bool, opset: int) -> None:
+    model = case.model(opset=opset, contrib=contrib)
     onnx.checker.check_model(model)
     (function,) = (f for f in model.functions if f.name == "QLinear")
-    assert function.overload.endswith("_matmulnbits" * nbits + "_f16" * (case.dtype == ir.DataType.FLOAT16))
-    assert sum(node.op_type == "MatMulNBits" for node in function.node) == int(nbits)
+    product = "DynamicQuantizeMatMul" if case.block is None else "MatMulNBits"
+    assert sum(node.op_type == product for node in function.node) == int(contrib)
+    assert (f"_{product.lower()}" in function.overload) == contrib
     x = activations(case)
     for rows in (x, x[:1]):
         assert error(run(model, rows), case.reference(rows)) < 0.03
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_weights_of_matmulnbits_are_exact(case: Case) -> None:
-    """Activations of one feature alone are 127 or 0 in the operator: what is left is the weights."""
+def test_weights_that_are_unpacked_are_exact(case: Case) -> None:
+    """Activations of one feature alone are 127 (or 255) or 0 in the operator: what is left is the weights."""
     plain = replace(case, rotated=False, signs=False, epsilon=None, gated=False, splits=(), dtype=ir.DataType.FLOAT)
     x = np.eye(case.depth, dtype=np.float32)
-    np.testing.assert_allclose(run(plain.model(nbits=True), x), plain.reference(x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(run(plain.model(contrib=True), x), plain.reference(x), rtol=1e-5, atol=1e-6)
 
 
 def test_matmulnbits_is_all_that_is_left_of_the_weights(tmp_path: Path) -> None:
@@ -159,7 +165,7 @@ def test_matmulnbits_is_all_that_is_left_of_the_weights(tmp_path: Path) -> None:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     case = replace(CASES["all at once"], rotated=False, signs=False)
     x = activations(case)
-    assert error(run(case.model(nbits=True), x, options), case.reference(x)) < 0.03
+    assert error(run(case.model(contrib=True), x, options), case.reference(x)) < 0.03
     graph = onnx.load(tmp_path / "optimized.onnx").graph
     (product,) = (node for node in graph.node if node.op_type == "MatMulNBits")
     assert set(product.input[1:]) - {""} <= {tensor.name for tensor in graph.initializer}
@@ -177,7 +183,6 @@ def test_packed_zero_points() -> None:
         pack_zero_points(np.array([[16]]))
 
 
-@pytest.mark.parametrize("option", ["zero_points", "nbits"])
-def test_eight_bits_have_neither(option: str) -> None:
-    with pytest.raises(ConfigError, match="block: None means 8 bits"):
-        QLinearSpec(32, 16, **{option: True})
+def test_eight_bits_have_no_zero_points() -> None:
+    with pytest.raises(ConfigError, match="zero_points: 8 bits, which block None means, have none"):
+        QLinearSpec(32, 16, zero_points=True)

@@ -153,7 +153,7 @@ def rotate(
     default="a8w8",
     show_default=True,
     help="Bits of activations and weights: a8w8, a16w8, a8w4, a4w4, a8w8-dynamic, a8w4-dynamic, "
-    "a8w8-dynamic-tensor, a8w8-block, a8w4-block.",
+    "a8w8-dynamic-tensor, a8w8-block, a8w4-block, a8w4-matmulnbits.",
 )
 @click.option(
     "--mixed",
@@ -163,7 +163,7 @@ def rotate(
 @click.option("--budget", type=click.FloatRange(0, 1, min_open=True), help="With --mixed: the share of layers.")
 @click.option("--method", type=click.Choice(METHODS), help="How activation ranges are found.")
 @click.option("--weights", type=click.Choice(["rtn", "gptq"]), help="How integer weights are chosen.")
-@click.option("--block", type=int, help="Input features that share a scale, for *-block, a4w4 and a8w4-dynamic.")
+@click.option("--block", type=int, help="Input features that share a scale, for a8w8-block, a4w4, a8w4-*.")
 @click.option(
     "--kv-cache",
     type=click.Choice(["int8", "int4", "int8-tensor", "int4-tensor"]),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,7 +14,7 @@ from .custom_op import DOMAIN
 from .dynamic import quantize_dynamic
 from .errors import ConfigError
 from .fused_attention import fuse_attention
-from .fused_linear import quantize_fused
+from .fused_linear import quantize_fused, takes_blocks
 from .hessians import solve_weights
 from .observers import Range
 from .progress import Progress
@@ -56,15 +56,18 @@ def quantize_sites(
     overrides: another scheme for some sites, by node name. mixed: see :mod:`ranges`. folder: for what is kept until
     the model has been written. Errors as of the parts: nothing is changed before all is known.
     """
+    given = dict(overrides or {})
+    library = _uses_library(model, [scheme, *given.values()])
+    heads = head_schemes(sites, scheme)
     schemes = {site.node_name: scheme for site in sites}
-    schemes |= head_schemes(sites, scheme)
-    schemes |= dict(overrides or {})
+    schemes |= heads
+    schemes |= given
     notes: list[str] = []
     static = [site for site in sites if schemes[site.node_name].static_ranges]
     ranges: dict[str, Range] = {}
     if static or mixed is not False:
-        given = {name: other for name, other in schemes.items() if other != scheme}
-        ranges, wide, notes = static_ranges(model_path, static, scheme, data, mixed, progress, given)
+        others = {name: other for name, other in schemes.items() if other != scheme}
+        ranges, wide, notes = static_ranges(model_path, static, scheme, data, mixed, progress, others)
         schemes |= wide
     ranks = check_tokens(model, [site for site in sites if schemes[site.node_name].form == "token"], schemes)
     solved, remarks = solve_weights(model_path, sites, schemes, data, folder, progress)
@@ -72,11 +75,15 @@ def quantize_sites(
     reports: list[SiteReport] = []
     shared: list[SharedWeight] = []
     tied = tied_roots(model, sites)
-    for form in dict.fromkeys(other.form for other in schemes.values()):
-        part = [site for site in sites if schemes[site.node_name].form == form]
+    # Where the library is used anyway, its operator does what those of ONNX Runtime do without it.
+    forms = {name: "fused" if library and takes_blocks(other) else other.form for name, other in schemes.items()}
+    if library and takes_blocks(scheme):
+        forms |= {name: "fused" for name in heads if name not in given}
+    for form in dict.fromkeys(forms.values()):
+        part = [site for site in sites if forms[site.node_name] == form]
         if form == "qdq":
             done, weights = quantize_linears(model, part, ranges, scheme, overrides=schemes, solved=solved, tied=tied)
-        elif form == "block":
+        elif form in ("block", "nbits"):
             done, weights = quantize_blocks(model, part, schemes, solved, tied)
         elif form == "dynamic":
             done, weights = quantize_dynamic(model, part, schemes, solved, tied)
@@ -86,9 +93,14 @@ def quantize_sites(
             done, weights = quantize_tokens(model, part, schemes, solved, ranks), []
         reports += done
         shared += weights
-    if any(node.domain == DOMAIN for node in model.graph):  # else the model does without the library
+    if library:
         fuse_attention(model)
     return Quantized(reports, notes, shared)
+
+
+def _uses_library(model: ir.Model, schemes: Iterable[Scheme]) -> bool:
+    """Whether the model holds operators of the library, or is going to."""
+    return any(node.domain == DOMAIN for node in model.graph) or any(scheme.form == "fused" for scheme in schemes)
 
 
 def layer_schemes(
@@ -130,7 +142,7 @@ def head_schemes(sites: Sequence[LinearSite], scheme: Scheme) -> dict[str, Schem
     if scheme.form == "token":
         # ONNX Runtime's integer kernels mistake blocked 8-bit activations for ones with a single scale.
         head = parse_scheme("a8w8")
-    elif scheme.form == "block" and bits > scheme.weight.bits:
+    elif scheme.form in ("block", "nbits") and bits > scheme.weight.bits:
         # A scale a channel instead of one a block: the head is a large part of a small model.
         head = parse_scheme("a8w8-dynamic-tensor")
     else:

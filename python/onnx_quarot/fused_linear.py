@@ -21,7 +21,18 @@ from .errors import ConfigError, ModelError
 from .fused_neighbours import absorb_neighbours
 from .portable import Transform
 from .qdq import SiteReport, check_replaceable
-from .qlinear import MAX_DEPTH, MOST_OUTPUTS, OP_TYPE, PANEL, QLinearSpec, add_qlinear, pack, pack_scales
+from .qlinear import (
+    BLOCKS,
+    MAX_DEPTH,
+    MOST_OUTPUTS,
+    OP_TYPE,
+    PANEL,
+    QLinearSpec,
+    add_qlinear,
+    pack,
+    pack_scales,
+    pack_zero_points,
+)
 from .qparams import Array, QuantizedWeight, SolvedWeight, lazy
 from .scheme import Scheme
 from .sites import LinearSite, WeightSource, drop_unused, readers
@@ -31,10 +42,31 @@ from .tied_tables import Layout, SharedWeight
 
 @dataclass(frozen=True)
 class _Part:
-    """A layer's weight, evaluated when it is written: integers [depth, channels] and scales [blocks, channels]."""
+    """A layer's weight, evaluated when it is written: integers [depth, channels], scales and zero points [blocks,
+    channels], of which only 4 bits have any."""
 
     codes: Callable[[], Array]
     scales: Callable[[], Array]
+    zeros: Callable[[], Array] | None = None
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What layers share that become one operator, their input aside."""
+
+    block: int | None
+    has_zeros: bool
+    contrib: bool
+
+    @staticmethod
+    def of(scheme: Scheme) -> _Kind:
+        block = None if scheme.weight.bits == 8 else scheme.block
+        return _Kind(block, not scheme.weight.symmetric, scheme.form != "fused")
+
+
+def takes_blocks(scheme: Scheme) -> bool:
+    """Whether the operator can do what MatMulNBits does for a scheme of the form block."""
+    return scheme.form == "block" and scheme.weight.bits == 4 and scheme.block in BLOCKS
 
 
 def quantize_fused(
@@ -46,9 +78,10 @@ def quantize_fused(
 ) -> tuple[list[SiteReport], list[SharedWeight]]:
     """Replace `sites` in place by QLinear; a report for each, and the 8-bit weights of roots in `tied`.
 
-    schemes: by node name, of the form fused: 8-bit weights with a scale a channel, or 4-bit ones in blocks. solved:
-    integers found in advance, by node name. Everything is checked first: ModelError for a weight that is not float32, a
-    Gemm that transposes its activations, or too old an opset, ConfigError for weights the operator does not take.
+    schemes: by node name, of the form fused: 8-bit weights with a scale a channel, or 4-bit ones in blocks; or of
+    another form, with such weights: then the function is that form's operator. solved: integers found in advance, by
+    node name. Everything is checked first: ModelError for a weight that is not float32, a Gemm that transposes its
+    activations, or too old an opset, ConfigError for weights the operator does not take.
     """
     for site in sites:
         scheme = schemes[site.node_name]
@@ -56,26 +89,26 @@ def quantize_fused(
         if site.depth > MAX_DEPTH:
             raise ModelError(f"node {site.node_name!r}: has {site.depth} input features; {OP_TYPE} takes {MAX_DEPTH}")
         weight = scheme.weight
-        if weight.bits not in (4, 8) or not (weight.signed and weight.symmetric):
-            raise ConfigError(f"weight: {scheme.name} takes signed symmetric weights of 4 or 8 bits")
-    groups: dict[tuple[object, ...], list[LinearSite]] = {}
+        if weight.bits != 4 and not (weight.bits == 8 and weight.signed and weight.symmetric):
+            raise ConfigError(f"weight: {scheme.name} takes weights of 4 bits, or signed symmetric ones of 8")
+    groups: dict[tuple[ir.Value, _Kind], list[LinearSite]] = {}
     for site in sites:
-        groups.setdefault((site.input, _block(schemes[site.node_name])), []).append(site)
+        groups.setdefault((site.input, _Kind.of(schemes[site.node_name])), []).append(site)
     names = GraphNames(model.graph)
-    stored: dict[tuple[object, ...], tuple[ir.Value, ir.Value]] = {}
+    stored: dict[tuple[object, ...], list[ir.Value]] = {}
     shared: list[SharedWeight] = []
     made: dict[ir.Node, QLinearSpec] = {}
-    for (_, block), readers_of_one in groups.items():
-        assert block is None or isinstance(block, int)
+    for (_, kind), readers_of_one in groups.items():
         gate = _gate(readers_of_one)
         group = readers_of_one if gate is None else gate.sites
-        key = (block, gate is None, *(site.weight_key() for site in group))
+        key = (kind.block, kind.has_zeros, gate is None, *(site.weight_key() for site in group))
         if key not in stored:
-            stored[key] = _store(names, group, block, schemes, solved, gate is not None)
-        made |= _replace(model, names, group, block, stored[key], gate)
+            stored[key] = _store(names, group, kind, schemes, solved, gate is not None)
+        made |= _replace(model, names, group, kind, stored[key], gate)
         site = group[0]
-        if site.root in tied and len(group) == 1 and block is None:
-            shared.append(SharedWeight(site, *stored[key], zero=128, layout=Layout.PANELS))
+        if site.root in tied and len(group) == 1 and kind.block is None:
+            codes, scales = stored[key]
+            shared.append(SharedWeight(site, codes, scales, zero=128, layout=Layout.PANELS))
     absorb_neighbours(model, made)
     return [_report(site, schemes[site.node_name]) for site in sites], shared
 
@@ -116,22 +149,20 @@ def _only_product(value: ir.Value, other: ir.Value) -> ir.Node | None:
     return found[0] if set(found[0].inputs) == {value, other} else None
 
 
-def _block(scheme: Scheme) -> int | None:
-    return None if scheme.weight.bits == 8 else scheme.block
-
-
 def _store(
     names: GraphNames,
     group: Sequence[LinearSite],
-    block: int | None,
+    kind: _Kind,
     schemes: Mapping[str, Scheme],
     solved: Mapping[str, SolvedWeight],
     gated: bool,
-) -> tuple[ir.Value, ir.Value]:
+) -> list[ir.Value]:
+    """Packed weights, scales, and zero points if there are any."""
+    block = kind.block
     parts = [_part(site, schemes[site.node_name], block, solved.get(site.node_name)) for site in group]
     depth, columns = group[0].depth, sum(site.channels for site in group)
-    panels = -(-columns // PANEL)
-    steps = -(-depth // 4) if block is None else -(-depth // block) * block // 8
+    panels, blocks = -(-columns // PANEL), 1 if block is None else -(-depth // block)
+    steps = -(-depth // 4) if block is None else blocks * block // 8
 
     def side_by_side(arrays: list[Array]) -> Array:
         if gated:  # panels take turns
@@ -146,30 +177,46 @@ def _store(
         joined = side_by_side([part.scales() for part in parts])
         return pack_scales(joined) if block is not None else joined[0].astype(np.float32)
 
-    scale_shape = [columns] if block is None else [panels, -(-depth // block), PANEL]
+    def zeros() -> Array:
+        codes: Array = pack_zero_points(side_by_side([part.zeros() for part in parts if part.zeros is not None]))
+        return codes
+
+    scale_shape = [columns] if block is None else [panels, blocks, PANEL]
     name = group[0].weight
-    return (
+    made = [
         names.initializer(lazy(packed, ir.DataType.UINT8, [panels, steps, PANEL, 4], ""), f"{name}_packed"),
         names.initializer(lazy(scales, ir.DataType.FLOAT, scale_shape, ""), f"{name}_scales"),
-    )
+    ]
+    if kind.has_zeros:
+        points = lazy(zeros, ir.DataType.UINT8, [panels, blocks, PANEL // 2], "")
+        made.append(names.initializer(points, f"{name}_zero_points"))
+    return made
 
 
 def _part(site: LinearSite, scheme: Scheme, block: int | None, solved: SolvedWeight | None) -> _Part:
     if block is not None:
-        blocks = BlockWeight(site, scheme.weight, block, solved)
-        codes, factors, _ = blocks.plain_tensors()
-        return _Part(lambda: codes.numpy().astype(np.int8), factors.numpy)
+        weight = BlockWeight(site, scheme.weight, block, solved)
+        codes, factors, zeros = weight.plain_tensors()
+
+        def filled() -> Array:
+            """-8 to 7; what fills the last block means zero."""
+            rows, last = (tensor.numpy().astype(np.int8) for tensor in (codes, zeros))
+            ends: Array = np.repeat(last[-1:], weight.blocks * block - site.depth, axis=0)
+            whole: Array = np.concatenate([rows, ends]) + np.int8(weight.offset - 8)
+            return whole
+
+        return _Part(filled, factors.numpy, lambda: zeros.numpy().astype(np.uint8) + np.uint8(weight.offset))
     source, shape = WeightSource(site), (site.depth, site.channels)
-    weight = QuantizedWeight(site.weight, shape, scheme.weight, 1, source.read, source.close, solved=solved)
-    return _Part(weight.tensor("").numpy, lambda: weight.scale()[None])
+    whole = QuantizedWeight(site.weight, shape, scheme.weight, 1, source.read, source.close, solved=solved)
+    return _Part(whole.tensor("").numpy, lambda: whole.scale()[None])
 
 
 def _replace(
     model: ir.Model,
     names: GraphNames,
     group: Sequence[LinearSite],
-    block: int | None,
-    weights: tuple[ir.Value, ir.Value],
+    kind: _Kind,
+    weights: Sequence[ir.Value],
     gate: _Gate | None,
 ) -> dict[ir.Node, QLinearSpec]:
     graph, first = model.graph, group[0].node
@@ -177,7 +224,8 @@ def _replace(
     columns = sum(site.channels for site in group)
     sizes = [site.channels for site in group]
     splits = tuple(sizes) if gate is None and _splits(sizes) else ()
-    spec = QLinearSpec(group[0].depth, columns, block, splits=splits, gated=gate is not None)
+    spec = QLinearSpec(group[0].depth, columns, kind.block, splits=splits, gated=gate is not None)
+    spec = replace(spec, zero_points=kind.has_zeros, contrib=kind.contrib)
     signs: ir.Value | None = None
     rotation = x.producer()
     inside = rotation is not None and (rotation.domain, rotation.op_type) == (DOMAIN, HADAMARD)
@@ -188,12 +236,8 @@ def _replace(
         signs = rotation.inputs[1] if len(rotation.inputs) > 1 else None
         spec = replace(spec, rotation=_transform(rotation, spec.depth))
         x = rotation.inputs[0]
-    zeros: ir.Value | None = None
-    if signs is not None:
-        # ONNX Runtime before 1.24 crashes at an optional input that is left out before another one.
-        zeros = names.initializer(ir.Tensor(np.zeros(columns, np.float32)), f"{first.outputs[0].name}_no_bias")
-        spec = replace(spec, has_bias=True)
-    node = add_qlinear(model, spec, [x, *weights, zeros, signs], first.name or names.unique("QLinear"))
+    codes, scales, *zeros = weights
+    node = add_qlinear(model, spec, [x, codes, scales, None, signs, *zeros], first.name or names.unique("QLinear"))
     added = [node]
     products = list(node.outputs)
     if gate is not None:
@@ -242,7 +286,7 @@ def _transform(node: ir.Node, depth: int) -> Transform:
 
 def _report(site: LinearSite, scheme: Scheme) -> SiteReport:
     bits, count = scheme.weight.bits, site.depth * site.channels
-    block = _block(scheme)
+    block = _Kind.of(scheme).block
     return SiteReport(
         site.node_name,
         OP_TYPE,

@@ -20,6 +20,7 @@ QUANTIZED_OPS = (
     "QuantizeLinear",
     "DequantizeLinear",
     "MatMulNBits",
+    "QLinear",
     "DynamicQuantizeMatMul",
     "MatMulInteger",
 )

@@ -16,7 +16,7 @@ from onnx_quarot.errors import ModelError
 from onnx_quarot.load import load
 from onnx_quarot.progress import NullProgress, Progress
 from onnx_quarot.provenance import Bases, fitted, recorded
-from onnx_quarot.qlinear import OP_TYPE
+from onnx_quarot.qlinear import OP_TYPE, entering_rows
 from onnx_quarot.sites import LinearSite, linear_sites
 
 Array = np.ndarray[Any, Any]
@@ -62,7 +62,7 @@ class LayerFigures:
 class _Pair:
     """A layer in both models: the names of what enters and leaves it, and of the candidate's dequantized input.
 
-    same: whether what leaves them means the same.
+    same: whether what leaves them means the same. node: of the candidate.
     """
 
     name: str
@@ -70,6 +70,14 @@ class _Pair:
     candidate: tuple[str, str]
     dequantized: str | None
     same: bool
+    node: ir.Node
+
+    def entering(self, known: dict[str, Array], found: dict[str, Array]) -> list[Array]:
+        """What is multiplied, of the reference and of the candidate, in rows."""
+        theirs = found[self.candidate[0]]
+        if self.node.op_type == OP_TYPE:
+            theirs = entering_rows(self.node, theirs)
+        return [_rows(known[self.reference[0]]), _rows(theirs)]
 
 
 def compare_layers(
@@ -79,10 +87,11 @@ def compare_layers(
     *,
     progress: Progress | None = None,
 ) -> list[LayerFigures]:
-    """Run both models on one batch, as each takes it, and compare their linear layers, which are matched by node name.
+    """Run both models on one batch, as each takes it, and compare their linear layers.
 
-    Layers that only one of the two has are left out. Memory: the inputs and outputs of 24 layers. Raises ModelError if
-    none is left, or a model cannot be run.
+    These are matched by node name, or by the name of what they make where one operator does several. Layers that only
+    one of the two has are left out. Memory: the inputs and outputs of 24 layers. Raises ModelError if none is left, or
+    a model cannot be run.
     """
     first, second = load(reference), load(candidate)
     bases = recorded(first), recorded(second)
@@ -105,10 +114,13 @@ def compare_layers(
 
 def _pairs(sites: Sequence[LinearSite], candidate: ir.Model) -> Any:
     nodes, apart = {str(node.name): node for node in candidate.graph}, fitted(candidate)
+    parts = {value.name: value for node in candidate.graph if node.op_type == OP_TYPE for value in node.outputs}
     for site in sites:
-        node = nodes.get(site.node_name)
+        product = parts.get(site.node.outputs[0].name)
+        node = nodes.get(site.node_name) if product is None else product.producer()
         if node is None or node.inputs[0] is None:
             continue
+        leaving = node.outputs[0] if product is None else product
         entering, dequantized = node.inputs[0], None
         dequantize = entering.producer()
         if dequantize is not None and dequantize.op_type == "DequantizeLinear":
@@ -118,9 +130,10 @@ def _pairs(sites: Sequence[LinearSite], candidate: ir.Model) -> Any:
         yield _Pair(
             site.node_name,
             (site.activation, str(site.node.outputs[0].name)),
-            (str(entering.name), str(node.outputs[0].name)),
+            (str(entering.name), str(leaving.name)),
             dequantized,
             _is_product(node) and str(site.node.outputs[0].name) not in apart,
+            node,
         )
 
 
@@ -133,7 +146,7 @@ def _is_product(node: ir.Node) -> bool:
 
 
 def _figures(pair: _Pair, known: dict[str, Array], found: dict[str, Array], bases: tuple[Bases, Bases]) -> LayerFigures:
-    entering = [_rows(values[names[0]]) for values, names in ((known, pair.reference), (found, pair.candidate))]
+    entering = pair.entering(known, found)
     leaving = [
         basis.undo(names[1], values[names[1]]).astype(np.float64)
         for basis, values, names in ((bases[0], known, pair.reference), (bases[1], found, pair.candidate))

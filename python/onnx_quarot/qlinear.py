@@ -2,7 +2,7 @@
 
 Weights are stored packed, as the kernel reads them (layout version 1, see :func:`pack`). A model-local function unpacks
 them, so that the model runs without the library too: in standard operators to the same integers, if slowly, or for
-ONNX Runtime's own ``MatMulNBits``, as fast as that is.
+an operator of ONNX Runtime's own, as fast as that is.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from .errors import ConfigError
 from .portable import DOMAIN, OPSET_VERSION, Body, Transform
+from .transform import hadamard
 
 Array = npt.NDArray[Any]
 
@@ -83,8 +84,9 @@ class QLinearSpec:
     block: None for 8 bits. rotation: of float32 rows. epsilon: rows are divided by sqrt(mean of squares + epsilon)
     first. splits: columns of each output, all but the last multiples of 16, at most :data:`MOST_OUTPUTS`. gated: every
     32 columns are 16 ``a`` and 16 ``b``, and outputs are ``silu(a) * b``, half as many. zero_points: of 4-bit weights;
-    without them all are 8, in the codes' own numbers. nbits: the function multiplies by MatMulNBits, 4 bits only, which
-    makes activations integers per token and block; else by standard operators, to the operator's own integers.
+    without them all are 8, in the codes' own numbers. contrib: the function multiplies by MatMulNBits, which makes
+    activations integers per token and block, 8 bits by DynamicQuantizeMatMul, with one range for all tokens; else by
+    standard operators, to the operator's own integers.
     """
 
     depth: int
@@ -97,11 +99,11 @@ class QLinearSpec:
     splits: tuple[int, ...] = ()
     gated: bool = False
     zero_points: bool = False
-    nbits: bool = False
+    contrib: bool = False
 
     def __post_init__(self) -> None:
-        if self.block is None and (self.zero_points or self.nbits):
-            raise ConfigError("block: None means 8 bits, which have no zero points and no MatMulNBits")
+        if self.block is None and self.zero_points:
+            raise ConfigError("zero_points: 8 bits, which block None means, have none")
 
     @property
     def outputs(self) -> tuple[int, ...]:
@@ -135,7 +137,8 @@ class QLinearSpec:
         parts += [f"norm_{self.epsilon:g}"] if self.epsilon is not None else []
         parts += ["split_" + "_".join(map(str, self.splits))] if self.splits else []
         parts += ["gated"] if self.gated else []
-        parts += ["matmulnbits"] if self.nbits else []
+        if self.contrib:
+            parts.append("dynamicquantizematmul" if self.block is None else "matmulnbits")
         return "_".join(parts) + {ir.DataType.FLOAT16: "_f16", ir.DataType.BFLOAT16: "_bf16"}.get(self.dtype, "")
 
 
@@ -148,7 +151,7 @@ def add_qlinear(model: ir.Model, spec: QLinearSpec, inputs: Sequence[ir.Value | 
     """
     model.ir_version = max(model.ir_version, _MIN_IR_VERSION)
     model.opset_imports[DOMAIN] = OPSET_VERSION
-    if spec.nbits:
+    if spec.contrib:
         model.opset_imports.setdefault(_MICROSOFT, 1)
     identifier = (DOMAIN, OP_TYPE, spec.overload)
     if identifier not in model.functions:
@@ -173,6 +176,24 @@ def add_qlinear(model: ir.Model, spec: QLinearSpec, inputs: Sequence[ir.Value | 
     return node
 
 
+def entering_rows(node: ir.Node, x: Array) -> Array:
+    """What a QLinear node makes integers of: its X ``[..., K]``, normalized and rotated as it says, in float32."""
+    rows = x.astype(np.float32)
+    epsilon = node.attributes.get_float("epsilon", None)
+    if epsilon is not None:
+        rows /= np.sqrt(np.square(rows).mean(axis=-1, keepdims=True) + np.float32(epsilon))
+    if not node.attributes.get_int("rotate", 0):
+        return rows
+    signs = node.inputs[4] if len(node.inputs) > 4 else None
+    return hadamard(
+        rows,
+        block_size=node.attributes.get_int("block_size", None),
+        signs=None if signs is None or signs.const_value is None else signs.const_value.numpy(),
+        transpose=bool(node.attributes.get_int("transpose", 0)),
+        scale=node.attributes.get_float("scale", None),
+    )
+
+
 def _function(spec: QLinearSpec, opset: int) -> ir.Function:
     """What the operator does, in others."""
     body = Body(opset)
@@ -183,7 +204,7 @@ def _function(spec: QLinearSpec, opset: int) -> ir.Function:
     has_signs = spec.rotation is not None and spec.rotation.signs_length > 0
     rows = x if spec.dtype == ir.DataType.FLOAT else body.cast(x, ir.DataType.FLOAT)
     weights = [packed, scales, *([zeros] if spec.zero_points else [])]
-    multiply = _multiply_by_nbits if spec.nbits else _multiply
+    multiply = _multiply_at_once if spec.contrib else _multiply
     product = multiply(body, spec, rows, signs if has_signs else None, weights)
     if spec.has_bias:
         product = body.node("Add", [product, _sides_apart(body, spec, bias, [], [])])
@@ -200,7 +221,7 @@ def _function(spec: QLinearSpec, opset: int) -> ir.Function:
         y.name = f"Y{index}" if index else "Y"
     used = [True, True, True, spec.has_bias, has_signs, spec.zero_points]
     count = len(used) - used[::-1].index(True)
-    imports = {"": opset, _MICROSOFT: 1} if spec.nbits else {"": opset}
+    imports = {"": opset, _MICROSOFT: 1} if spec.contrib else {"": opset}
     graph = ir.Graph(inputs[:count], products, nodes=body.nodes, opset_imports=imports, name=spec.overload)
     # Declared for the nodes that carry them; their values are in the body already.
     declared = [_attribute(name, value) for name, value in spec.attributes.items()]
@@ -233,16 +254,22 @@ def _multiply(
     return product
 
 
-def _multiply_by_nbits(
+def _multiply_at_once(
     body: Body, spec: QLinearSpec, rows: ir.Value, signs: ir.Value | None, weights: Sequence[ir.Value]
 ) -> ir.Value:
-    """The layer by MatMulNBits, whose weights are made once, where ONNX Runtime folds constants."""
-    assert spec.block is not None
+    """The layer by an operator of ONNX Runtime's, whose weights are made once, where it folds constants."""
     if spec.epsilon is not None:
-        rows = body.node("Div", [rows, _length(body, rows, spec.epsilon)])
+        # Multiplied by ones, it is a norm that ONNX Runtime knows, and makes one operator of.
+        normal = body.node("Div", [rows, _length(body, rows, spec.epsilon)])
+        rows = body.node("Mul", [normal, body.constant(np.ones(spec.depth, np.float32))])
     if spec.rotation is not None:
         rows = spec.rotation.apply(body, rows, signs)
     packed, scales, *zeros = weights
+    if spec.block is None:
+        matrix = _sides_apart(body, spec, _integers(body, spec, packed), [spec.depth], [])
+        scales = _sides_apart(body, spec, scales, [], [])
+        operands = [rows, body.cast(matrix, ir.DataType.INT8), scales]
+        return body.node("DynamicQuantizeMatMul", operands, domain=_MICROSOFT)
     blocks = -(-spec.depth // spec.block)
     codes = _pairs(body, _halves(body, packed), 8)
     operands = [
@@ -292,9 +319,9 @@ def _channels_first(body: Body, spec: QLinearSpec, panels: ir.Value, shape: list
 
 def _halves(body: Body, x: ir.Value) -> ir.Value:
     """uint8 [..., n] as [..., 2 n]: the lower halves, then the upper ones."""
-    four = body.constant(np.array(4, np.uint8))
-    low = body.node("BitShift", [body.node("BitShift", [x, four], direction="LEFT"), four], direction="RIGHT")
-    return body.node("Concat", [low, body.node("BitShift", [x, four], direction="RIGHT")], axis=-1)
+    four, sixteen = (body.constant(np.array(value, np.uint8)) for value in (4, 16))
+    high = body.node("BitShift", [x, four], direction="RIGHT")
+    return body.node("Concat", [body.node("Mod", [x, sixteen]), high], axis=-1)
 
 
 def _pairs(body: Body, x: ir.Value, size: int) -> ir.Value:
@@ -307,24 +334,31 @@ def _pairs(body: Body, x: ir.Value, size: int) -> ir.Value:
 def _unpacked(body: Body, spec: QLinearSpec, weights: Sequence[ir.Value]) -> ir.Value:
     """[K, N] float32: the integers, for 4 bits times their scales."""
     packed, scales, *zeros = weights
-    panels = -(-spec.columns // PANEL)
     if spec.block is None:
-        values = body.node("Sub", [body.cast(packed, ir.DataType.FLOAT), _real(body, 128.0)])
-        step, depth = 4, -(-spec.depth // 4) * 4
-    else:
-        codes = body.cast(_halves(body, packed), ir.DataType.FLOAT)
-        step, depth = 8, -(-spec.depth // spec.block) * spec.block
-        blocks = depth // spec.block
-        points = _real(body, 8.0)
-        if zeros:
-            halves = body.cast(_halves(body, zeros[0]), ir.DataType.FLOAT)
-            points = body.reshape(halves, [panels, blocks, 1, PANEL, 1])
-        grouped = body.reshape(codes, [panels, blocks, spec.block // step, PANEL, step])
-        factors = body.reshape(scales, [panels, blocks, 1, PANEL, 1])
-        scaled = body.node("Mul", [body.node("Sub", [grouped, points]), factors])
-        values = body.reshape(scaled, [panels, depth // step, PANEL, step])
+        return _integers(body, spec, packed)
+    panels, blocks = -(-spec.columns // PANEL), -(-spec.depth // spec.block)
+    codes = body.cast(_halves(body, packed), ir.DataType.FLOAT)
+    points = _real(body, 8.0)
+    if zeros:
+        halves = body.cast(_halves(body, zeros[0]), ir.DataType.FLOAT)
+        points = body.reshape(halves, [panels, blocks, 1, PANEL, 1])
+    grouped = body.reshape(codes, [panels, blocks, spec.block // 8, PANEL, 8])
+    factors = body.reshape(scales, [panels, blocks, 1, PANEL, 1])
+    scaled = body.node("Mul", [body.node("Sub", [grouped, points]), factors])
+    return _matrix(body, spec, body.reshape(scaled, [panels, blocks * spec.block // 8, PANEL, 8]), 8)
+
+
+def _integers(body: Body, spec: QLinearSpec, packed: ir.Value) -> ir.Value:
+    """[K, N] float32: the integers of 8 bits."""
+    return _matrix(body, spec, body.node("Sub", [body.cast(packed, ir.DataType.FLOAT), _real(body, 128.0)]), 4)
+
+
+def _matrix(body: Body, spec: QLinearSpec, values: ir.Value, step: int) -> ir.Value:
+    """[K, N] of panels with steps of so many features."""
     order = body.node("Transpose", [values], perm=[1, 3, 0, 2])
-    matrix = body.reshape(order, [depth, panels * PANEL])
+    matrix = body.reshape(order, [-1, -(-spec.columns // PANEL) * PANEL])
+    if spec.columns % PANEL == 0 and spec.depth % (spec.block or step) == 0:
+        return matrix
     ends = body.constant(np.array([spec.depth, spec.columns], np.int64))
     return body.node(
         "Slice", [matrix, body.constant(np.array([0, 0], np.int64)), ends, body.constant(np.array([0, 1], np.int64))]

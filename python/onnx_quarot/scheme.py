@@ -16,7 +16,7 @@ import onnx_ir as ir
 from .errors import ConfigError
 
 METHODS = ("minmax", "percentile", "mse", "entropy")
-FORMS = ("qdq", "block", "dynamic", "fused", "token")
+FORMS = ("qdq", "block", "nbits", "dynamic", "fused", "token")
 WEIGHT_METHODS = ("rtn", "gptq")
 
 _STORAGE: dict[tuple[int, bool], tuple[ir.DataType, np.dtype]] = {
@@ -78,7 +78,9 @@ class Scheme:
 
     form: one of FORMS.
       qdq: QuantizeLinear and DequantizeLinear with static ranges, per tensor.
-      block: MatMulNBits with accuracy level 4, which makes activations int8 per row and block while it runs.
+      block: MatMulNBits with accuracy level 4, which makes activations int8 per row and block while it runs; 4 bits in
+        a model that uses the library anyway: onnx_quarot::QLinear, whose function is that operator.
+      nbits: MatMulNBits in any model.
       dynamic: DynamicQuantizeMatMul, which finds one range a tensor while it runs.
       fused: onnx_quarot::QLinear, which finds one range a token while it runs.
       token: QuantizeLinear and DequantizeLinear whose scales are computed in the graph, per token and block.
@@ -86,7 +88,8 @@ class Scheme:
     None: all of them. weights: how the integers are chosen; rtn rounds to the nearest in a range of least squared
     error, gptq makes up for each column's error in the next ones (Frantar et al., arXiv:2210.17323). head_bits: bits
     of the weights of the layer that makes an output of the graph (a language model's head), None for those of all
-    others; more of them make that layer a8w8 in the form token, a8w8-dynamic-tensor in the form block. damping: of
+    others; more of them make that layer a8w8 in the form token, and in the forms block and nbits
+    a8w8-dynamic-tensor, as QLinear where the other layers are. damping: of
     gptq's Hessians, as a share of their mean diagonal.
     """
 
@@ -113,7 +116,7 @@ class Scheme:
             raise ConfigError(f"bits: {self.name} has scales for each token, which take 4 bits on both sides")
         if self.form == "fused" and self.block not in (None, 32, 64, 128):
             raise ConfigError(f"block: {self.block} is not supported by {self.name}; use 32, 64 or 128")
-        if self.form == "block" and self.weight.bits not in (4, 8):
+        if self.form in ("block", "nbits") and self.weight.bits not in (4, 8):
             raise ConfigError(f"weight: {self.weight.bits} bits in blocks are not supported; use 4 or 8")
 
     def with_method(self, method: str | None) -> Scheme:
@@ -137,7 +140,7 @@ class Scheme:
     @property
     def min_opset(self) -> int:
         """The oldest opset of ONNX's own operators that can carry the scheme."""
-        if self.form in ("block", "dynamic", "fused"):
+        if self.form in ("block", "nbits", "dynamic", "fused"):
             return 13
         narrow = {self.activation.bits, self.weight.bits} != {8}
         return 21 if narrow or self.form == "token" else 13
@@ -149,7 +152,6 @@ _UINT8 = TensorSpec(bits=8, signed=False, symmetric=False, method="mse")
 _UINT4 = TensorSpec(bits=4, signed=False, symmetric=False, method="mse")
 _INT8 = TensorSpec(method="mse")
 _INT8_CHANNEL = TensorSpec(bits=8, signed=True, symmetric=True, per_channel=True, method="mse")
-_INT4_BLOCK = TensorSpec(bits=4, method="mse", lowest=True)
 _INT4_CHANNEL = TensorSpec(bits=4, signed=True, symmetric=True, per_channel=True, method="mse")
 
 _SCHEMES = (
@@ -159,11 +161,13 @@ _SCHEMES = (
     Scheme("a8w4", _UINT8, _INT4_CHANNEL, weights="gptq", head_bits=8),
     Scheme("a4w4", _UINT4, _UINT4, form="token", block=32, weights="gptq", head_bits=8),
     Scheme("a8w8-dynamic", TensorSpec(), _INT8_CHANNEL, form="fused"),
-    Scheme("a8w4-dynamic", TensorSpec(), _INT4_BLOCK, form="fused", block=64, weights="gptq", head_bits=8),
+    Scheme("a8w4-dynamic", TensorSpec(), _UINT4, form="fused", block=64, weights="gptq", head_bits=8),
     # With one operator of ONNX Runtime's own, and one range a tensor.
     Scheme("a8w8-dynamic-tensor", _UINT8, _INT8_CHANNEL, form="dynamic"),
     Scheme("a8w8-block", _INT8, _INT8, form="block", block=128),
     Scheme("a8w4-block", _INT8, _UINT4, form="block", block=64, weights="gptq", head_bits=8),
+    # The same in one operator of ONNX Runtime's own, whether the model uses the library or not.
+    Scheme("a8w4-matmulnbits", _INT8, _UINT4, form="nbits", block=64, weights="gptq", head_bits=8),
 )
 SCHEMES: dict[str, Scheme] = {scheme.name: scheme for scheme in _SCHEMES}
 
