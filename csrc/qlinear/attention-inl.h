@@ -67,17 +67,21 @@ inline float sum_of_lanes(Isa::Float value) {
   }
 }
 
-// [keys][size] to [size][64], zeros behind the last key.
+inline std::size_t filled(std::size_t keys) { return (keys + kPanelColumns - 1) / kPanelColumns * kPanelColumns; }
+
+// [keys][size] to [size][64], as many as fill columns of 16, zeros behind the last key.
 void transpose_keys(const float* keys, std::size_t count, std::size_t size, float* to) {
-  for (std::size_t key = 0; key < kKeys; key += Isa::lanes) {
+  for (std::size_t key = 0; key < filled(count); key += Isa::lanes) {
     for (std::size_t k = 0; k < size; k += Isa::lanes) {
-      Isa::Float square[Isa::lanes] = {};
+      Isa::Float square[Isa::lanes];
       if (key + Isa::lanes <= count) {
         ONNX_QUAROT_UNROLL for (std::size_t i = 0; i < Isa::lanes; ++i) {
           square[i] = load<Isa::Float>(keys + (key + i) * size + k);
         }
       } else {
-        for (std::size_t i = 0; key + i < count; ++i) square[i] = load<Isa::Float>(keys + (key + i) * size + k);
+        ONNX_QUAROT_UNROLL for (std::size_t i = 0; i < Isa::lanes; ++i) {
+          square[i] = key + i < count ? load<Isa::Float>(keys + (key + i) * size + k) : Isa::Float{};
+        }
       }
       transpose<1>(square);
       ONNX_QUAROT_UNROLL for (std::size_t i = 0; i < Isa::lanes; ++i) store(to + (k + i) * kKeys + key, square[i]);
@@ -110,23 +114,20 @@ struct KeyBlock {
 };
 
 template <std::size_t Rows, std::size_t Panels>
-inline void add_scores(const AttendJob& job, const KeyBlock& block, std::size_t row, float* scores) {
-  constexpr std::size_t width = Panels * kPanelColumns;
-  for (std::size_t key = 0; key < kKeys; key += width) {
-    Isa::Float sums[Rows][Panels * kVectors] = {};
-    add_product<Rows, Panels>(job.queries + row * job.size, job.size, block.transposed + key, kKeys, job.size, sums);
-    ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
-      ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < Panels * kVectors; ++v) {
-        store(scores + r * kKeys + key + v * Isa::lanes, sums[r][v]);
-      }
+inline void add_scores(const AttendJob& job, const KeyBlock& block, std::size_t row, std::size_t key, float* scores) {
+  Isa::Float sums[Rows][Panels * kVectors] = {};
+  add_product<Rows, Panels>(job.queries + row * job.size, job.size, block.transposed + key, kKeys, job.size, sums);
+  ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
+    ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < Panels * kVectors; ++v) {
+      store(scores + r * kKeys + key + v * Isa::lanes, sums[r][v]);
     }
   }
 }
 
 // Scores of a row become weights, of which those behind `visible` are zero. Returns what earlier results are multiplied
 // by. state: [0] the largest score, [16, 32) sums of weights.
+template <std::size_t Vectors>
 inline float weigh(float* scores, std::size_t visible, bool is_first, float* state) {
-  constexpr std::size_t vectors = kKeys / Isa::lanes;
   Isa::Int lane;
   for (std::size_t i = 0; i < Isa::lanes; ++i) lane[i] = static_cast<std::int32_t>(i);
   const auto hidden = [&](std::size_t v) {
@@ -134,9 +135,9 @@ inline float weigh(float* scores, std::size_t visible, bool is_first, float* sta
   };
   constexpr float least = -3.0e38f;
   Isa::Float largest = splat(least);
-  ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
+  ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < Vectors; ++v) {
     Isa::Float score = load<Isa::Float>(scores + v * Isa::lanes);
-    if (visible < kKeys) score = hidden(v) ? splat(least) : score;
+    if (visible < Vectors * Isa::lanes) score = hidden(v) ? splat(least) : score;
     largest = score > largest ? score : largest;
   }
   float peak = largest_lane(largest);
@@ -147,14 +148,23 @@ inline float weigh(float* scores, std::size_t visible, bool is_first, float* sta
   ONNX_QUAROT_UNROLL for (std::size_t i = 0; i < kVectors; ++i) {
     sums[i] = is_first ? Isa::Float{} : load<Isa::Float>(state + kPanelColumns + i * Isa::lanes) * splat(kept);
   }
-  ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
+  ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < Vectors; ++v) {
     Isa::Float weight = exponential(load<Isa::Float>(scores + v * Isa::lanes) - splat(peak));
-    if (visible < kKeys) weight = hidden(v) ? Isa::Float{} : weight;
+    if (visible < Vectors * Isa::lanes) weight = hidden(v) ? Isa::Float{} : weight;
     store(scores + v * Isa::lanes, weight);
     sums[v % kVectors] = sums[v % kVectors] + weight;
   }
   ONNX_QUAROT_UNROLL for (std::size_t i = 0; i < kVectors; ++i) store(state + kPanelColumns + i * Isa::lanes, sums[i]);
   return kept;
+}
+
+// Of `keys` scores, a multiple of 16.
+template <std::size_t Keys>
+inline float weigh_filled(std::size_t keys, float* scores, std::size_t visible, bool is_first, float* state) {
+  if constexpr (Keys > kPanelColumns) {
+    if (keys < Keys) return weigh_filled<Keys - kPanelColumns>(keys, scores, visible, is_first, state);
+  }
+  return weigh<Keys / Isa::lanes>(scores, visible, is_first, state);
 }
 
 template <std::size_t Rows, std::size_t Panels>
@@ -179,13 +189,17 @@ inline void add_values(const AttendJob& job, const KeyBlock& block, const std::a
 template <std::size_t Rows>
 __attribute__((noinline)) void attend_rows(const AttendJob& job, const KeyBlock& block, std::size_t row) {
   alignas(64) float weights[Rows * kKeys];
-  add_scores<Rows, kWide>(job, block, row, weights);
+  constexpr std::size_t width = kWide * kPanelColumns;
+  std::size_t key = 0;
+  for (; key + width <= filled(block.keys); key += width) add_scores<Rows, kWide>(job, block, row, key, weights);
+  for (; key < filled(block.keys); key += kPanelColumns) add_scores<Rows, 1>(job, block, row, key, weights);
   std::array<float, Rows> kept{};
   std::array<float*, Rows> results{};
   for (std::size_t r = 0; r < Rows; ++r) {
     const std::size_t seen = job.visible(row + r);
     const std::size_t visible = std::min(kKeys, seen > block.first_key ? seen - block.first_key : 0);
-    kept[r] = weigh(weights + r * kKeys, visible, block.first_key == 0, job.state + (row + r) * kAttendState);
+    kept[r] = weigh_filled<kKeys>(filled(block.keys), weights + r * kKeys, visible, block.first_key == 0,
+                                  job.state + (row + r) * kAttendState);
     results[r] = job.result(row + r);
   }
   std::size_t column = 0;
@@ -203,12 +217,25 @@ void attend_rows_of(std::size_t rows, const AttendJob& job, const KeyBlock& bloc
   attend_rows<Rows>(job, block, row);
 }
 
+// Rows of keys or values, [keys][size], into the first cache.
+inline void fetch_rows(const AttendJob& job, const float* rows, std::size_t first, std::size_t count) {
+  const float* from = rows + first * job.size;
+  for (std::size_t i = 0; i < count * job.size; i += kStepBytes / sizeof(float)) __builtin_prefetch(from + i);
+}
+
 void attend_queries(const AttendJob& job) {
   alignas(64) float transposed[kMaxHeadSize * kKeys];
   const std::size_t keys = job.visible(job.rows - 1);
   std::size_t row = 0;
   for (std::size_t first = 0; first < keys; first += kKeys) {
     const KeyBlock block{&job, first, std::min(kKeys, keys - first), transposed};
+    // A decoded token's keys and values come from memory, which loads of rows apart do not keep busy.
+    if (job.rows <= kQueryRows) {
+      if (first == 0) fetch_rows(job, job.key_rows, first, block.keys);
+      fetch_rows(job, job.values, first, block.keys);
+      const std::size_t next = std::min(keys, first + kKeys);
+      fetch_rows(job, job.key_rows, next, std::min(kKeys, keys - next));
+    }
     transpose_keys(job.key_rows + first * job.size, block.keys, job.size, transposed);
     while (job.visible(row) <= first) ++row;  // later rows see more
     for (std::size_t at = row; at < job.rows; at += kQueryRows) {
