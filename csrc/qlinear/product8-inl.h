@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 namespace onnx_quarot {
 namespace {
@@ -26,9 +27,11 @@ struct Tile {
   const MultiplyJob* job;
   std::size_t row;  // the job's
   std::size_t column;
+  const std::uint8_t* ahead;
 };
 
-template <std::size_t Rows, std::size_t Panels, bool Widened>
+// Meanwhile, as many steps of `Ahead` panels are fetched into the second cache, from tile.ahead on.
+template <std::size_t Rows, std::size_t Panels, bool Widened, std::size_t Ahead>
 __attribute__((noinline)) void tile8(const Tile& tile) {
   constexpr std::size_t vectors = kVectors * Panels;
   Isa::Int sums[Rows][vectors];
@@ -44,6 +47,7 @@ __attribute__((noinline)) void tile8(const Tile& tile) {
   const std::uint8_t* starts[triples];
   ONNX_QUAROT_UNROLL for (std::size_t t = 0; t < triples; ++t) starts[t] = tile.values + 3 * t * tile.row_bytes;
   const std::uint8_t* weights = tile.weights;
+  [[maybe_unused]] const std::uint8_t* ahead = tile.ahead;
   _Pragma("GCC unroll 2") for (std::size_t step = 0; step < tile.steps; ++step) {
     ONNX_QUAROT_UNROLL for (std::size_t half = 0; half < Isa::halves; ++half) {
       Isa::Weights operands[vectors];
@@ -59,6 +63,10 @@ __attribute__((noinline)) void tile8(const Tile& tile) {
     }
     ONNX_QUAROT_UNROLL for (std::size_t t = 0; t < triples; ++t) starts[t] += Isa::step_bytes8;
     weights += step_bytes;
+    if constexpr (Ahead > 0) {
+      ONNX_QUAROT_UNROLL for (std::size_t p = 0; p < Ahead; ++p) __builtin_prefetch(ahead + p * tile.panel_bytes, 0, 2);
+      ahead += kStepBytes;
+    }
   }
   if (!tile.last) {
     ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
@@ -73,44 +81,21 @@ __attribute__((noinline)) void tile8(const Tile& tile) {
 }
 
 // The tile of `rows` rows, 1 to Rows.
-template <std::size_t Rows, std::size_t Panels, bool Widened>
+template <std::size_t Rows, std::size_t Panels, bool Widened, std::size_t Ahead>
 void tile8_of(std::size_t rows, const Tile& tile) {
   if constexpr (Rows > 1) {
-    if (rows < Rows) return tile8_of<Rows - 1, Panels, Widened>(rows, tile);
+    if (rows < Rows) return tile8_of<Rows - 1, Panels, Widened, Ahead>(rows, tile);
   }
-  tile8<Rows, Panels, Widened>(tile);
+  tile8<Rows, Panels, Widened, Ahead>(tile);
 }
 
-// What is multiplied after these steps: the same panels' next ones, or the next panels' first ones. It is fetched into
-// the second cache between one group of rows and the next.
+// What is multiplied after these steps: the same panels' next ones, or the next panels' first ones. Null: nothing.
 template <std::size_t Panels>
-struct NextPanels {
-  const std::uint8_t* from;
-  std::size_t panel_bytes, lines;  // of each panel
-
-  NextPanels(const MultiplyJob& job, const std::uint8_t* panel, std::size_t block, std::size_t blocks,
-             std::size_t column)
-      : from(panel), panel_bytes(job.panel_bytes), lines(0) {
-    if (block + 1 == blocks) {
-      if (column + 2 * Panels * kPanelColumns > job.reach) return;
-      from += Panels * job.panel_bytes;
-      block = 0;
-    } else {
-      ++block;
-    }
-    const std::size_t step = job.steps * block / blocks;
-    from += step * kStepBytes;
-    lines = job.steps * (block + 1) / blocks - step;
-  }
-
-  void fetch(std::size_t group, std::size_t groups) const {
-    for (std::size_t line = lines * group / groups; line < lines * (group + 1) / groups; ++line) {
-      ONNX_QUAROT_UNROLL for (std::size_t p = 0; p < Panels; ++p) {
-        __builtin_prefetch(from + p * panel_bytes + line * kStepBytes, 0, 2);
-      }
-    }
-  }
-};
+const std::uint8_t* next_panels(const MultiplyJob& job, const std::uint8_t* panel, std::size_t block,
+                                std::size_t blocks, std::size_t column) {
+  if (block + 1 < blocks) return panel + job.steps * (block + 1) / blocks * kStepBytes;
+  return column + 2 * Panels * kPanelColumns > job.reach ? nullptr : panel + Panels * job.panel_bytes;
+}
 
 // `Panels` panels from `column` on, times all rows, in groups of about the same number.
 template <std::size_t Panels>
@@ -136,21 +121,33 @@ void panels8(const MultiplyJob& job, std::size_t column, std::int32_t* sums, std
     tile.last = block + 1 == blocks;
     tile.job = &job;
     tile.column = column;
-    const NextPanels<Panels> next(job, panel, block, blocks, column);
+    // A single group of rows waits for these panels already: it does not share its time with the next ones.
+    const std::uint8_t* next = groups == 1 ? nullptr : next_panels<Panels>(job, panel, block, blocks, column);
     for (std::size_t group = 0; group < groups; ++group) {
-      next.fetch(group, groups);
       tile.row = job.rows * group / groups;
       const std::size_t rows = job.rows * (group + 1) / groups - tile.row;
       tile.values = static_cast<const std::uint8_t*>(job.values) + tile.row * job.row_bytes + step * Isa::step_bytes8;
       tile.corrections = job.corrections + tile.row;
       tile.sums = sums + tile.row * kPanelColumns * Panels;
+      // Every group fetches its share of them: at once, they would be waited for.
+      const std::size_t skipped = Panels * group / groups, share = Panels * (group + 1) / groups - skipped;
+      tile.ahead = next == nullptr || share == 0 ? nullptr : next + skipped * job.panel_bytes;
+      const auto run = [&](auto wide_form) {
+        if (tile.ahead == nullptr) {
+          tile8_of<Isa::rows, Panels, wide_form, 0>(rows, tile);
+        } else if (share == 1) {
+          tile8_of<Isa::rows, Panels, wide_form, 1>(rows, tile);
+        } else {
+          tile8_of<Isa::rows, Panels, wide_form, (Panels + 1) / 2>(rows, tile);
+        }
+      };
       if constexpr (Isa::widens) {
         if (widened) {
-          tile8_of<Isa::rows, Panels, true>(rows, tile);
+          run(std::true_type{});
           continue;
         }
       }
-      tile8_of<Isa::rows, Panels, false>(rows, tile);
+      run(std::false_type{});
     }
   }
 }
