@@ -87,11 +87,11 @@ void narrow(const double* from, void* target, std::size_t count) {
 }
 
 template <>
-void widen<double>(const void* source, double* to, std::size_t count) {
+[[maybe_unused]] void widen<double>(const void* source, double* to, std::size_t count) {
   std::memcpy(to, source, count * sizeof(double));
 }
 template <>
-void narrow<double>(const double* from, void* target, std::size_t count) {
+[[maybe_unused]] void narrow<double>(const double* from, void* target, std::size_t count) {
   std::memcpy(target, from, count * sizeof(double));
 }
 

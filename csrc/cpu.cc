@@ -26,11 +26,19 @@ struct Candidate {
   const char* name;  // in the variable
 };
 
+#if defined(__x86_64__)
+Kernels with_bfloat16(Kernels kernels) {
+  kernels.types[static_cast<std::size_t>(DType::bfloat16)] = avx512_bfloat16_kernels;
+  return kernels;
+}
+#endif
+
 std::vector<Candidate> find_candidates() {
   std::vector<Candidate> found;
   const CpuFeatures cpu = detect_cpu();
 #if defined(__x86_64__)
-  found.push_back({&avx512_kernels, cpu.avx512, "avx512"});
+  static const Kernels converting = with_bfloat16(avx512_kernels);
+  found.push_back({cpu.avx512bf16 ? &converting : &avx512_kernels, cpu.avx512, "avx512"});
   const Kernels* const avx2 = cpu.shared_adders ? &avx2_kernels : &avx2_fused_kernels;
   found.push_back({avx2, cpu.avx2, "avx2"});
   // Transforms have no use for its dot products, which QLinear has.
@@ -104,10 +112,11 @@ CpuFeatures detect_cpu() {
   const unsigned wanted = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
   features.avx512 = features.avx2 && (saved & zmm) == zmm && (b & wanted) == wanted;
   // Not all compilers' headers have names for these.
-  constexpr unsigned avx512_vnni = 1u << 11, avx_vnni = 1u << 4;
+  constexpr unsigned avx512_vnni = 1u << 11, avx_vnni = 1u << 4, avx512_bf16 = 1u << 5;
   features.avx512vnni = features.avx512 && (c & avx512_vnni) != 0;
   const bool subleaf = a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0;
   features.avxvnni = features.avx2 && subleaf && (a & avx_vnni) != 0;
+  features.avx512bf16 = features.avx512 && subleaf && (a & avx512_bf16) != 0;
 #elif defined(__aarch64__)
   features.neon = true;
 #if defined(__linux__)

@@ -54,7 +54,8 @@ class Transform {
   //   strides     distance between rows, in elements; the elements of one row are adjacent
   //   signs       signs_length values, +1 or -1 (any other value is simply a factor); null iff signs_length is 0
   // y = (x * signs) H scale, or with transpose y = (x H^T scale) * signs. float16 and bfloat16 are computed in float32
-  // and rounded once, to nearest even. Allocates at most one scratch buffer a call.
+  // and rounded once, to nearest even; on CPUs with AVX-512 BF16, bfloat16 of magnitude below 2^-126 may count as zero.
+  // Allocates at most one scratch buffer a call.
   void rows(const void* in, void* out, std::size_t rows, std::ptrdiff_t in_stride, std::ptrdiff_t out_stride,
             const float* signs) const;
 

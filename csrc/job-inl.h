@@ -154,19 +154,16 @@ void run(const Job& job) {
   return job.transpose ? run<T, false, true>(job) : run<T, true, false>(job);
 }
 
+template <class T>
+constexpr TypeKernels kTypeKernels = {run<T>, run_powers<T>, widen<T>, narrow<T>};
+
 }  // namespace
 }  // namespace onnx_quarot
 
 // Defines the table `variable` of this file's kernels.
-#define ONNX_QUAROT_KERNELS(variable, name)                                                     \
-  namespace onnx_quarot {                                                                       \
-  const Kernels variable = {name,                                                               \
-                            kVectorBytes,                                                       \
-                            {{run<float>, run_powers<float>, widen<float>, narrow<float>},      \
-                             {run<Half>, run_powers<Half>, widen<Half>, narrow<Half>},          \
-                             {run<BFloat>, run_powers<BFloat>, widen<BFloat>, narrow<BFloat>},  \
-                             {run<double>, run_powers<double>, widen<double>, narrow<double>}}, \
-                            quantize,                                                           \
-                            largest,                                                            \
-                            measure_powers};                                                    \
+#define ONNX_QUAROT_KERNELS(variable, name)                                                                          \
+  namespace onnx_quarot {                                                                                            \
+  const Kernels variable = {                                                                                         \
+      name,     kVectorBytes, {kTypeKernels<float>, kTypeKernels<Half>, kTypeKernels<BFloat>, kTypeKernels<double>}, \
+      quantize, largest,      measure_powers};                                                                       \
   }

@@ -21,6 +21,18 @@ constexpr std::size_t kL1Bytes = 32768;     // rows up to here are transformed i
 constexpr std::size_t kChunkBytes = 16384;  // pieces of longer ones
 constexpr std::size_t kL2Bytes = 524288;    // and larger pieces of those, where they fit
 
+// On CPUs that run additions and fused multiply-adds on different units, subtractions are made the latter: the product
+// by an opaque 1 is exact. Where a multiply-add borrows a port of the adders (Zen 3), that costs instead.
+template <class V>
+ONNX_QUAROT_INLINE V difference(V a, V b, V one) {
+  if constexpr (kFusedDifference) {
+    return a - one * b;
+  } else {
+    (void)one;
+    return a - b;
+  }
+}
+
 // Where values come from: an array, multiplied by signs if there are any.
 template <class T, bool Signed>
 struct Source {
@@ -46,6 +58,16 @@ struct Source {
       even *= e;
       odd *= o;
     }
+  }
+  // The first stage of two such vectors.
+  ONNX_QUAROT_INLINE void get_sums(std::size_t i, Vector& sums, Vector& differences, Vector one) const {
+#if defined(__AVX512BF16__)
+    if constexpr (!Signed && std::is_same_v<T, BFloat>) return load_sums(values + i, sums, differences);
+#endif
+    Vector even, odd;
+    get_pair(i, even, odd);
+    sums = even + odd;
+    differences = difference(even, odd, one);
   }
   ONNX_QUAROT_INLINE Source at(std::size_t i) const { return at(i, i); }
   ONNX_QUAROT_INLINE Source at(std::size_t i, std::size_t sign) const {
@@ -109,23 +131,12 @@ struct Rows {
   ONNX_QUAROT_INLINE C* at(std::size_t i) const { return values + (i & mask) * step; }
 };
 
-// On CPUs that run additions and fused multiply-adds on different units, subtractions are made the latter: the product
-// by an opaque 1 is exact. Where a multiply-add borrows a port of the adders (Zen 3), that costs instead.
-template <class V>
-ONNX_QUAROT_INLINE V difference(V a, V b, V one) {
-  if constexpr (kFusedDifference) {
-    return a - one * b;
-  } else {
-    (void)one;
-    return a - b;
-  }
-}
-
 // With 64-byte vectors, two of which are computed a cycle on either kind of units, those of multiply-adds would be the
 // busier ones where a scale is multiplied as well: some subtractions are left to the adders. In passes over columns
-// those of every other stage, whose distances the bits say.
+// those of every other stage, whose distances the bits say; none if results are converted, by units that also add.
 constexpr bool kSparesMultipliers = kVectorBytes >= 64;
-constexpr std::size_t kPlainInColumns = kSparesMultipliers ? 0b10101 : 0;
+template <bool Converts>
+constexpr std::size_t kPlainInColumns = kSparesMultipliers && !Converts ? 0b10101 : 0;
 template <class V>
 ONNX_QUAROT_INLINE V sparing_difference(V a, V b, V one) {
   return kSparesMultipliers ? a - b : difference(a, b, one);
@@ -156,8 +167,7 @@ ONNX_QUAROT_INLINE void block_pass(In in, Out out, V one) {
   V x[R];
   if constexpr (pairs) {
 #pragma GCC unroll 64
-    for (std::size_t i = 0; i < R; i += 2) in.get_pair(i * lanes, x[i], x[i + 1]);
-    butterflies<R, 1, 2>(x, one);
+    for (std::size_t i = 0; i < R; i += 2) in.get_sums(i * lanes, x[i], x[i + 1], one);
   } else {
 #pragma GCC unroll 64
     for (std::size_t i = 0; i < R; ++i) x[i] = in.get(i * lanes);
@@ -177,15 +187,16 @@ ONNX_QUAROT_INLINE void block_pass(In in, Out out, V one) {
 template <std::size_t R, class In, class Out, class V>
 ONNX_QUAROT_INLINE void column_pass(In in, std::size_t in_step, Out out, std::size_t step, V one) {
   constexpr std::size_t lanes = sizeof(V) / sizeof(one[0]);
+  constexpr std::size_t plain = kPlainInColumns<sizeof(*out.values) != sizeof(one[0])>;
   V x[R];
 #pragma GCC unroll 64
   for (std::size_t i = 0; i < R; ++i) x[i] = in.get(i * in_step);
-  butterflies<R, 1, R, kPlainInColumns>(x, one);
+  butterflies<R, 1, R, plain>(x, one);
   if constexpr (Out::paired) {
     V odd[R];
 #pragma GCC unroll 64
     for (std::size_t i = 0; i < R; ++i) odd[i] = in.get(i * in_step + lanes);
-    butterflies<R, 1, R, kPlainInColumns>(odd, one);
+    butterflies<R, 1, R, plain>(odd, one);
 #pragma GCC unroll 64
     for (std::size_t i = 0; i < R; ++i) out.put_pair(i * step, x[i], odd[i]);
   } else {

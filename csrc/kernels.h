@@ -79,6 +79,7 @@ struct Kernels {
 extern const Kernels baseline_kernels;
 extern const Kernels avx2_kernels, avx2_fused_kernels;  // the same results; differences are multiply-adds in the latter
 extern const Kernels avx512_kernels;
+extern const TypeKernels avx512_bfloat16_kernels;  // in place of those for bfloat16, where the CPU converts to it
 extern const Kernels neon_kernels;
 
 // The kernels in use, or those called `name`. Both throw std::invalid_argument.

@@ -131,7 +131,7 @@ void quantize(const QuantizeJob& job) {
   }
 }
 
-void quantize(const QuantizeJob& job) {
+[[maybe_unused]] void quantize(const QuantizeJob& job) {
   if (job.within) return quantize<Range::within>(job);
   return job.low < 0 ? quantize<Range::signed_bytes>(job) : quantize<Range::unsigned_bytes>(job);
 }
@@ -161,7 +161,7 @@ ONNX_QUAROT_INLINE float largest_lane(Ints x) {
   return largest_lane<static_cast<int>(kLanes<float> / 2)>(x, LanesOf<Ints>{});
 }
 
-float largest(const float* values, std::size_t count) {
+[[maybe_unused]] float largest(const float* values, std::size_t count) {
   constexpr std::size_t lanes = kLanes<float>;
   Ints most[4] = {};
   std::size_t i = 0;
@@ -219,7 +219,7 @@ class MeasuringLoop {
   Ints most_;
 };
 
-void measure_powers(const MeasureJob& job) {
+[[maybe_unused]] void measure_powers(const MeasureJob& job) {
   constexpr std::size_t together = 16;
   const Floats one = opaque<Floats>(1.0f);
   for (std::size_t done = 0; done < job.rows; done += together) {

@@ -118,6 +118,13 @@ ONNX_QUAROT_INLINE void load_pair(const BFloat* p, Floats& even, Floats& odd) {
 // To nearest even: up where the lower half is more than a half, or just that and the upper half is odd. That turns no
 // NaN into a number: NaNs come from a bfloat16 or from an invalid operation, and both leave the lower half zero.
 ONNX_QUAROT_INLINE void store_pair(BFloat* p, Floats even, Floats odd) {
+#if defined(__AVX512BF16__)
+  const __m512i apart =
+      reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(odd), reinterpret_cast<__m512>(even)));
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                                         23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  _mm512_storeu_si512(p, _mm512_maskz_permutexvar_epi16(~__mmask32{0}, order, apart));
+#else
   const Words e = reinterpret_cast<Words>(even), o = reinterpret_cast<Words>(odd);
 #if defined(__AVX512BW__)
   constexpr __mmask64 even_words = 0x3333333333333333, odd_words = ~even_words;
@@ -141,7 +148,22 @@ ONNX_QUAROT_INLINE void store_pair(BFloat* p, Floats even, Floats odd) {
   const auto rounded = [](Words bits) { return bits + 0x7fffu + ((bits >> 16) & 1u); };
   *reinterpret_cast<WordsAnywhere*>(p) = (rounded(e) >> 16) | (rounded(o) & 0xffff0000u);
 #endif
+#endif
 }
+#if defined(__AVX512BF16__)
+// Sums and differences of the even and the odd elements, as dot products with 1 and +-1: added to -0, they are those of
+// an addition to the sign of a zero.
+ONNX_QUAROT_INLINE void load_sums(const BFloat* p, Floats& sums, Floats& differences) {
+  const __m512bh pairs = reinterpret_cast<__m512bh>(_mm512_loadu_si512(p));
+  const auto sum = [&](std::uint32_t weights) {
+    const __m512i factors = _mm512_set1_epi32(static_cast<std::int32_t>(weights));
+    return reinterpret_cast<Floats>(
+        _mm512_dpbf16_ps(_mm512_set1_ps(-0.0f), pairs, reinterpret_cast<__m512bh>(factors)));
+  };
+  sums = sum(0x3f803f80u);
+  differences = sum(0xbf803f80u);
+}
+#endif
 template <int... I>
 ONNX_QUAROT_INLINE void load_pair(const float* p, Floats& even, Floats& odd, Indices<I...>) {
   const Floats low = load(p), high = load(p + sizeof...(I));

@@ -167,6 +167,23 @@ def test_short_floats_round_once_to_nearest_even() -> None:
             np.testing.assert_array_equal(scaled[~nan].view(np.uint16), expected[~nan].view(np.uint16))
 
 
+@pytest.mark.parametrize("n", [32, 256, 2048, 1536])
+def test_bfloat16_may_lose_subnormal_numbers_and_no_others(n: int) -> None:
+    smallest = 2.0**-126  # below it, some CPUs convert to zero and count inputs as zero
+    rng = np.random.default_rng(n)
+    normal = rng.standard_normal((3, n))
+    x = np.concatenate([normal, normal * 2.0**-90, normal * 2.0**-124, np.zeros((1, n)), -np.zeros((1, n))])
+    x[1, rng.random(n) < 0.5] = 0
+    x = x.astype(ml_dtypes.bfloat16)
+    exact = _core.hadamard(x, isa="baseline").astype(np.float64)
+    for isa in ISAS:
+        y = _core.hadamard(x, isa=isa).astype(np.float64)
+        clear = np.delete(np.arange(len(x)), [6, 7, 8])
+        np.testing.assert_array_equal(y[clear], exact[clear])
+        np.testing.assert_array_equal(np.signbit(y[clear]), np.signbit(exact[clear]))
+        assert np.abs(y - exact).max() <= (n**0.5 + 1) * smallest
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_nan_and_infinity_stay_in_their_block(isa: str, dtype: Any) -> None:
