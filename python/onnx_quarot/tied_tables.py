@@ -129,8 +129,9 @@ class _Lookup:
         values = self._add("Cast", [find[weight.layout]()], real, to=int(real))
         if weight.zero != 0:
             values = self._add("Sub", [values, self._zero()], real)
-        scales = self._add("Gather", [weight.scales, self._ids], real, axis=0)
-        scales = self._add("Unsqueeze", [scales, self._integers([-1], "axis")], real)
+        # With an axis more before they are looked up: of a constant, that is done once.
+        scales = self._add("Unsqueeze", [weight.scales, self._integers([-1], "axis")], real)
+        scales = self._add("Gather", [scales, self._ids], real, axis=0)
         rows = self._add("Mul", [values, scales], real)
         if weight.layout is Layout.BLOCKS:
             rows = self._add("Reshape", [rows, self._integers([0] * self._rank + [weight.site.depth], "shape")], real)
@@ -179,14 +180,12 @@ class _Lookup:
         ids = self._add("Cast", [self._ids], whole, to=int(whole))
         # Counted from the end where negative, as Gather has it; the scales' own Gather refuses what is out of range.
         ids = self._add("Mod", [ids, self._integers(site.channels, "channels")], whole)
-        sixteen = self._integers(16, "panel")
-        panel = self._add("Div", [ids, sixteen], whole)
-        lane = self._add("Mod", [ids, sixteen], whole)
-        last = self._integers([-2, -1], "axes")
+        column = self._add("Unsqueeze", [ids, self._integers([-2, -1], "axes")], whole)
+        # [panel, 0, lane], for all ids at once: id / 16, id / channels, id / 1; then modulo channels, 1, 16.
+        digits = self._add("Div", [column, self._integers([16, site.channels, 1], "units")], whole)
+        digits = self._add("Mod", [digits, self._integers([site.channels, 1, 16], "sizes")], whole)
         places = self._integers(np.stack([np.zeros(steps), np.arange(steps), np.zeros(steps)], axis=1), "steps")
-        for value, unit, name in ((panel, [1, 0, 0], "first"), (lane, [0, 0, 1], "last")):
-            column = self._add("Unsqueeze", [value, last], whole)
-            places = self._add("Add", [self._add("Mul", [column, self._integers(unit, name)], whole), places], whole)
+        places = self._add("Add", [digits, places], whole)
         fours = self._add("GatherND", [self._weight.codes, places], self._stored)
         shape = self._integers([0] * self._rank + [4 * steps], "shape")
         rows = self._add("Reshape", [fours, shape], self._stored)
