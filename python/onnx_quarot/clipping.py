@@ -22,9 +22,9 @@ def fit_rows(rows: Array, spec: TensorSpec, importance: Array | None = None) -> 
     """Scale and zero point of each row: float32 [n] and int32 [n], of least squared error over candidates.
 
     rows: float32 [n, k], finite. A spec with the method mse searches; any other takes the full range. Symmetric types
-    try the peak times a falling series of factors, of both signs if they use their lowest value; others try both ends
-    together, then each alone, and always keep zero inside. importance: weights of the k squared errors, [n, k] or [k]
-    (a Hessian's diagonal). A row of zeros gets scale 1.
+    try the peak times a falling series of factors; others try both ends together, then each alone, and always keep
+    zero inside. importance: weights of the k squared errors, [n, k] or [k] (a Hessian's diagonal). A row of zeros gets
+    scale 1.
     """
     scales, zeros = np.empty(len(rows), np.float32), np.zeros(len(rows), np.int32)
     step = max(1, _CHUNK // max(1, rows.shape[1]))
@@ -43,12 +43,7 @@ def _symmetric(rows: Array, spec: TensorSpec, importance: Array | None) -> tuple
     peak = np.maximum(rows.max(axis=1, initial=0.0), -rows.min(axis=1, initial=0.0)).astype(np.float64)
     zeros = np.full(len(rows), middle, np.int32)
     best, least = _safe(peak / half), np.full(len(rows), np.inf)
-    if spec.lowest:  # one level more on one side: whichever gains from it
-        factors = np.concatenate([_factors(spec), _factors(spec) * (half / (half + 1))])
-        candidates = [sign * factor for factor in factors for sign in (1.0, -1.0)]
-    else:
-        candidates = list(_factors(spec))
-    for factor in candidates:
+    for factor in _factors(spec):
         scale = _safe(peak * factor / half)
         _keep_better(rows, scale, zeros, spec, importance, least, best, zeros)
     return best, zeros

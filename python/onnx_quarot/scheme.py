@@ -33,11 +33,10 @@ _STORAGE: dict[tuple[int, bool], tuple[ir.DataType, np.dtype]] = {
 class TensorSpec:
     """How one kind of tensor is quantized.
 
-    bits: 4, 8 or 16. signed: integer type. symmetric: the range is made [-m, m]; a signed symmetric type then
-    leaves out its lowest value (int8: -127..127), unless lowest: then the larger end of a range gets it, by a scale
-    that may be negative. per_channel: one scale an output channel instead of one a
-    tensor. method: how activations get their range, one of METHODS; of weights minmax (their extremes) or mse (the
-    range of least squared error).
+    bits: 4, 8 or 16. signed: integer type. symmetric: the range is made [-m, m]; a signed symmetric type then leaves
+    out its lowest value (int8: -127..127). per_channel: one scale an output channel instead of one a tensor. method:
+    how activations get their range, one of METHODS; of weights minmax (their extremes) or mse (the range of least
+    squared error).
     """
 
     bits: int = 8
@@ -45,7 +44,6 @@ class TensorSpec:
     symmetric: bool = True
     per_channel: bool = False
     method: str = "minmax"
-    lowest: bool = False
 
     def __post_init__(self) -> None:
         if (self.bits, self.signed) not in _STORAGE:
@@ -69,7 +67,7 @@ class TensorSpec:
         if not self.signed:
             return 0, 2**self.bits - 1
         high = 2 ** (self.bits - 1) - 1
-        return (-high if self.symmetric and not self.lowest else -high - 1), high
+        return (-high if self.symmetric else -high - 1), high
 
 
 @dataclass(frozen=True)
