@@ -326,6 +326,31 @@ def test_zero_points_are_exact(block: int, rows: int, depth: int, columns: int) 
     np.testing.assert_array_equal(run(model, x[:, None]), run(without, x[:, None]))
 
 
+@pytest.mark.parametrize("rows", [1, 40])
+def test_inputs_need_not_be_constants(rows: int) -> None:
+    """What is constant is looked at when a session is made, all else in every run."""
+    codes, scales = make_weight(96, 20, 32)
+    zeros = np.random.default_rng(5).integers(0, 16, scales.shape)
+    signs = np.where(np.arange(96) % 3 == 0, -1, 1).astype(np.int8)
+    given = {"w": pack(codes, 32), "s": pack_scales(scales), "b": np.ones(20, np.float32), "r": signs}
+    given |= {"z": pack_zero_points(zeros)}
+    x = activations(rows, 96)
+    model = make_raw(96, 20, given, bits=4, block=32, rotate=1)
+    constant = run(model, x[:, None])
+    weight = codes.astype(np.int32) + 8 - zeros.repeat(32, axis=0)
+    wanted = reference(oq.hadamard(x, signs=signs), weight, scales, 32, given["b"])
+    np.testing.assert_array_equal(constant[:, 0], wanted)
+    for tensor in model.graph.initializer:
+        model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, None))
+    del model.graph.initializer[:]
+    np.testing.assert_array_equal(run_all(model, {"x": x[:, None], **given})[0], constant)
+    for name, shape in [("w", r"\[2, 12, 16\]"), ("s", r"\[2, 3\]"), ("z", r"\[2, 3\]")]:
+        with pytest.raises(Exception, match=f"has shape {shape}: it must be"):
+            run_all(model, {"x": x[:, None], **given, name: given[name][..., 0]})
+    with pytest.raises(Exception, match=r"signs has shape \[95\]"):
+        run_all(model, {"x": x[:, None], **given, "r": signs[1:]})
+
+
 def test_zero_points_that_do_not_fit_are_refused() -> None:
     codes, scales = make_weight(96, 20, 32)
     x, bias, signs = activations(2, 96)[:, None], np.zeros(20, np.float32), np.ones(96, np.int8)

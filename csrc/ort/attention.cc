@@ -248,7 +248,7 @@ class AttentionKernel {
   // Positions [first, first + count) of the heads that share a head of keys.
   void attend(const Run& run, std::size_t sequence, std::size_t kv_head, std::size_t first, std::size_t count) const {
     const std::size_t group = heads_ / kv_heads_, rows = count * group;
-    const AlignedFloats room(rows * (size_ + kAttendState));
+    AlignedFloats room(rows * (size_ + kAttendState));
     for (std::size_t row = 0; row < rows; ++row) {
       const std::size_t position = first + row / group;
       const float* from = features(run, 0, sequence, position, kv_head * group + row % group);

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "fwht.h"
@@ -24,6 +25,8 @@ constexpr std::size_t kMostOutputs = 3;
 // Work handed to a thread at once, in products: about 20 us.
 constexpr std::size_t kTaskProducts = std::size_t{1} << 21;
 constexpr std::size_t kTaskValues = std::size_t{1} << 15;
+// Bytes of weights that are fetched before they are asked for.
+constexpr std::size_t kFetched = 16384;
 
 void check_dims(const char* name, const std::vector<std::int64_t>& found, const std::vector<std::size_t>& wanted) {
   const std::vector<std::int64_t> rule(wanted.begin(), wanted.end());
@@ -106,7 +109,6 @@ struct Inputs {
   PackedWeights weights{};
   const float* bias = nullptr;
   bool bias_rows = false;  // one for each row
-  std::vector<float> signs;
   std::vector<std::int64_t> x_dims;
 };
 
@@ -144,21 +146,17 @@ class QLinearKernel {
     if (epsilon_ && !(*epsilon_ >= 0)) {
       throw std::invalid_argument("epsilon is " + std::to_string(*epsilon_) + ": it must be at least 0");
     }
-    if (optional(reader, "rotate", 0, 0) == 0) return;
-    const Attributes attributes = read_attributes(reader);
-    rotation_.emplace();
-    rotation_->size = shape_.depth;
-    rotation_->block_size = attributes.block_size.value_or(shape_.depth);
-    rotation_->transpose = attributes.transpose;
-    rotation_->scale = attributes.scale;
-    const Transform valid(*rotation_);
+    if (optional(reader, "rotate", 0, 0) != 0) read_rotation(reader);
+    read_constants(info);
   }
 
   const Api* api() const { return api_; }
 
   void compute(KernelContext* context) const {
-    const Inputs inputs = read(context);
-    std::vector<std::int64_t> dims = inputs.x_dims;
+    fetch_weights();
+    std::vector<float> run_signs;
+    Inputs inputs = read(context, run_signs);
+    std::vector<std::int64_t> dims = std::move(inputs.x_dims);
     std::size_t rows = 1;
     for (std::size_t i = 0; i + 1 < dims.size(); ++i) rows *= static_cast<std::size_t>(dims[i]);
     Parts parts{};
@@ -173,16 +171,34 @@ class QLinearKernel {
       check(api_, KernelContext_GetOutput(api_, context, i, dims.data(), dims.size(), &output));
       parts[i].y = const_cast<void*>(data_of(api_, output));
     }
-    std::optional<TransformSpec> spec = rotation_;
-    if (spec) spec->signs_length = inputs.signs.size();
-    const std::optional<Transform> transform = spec ? std::optional<Transform>(*spec) : std::nullopt;
+    Rotation rotation{transform_ ? &*transform_ : nullptr, constant_signs_.empty() ? nullptr : constant_signs_.data()};
+    std::optional<Transform> of_run;
+    if (rotation_ && !transform_) {
+      TransformSpec spec = *rotation_;
+      spec.signs_length = run_signs.size();
+      rotation = {&of_run.emplace(spec), run_signs.empty() ? nullptr : run_signs.data()};
+    }
     for (std::size_t row = 0; row < rows; row += kRows) {
-      run(context, inputs, transform ? &*transform : nullptr, row, std::min(kRows, rows - row), parts);
+      run(context, inputs, rotation, row, std::min(kRows, rows - row), parts);
     }
   }
 
  private:
   using Parts = std::array<Part, kMostOutputs>;
+  struct Rotation {
+    const Transform* transform;  // null: none
+    const float* signs;
+  };
+
+  void read_rotation(const AttributeReader& reader) {
+    const Attributes attributes = read_attributes(reader);
+    rotation_.emplace();
+    rotation_->size = shape_.depth;
+    rotation_->block_size = attributes.block_size.value_or(shape_.depth);
+    rotation_->transpose = attributes.transpose;
+    rotation_->scale = attributes.scale;
+    const Transform valid(*rotation_);
+  }
 
   std::size_t outputs() const { return std::max<std::size_t>(1, splits_.size()); }
 
@@ -222,64 +238,108 @@ class QLinearKernel {
     return size > 1;  // with the terminating zero
   }
 
-  Inputs read(const KernelContext* context) const {
+  // A decoded token's first weights come from memory while everything else gets ready.
+  void fetch_weights() const {
+    const std::uint8_t* const codes = constants_.weights.codes;
+    if (codes == nullptr) return;
+    const std::size_t bytes = std::min(kFetched, shape_.panels() * shape_.panel_bytes());
+    for (std::size_t i = 0; i < bytes; i += kStepBytes) __builtin_prefetch(codes + i, 0, 2);
+  }
+
+  // What is constant in the model is checked, and found, once. A bias of Y's shape has to wait for that.
+  void read_constants(const KernelInfo* info) {
     std::size_t count = 0;
-    check(api_, KernelContext_GetInputCount(api_, context, &count));
-    std::array<const Value*, kInputs> values{};
-    for (std::size_t i = 0; i < std::min<std::size_t>(count, kInputs); ++i) {
-      check(api_, KernelContext_GetInput(api_, context, i, &values[i]));
+    check(api_, KernelInfo_GetInputCount(api_, info, &count));
+    for (std::size_t i = kWeights; i < std::min<std::size_t>(count, kInputs); ++i) {
+      int constant = 0;
+      const Value* value = nullptr;
+      // Fails for an optional input that is left out.
+      if (!succeeded(api_, KernelInfoGetConstantInput_tensor(api_, info, i, &constant, &value))) continue;
+      if (constant == 0 || value == nullptr || (i == kBias && dims_of(api_, value).size() != 1)) continue;
+      take(i, value, constants_, constant_signs_);
+      known_.at(i) = true;
     }
-    Inputs inputs;
-    inputs.x_dims = dims_of(api_, values[kX]);
+    if (rotation_ && (known_[kSigns] || !has_input(info, kSigns))) {
+      rotation_->signs_length = constant_signs_.size();
+      transform_.emplace(*rotation_);
+    }
+  }
+
+  // signs: of this run, if they are no constant.
+  Inputs read(const KernelContext* context, std::vector<float>& signs) const {
+    Inputs inputs = constants_;
+    const Value* x = nullptr;
+    check(api_, KernelContext_GetInput(api_, context, kX, &x));
+    inputs.x = data_of(api_, x);
+    inputs.x_dims = dims_of(api_, x);
     if (inputs.x_dims.empty() || inputs.x_dims.back() != static_cast<std::int64_t>(shape_.depth)) {
       throw std::invalid_argument("X has shape " + text_of(inputs.x_dims) + ": its last axis must be K, which is " +
                                   std::to_string(shape_.depth));
     }
-    const std::size_t step = shape_.bits == 4 ? 2 : 1;
-    check_dims("W", dims_of(api_, values[kWeights]), {shape_.panels(), shape_.steps() / step, kPanelColumns, 4});
-    if (shape_.bits == 8) {
-      check_dims("scales", dims_of(api_, values[kScales]), {shape_.columns});
-    } else {
-      check_dims("scales", dims_of(api_, values[kScales]), {shape_.panels(), shape_.blocks(), kPanelColumns});
-    }
-    inputs.x = data_of(api_, values[kX]);
-    inputs.weights.codes = static_cast<const std::uint8_t*>(data_of(api_, values[kWeights]));
-    inputs.weights.scales = static_cast<const float*>(data_of(api_, values[kScales]));
-    if (shape_.zero_points) {
-      const std::vector<std::int64_t> dims = dims_of(api_, values[kZeroPoints]);
-      check_dims("zero_points", dims, {shape_.panels(), shape_.blocks(), kPanelColumns / 2});
-      inputs.weights.zero_points = static_cast<const std::uint8_t*>(data_of(api_, values[kZeroPoints]));
-    }
-    if (values[kBias] != nullptr) {
-      read_bias(dims_of(api_, values[kBias]), inputs);
-      inputs.bias = static_cast<const float*>(data_of(api_, values[kBias]));
-    }
-    if (values[kSigns] != nullptr && rotation_) {
-      const std::vector<std::int64_t> dims = dims_of(api_, values[kSigns]);
-      const auto length = dims.size() == 1 ? static_cast<std::size_t>(dims[0]) : 0;
-      if (length != shape_.depth && length != rotation_->block_size) {
-        throw std::invalid_argument("signs has shape " + text_of(dims) +
-                                    ": it must have the length of a block or of K");
-      }
-      const auto* signs = static_cast<const std::int8_t*>(data_of(api_, values[kSigns]));
-      inputs.signs.assign(signs, signs + length);
+    std::size_t count = 0;
+    check(api_, KernelContext_GetInputCount(api_, context, &count));
+    for (std::size_t i = kWeights; i < std::min<std::size_t>(count, kInputs); ++i) {
+      if (known_.at(i)) continue;
+      const Value* value = nullptr;
+      check(api_, KernelContext_GetInput(api_, context, i, &value));
+      if (value != nullptr) take(i, value, inputs, signs);
     }
     return inputs;
   }
 
+  // Checks an input, and puts down where it is.
+  void take(std::size_t index, const Value* value, Inputs& inputs, std::vector<float>& signs) const {
+    const std::vector<std::int64_t> dims = dims_of(api_, value);
+    const void* data = data_of(api_, value);
+    const std::size_t step = shape_.bits == 4 ? 2 : 1;
+    switch (index) {
+      case kWeights:
+        check_dims("W", dims, {shape_.panels(), shape_.steps() / step, kPanelColumns, 4});
+        inputs.weights.codes = static_cast<const std::uint8_t*>(data);
+        return;
+      case kScales:
+        if (shape_.bits == 8) {
+          check_dims("scales", dims, {shape_.columns});
+        } else {
+          check_dims("scales", dims, {shape_.panels(), shape_.blocks(), kPanelColumns});
+        }
+        inputs.weights.scales = static_cast<const float*>(data);
+        return;
+      case kBias:
+        read_bias(dims, inputs);
+        inputs.bias = static_cast<const float*>(data);
+        return;
+      case kSigns:
+        if (rotation_) read_signs(dims, static_cast<const std::int8_t*>(data), signs);
+        return;
+      default:
+        check_dims("zero_points", dims, {shape_.panels(), shape_.blocks(), kPanelColumns / 2});
+        inputs.weights.zero_points = static_cast<const std::uint8_t*>(data);
+    }
+  }
+
   // [N], or of the shape of the only output.
   void read_bias(const std::vector<std::int64_t>& dims, Inputs& inputs) const {
-    std::vector<std::int64_t> whole = inputs.x_dims;
-    whole.back() = static_cast<std::int64_t>(shape_.columns);
+    const auto columns = static_cast<std::int64_t>(shape_.columns);
     inputs.bias_rows = dims.size() > 1 && splits_.empty() && !gated_;
+    if (dims.size() == 1 && dims[0] == columns) return;
+    std::vector<std::int64_t> whole = inputs.x_dims;
+    if (!whole.empty()) whole.back() = columns;
     if (dims == whole && inputs.bias_rows) return;
-    if (dims.size() == 1 && dims[0] == whole.back()) return;
-    throw std::invalid_argument("bias has shape " + text_of(dims) + ": it must be " + text_of({whole.back()}) +
-                                (splits_.empty() && !gated_ ? " or " + text_of(whole) : ""));
+    throw std::invalid_argument("bias has shape " + text_of(dims) + ": it must be " + text_of({columns}) +
+                                (splits_.empty() && !gated_ && !whole.empty() ? " or " + text_of(whole) : ""));
+  }
+
+  void read_signs(const std::vector<std::int64_t>& dims, const std::int8_t* values, std::vector<float>& signs) const {
+    const auto length = dims.size() == 1 ? static_cast<std::size_t>(dims[0]) : 0;
+    if (length != shape_.depth && length != rotation_->block_size) {
+      throw std::invalid_argument("signs has shape " + text_of(dims) + ": it must have the length of a block or of K");
+    }
+    signs.assign(values, values + length);
   }
 
   // Quantizes a row of X, as float32, normalized, rotated: from X's own memory if nothing has to be done to it.
-  void quantize(const Inputs& inputs, const Transform* transform, std::size_t row, float* room, QuantizedRows& rows,
+  void quantize(const Inputs& inputs, const Rotation& rotation, std::size_t row, float* room, QuantizedRows& rows,
                 std::size_t index) const {
     const std::size_t size = shape_.depth, at = row * size;
     const auto* straight = static_cast<const float*>(inputs.x) + at;
@@ -290,22 +350,22 @@ class QLinearKernel {
     }
     // A row's integers do not change with its length, so that normalizing it is a matter of its scale.
     const float factor = epsilon_ ? norm_factor(qlinear_kernels(), straight, size, *epsilon_) : 1.0f;
-    if (transform != nullptr) {
+    if (rotation.transform != nullptr) {
       const auto stride = static_cast<std::ptrdiff_t>(size);
-      transform->rows(straight, room, 1, stride, stride, inputs.signs.empty() ? nullptr : inputs.signs.data());
+      rotation.transform->rows(straight, room, 1, stride, stride, rotation.signs);
       straight = room;
     }
     rows.set(index, straight, factor);
   }
 
-  void run(const KernelContext* context, const Inputs& inputs, const Transform* transform, std::size_t row,
+  void run(const KernelContext* context, const Inputs& inputs, const Rotation& rotation, std::size_t row,
            std::size_t count, const Parts& parts) const {
     QuantizedRows rows(qlinear_kernels(), shape_, count);
     const std::size_t chunk = std::max<std::size_t>(1, kTaskValues / shape_.depth);
     parallel(api_, context, (count + chunk - 1) / chunk, [&](std::size_t i) {
-      const AlignedFloats room(transform == nullptr && type_ == kFloat ? 0 : shape_.depth);
+      AlignedFloats room(rotation.transform == nullptr && type_ == kFloat ? 0 : shape_.depth);
       for (std::size_t r = i * chunk; r < std::min(count, (i + 1) * chunk); ++r) {
-        quantize(inputs, transform, row + r, room.data(), rows, r);
+        quantize(inputs, rotation, row + r, room.data(), rows, r);
       }
     });
 
@@ -354,6 +414,10 @@ class QLinearKernel {
   std::vector<std::size_t> splits_;
   std::optional<float> epsilon_;
   std::optional<TransformSpec> rotation_;
+  std::array<bool, kInputs> known_{};  // inputs that are constants, below
+  Inputs constants_;
+  std::vector<float> constant_signs_;
+  std::optional<Transform> transform_;  // where its signs are known
 };
 
 // One definition answers for all types of X: the type is that of the input.

@@ -47,19 +47,22 @@ void parallel(const Api* api, const KernelContext* context, std::size_t total, c
   check(api, status);
 }
 
-// Room for rows: on a boundary of cache lines, where the transform is fastest, and not cleared.
+// Room for rows: on a boundary of cache lines, where the transform is fastest, and not cleared. A little is on the
+// stack, as a decoded token needs no more.
 class AlignedFloats {
  public:
   explicit AlignedFloats(std::size_t count)
-      : floats_(count == 0 ? nullptr : static_cast<float*>(::operator new[](count * sizeof(float), kAlignment))) {}
-  float* data() const { return floats_.get(); }
+      : floats_(count <= kLocal ? nullptr : static_cast<float*>(::operator new[](count * sizeof(float), kAlignment))) {}
+  float* data() { return floats_ ? floats_.get() : local_; }
 
  private:
   static constexpr std::align_val_t kAlignment{64};
+  static constexpr std::size_t kLocal = 4096;
   struct Delete {
     void operator()(float* floats) const { ::operator delete[](floats, kAlignment); }
   };
   std::unique_ptr<float[], Delete> floats_;
+  alignas(64) float local_[kLocal];
 };
 
 }  // namespace onnx_quarot::ort

@@ -76,9 +76,14 @@ QuantizedRows::QuantizedRows(const QLinearKernels& kernels, const QLinearShape& 
     : kernels_(&kernels), shape_(shape), count_(rows) {
   // Rows a power of two apart would fall into the same few cache sets.
   row_bytes_ = shape.steps() * (shape.bits == 4 ? kernels.step_bytes4 : kernels.step_bytes8) + kRowPadding;
-  values_.reset(new std::uint8_t[rows * row_bytes_]);
-  corrections_.reset(new std::int32_t[rows * shape.blocks()]);
-  scales_.reset(new float[rows]);
+  static_assert(kRowPadding % alignof(std::int32_t) == 0, "what follows the rows is aligned");
+  const std::size_t values = rows * row_bytes_, numbers = rows * (shape.blocks() + 1);
+  if (values + numbers * sizeof(float) > sizeof(local_)) {
+    heap_.reset(new std::uint8_t[values + numbers * sizeof(float)]);
+  }
+  values_ = heap_ ? heap_.get() : local_;
+  corrections_ = reinterpret_cast<std::int32_t*>(values_ + values);
+  scales_ = reinterpret_cast<float*>(corrections_ + rows * shape.blocks());
 }
 
 void QuantizedRows::set(std::size_t index, const float* values, float factor) {
@@ -87,8 +92,8 @@ void QuantizedRows::set(std::size_t index, const float* values, float factor) {
   float peak = 0;
   std::memcpy(&peak, &largest, sizeof(peak));
   if (peak < 1e-30f) peak = 1e-30f;
-  std::uint8_t* out = values_.get() + index * row_bytes_;
-  std::int32_t* corrections = corrections_.get() + index * shape_.blocks();
+  std::uint8_t* out = values_ + index * row_bytes_;
+  std::int32_t* corrections = corrections_ + index * shape_.blocks();
   if (!finite) {
     scales_[index] = std::numeric_limits<float>::quiet_NaN();
     std::memset(out, 0, row_bytes_);
@@ -114,10 +119,10 @@ void multiply(const QuantizedRows& rows, std::size_t first, std::size_t end, con
                        std::size_t stride) {
     const std::size_t column = panel * kPanelColumns;
     MultiplyJob job{};
-    job.values = rows.values_.get() + row * rows.row_bytes_;
+    job.values = rows.values_ + row * rows.row_bytes_;
     job.row_bytes = rows.row_bytes_;
-    job.corrections = rows.corrections_.get() + row * shape.blocks();
-    job.row_scales = rows.scales_.get() + row;
+    job.corrections = rows.corrections_ + row * shape.blocks();
+    job.row_scales = rows.scales_ + row;
     job.rows = row_end - row;
     job.weights = weights.codes + panel * shape.panel_bytes();
     job.panel_bytes = shape.panel_bytes();

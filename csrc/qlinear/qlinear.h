@@ -74,6 +74,8 @@ struct QLinearOutput {
 class QuantizedRows {
  public:
   QuantizedRows(const QLinearKernels& kernels, const QLinearShape& shape, std::size_t rows);
+  QuantizedRows(const QuantizedRows&) = delete;
+  QuantizedRows& operator=(const QuantizedRows&) = delete;
 
   // Quantizes row `index`, of shape.depth values, times a positive factor. Different rows may be set on different
   // threads.
@@ -88,10 +90,12 @@ class QuantizedRows {
   QLinearShape shape_;
   std::size_t count_;
   std::size_t row_bytes_;
-  // Not vectors, which would clear what is written right after.
-  std::unique_ptr<std::uint8_t[]> values_;
-  std::unique_ptr<std::int32_t[]> corrections_;  // [count][blocks]: what sums start from, or what zero points count
-  std::unique_ptr<float[]> scales_;
+  std::uint8_t* values_;
+  std::int32_t* corrections_;  // [count][blocks]: what sums start from, or what zero points count
+  float* scales_;
+  // All of them: here if they are few, else elsewhere. No vector, which would clear what is written right after.
+  std::unique_ptr<std::uint8_t[]> heap_;
+  alignas(64) std::uint8_t local_[8192];
 };
 
 // 1 / sqrt(mean of squares + epsilon): what a row is multiplied by when it is normalized. The same bits on every CPU.
