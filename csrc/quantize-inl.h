@@ -29,8 +29,9 @@ ONNX_QUAROT_INLINE Floats at_most(Floats v, float limit) {
   return reinterpret_cast<Floats>(smaller(reinterpret_cast<Ints>(v), reinterpret_cast<Ints>(Floats{} + limit)));
 }
 
-// What is known of the values. `within`: as QuantizeJob says.
-enum class Range { within, signed_bytes, unsigned_bytes };
+// What is known of the values. `within`: as QuantizeJob says; `centred`: signed bytes whose zero point is 0.
+enum class Range { within, centred, signed_bytes, unsigned_bytes };
+constexpr bool adds_zero_point(Range range) { return range == Range::signed_bytes || range == Range::unsigned_bytes; }
 
 [[maybe_unused]] constexpr float kMost = 0x1p30f;  // beyond 32 bits a conversion gives the least integer
 
@@ -45,7 +46,7 @@ ONNX_QUAROT_INLINE Bytes round_to_bytes(const Rounder& rounder, const Floats* x)
   // The zero point joins where sums saturate: in 32 bits the least integer would wrap around.
   const auto pair = [&](std::size_t i) {
     const __m256i both = _mm256_packs_epi32(rounded_vector(i), rounded_vector(i + 1));
-    return range == Range::within ? both : _mm256_adds_epi16(both, zero_point);
+    return adds_zero_point(range) ? _mm256_adds_epi16(both, zero_point) : both;
   };
   const __m256i a = pair(0), b = pair(2);
   const __m256i bytes = range == Range::unsigned_bytes ? _mm256_packus_epi16(a, b) : _mm256_packs_epi16(a, b);
@@ -63,7 +64,7 @@ ONNX_QUAROT_INLINE Bytes round_to_bytes(const Rounder& rounder, const Floats* x)
   };
   const auto pair = [&](std::size_t i) {
     const __m512i both = _mm512_packs_epi32(rounded_vector(i), rounded_vector(i + 1));
-    return range == Range::within ? both : _mm512_adds_epi16(both, zero_point);
+    return adds_zero_point(range) ? _mm512_adds_epi16(both, zero_point) : both;
   };
   const __m512i a = pair(0), b = pair(2);
   const __m512i bytes = range == Range::unsigned_bytes ? _mm512_packus_epi16(a, b) : _mm512_packs_epi16(a, b);
@@ -104,7 +105,7 @@ ONNX_QUAROT_INLINE Bytes load_bytes(const Rounder& rounder, const float* in, Flo
 }
 
 template <Range range, bool Scaled>
-void quantize_row(const QuantizeJob& job, const float* in, std::uint8_t* out, float scalar) {
+ONNX_QUAROT_INLINE void quantize_row(const QuantizeJob& job, const float* in, std::uint8_t* out, float scalar) {
   const Rounder rounder{job.zero_point, job.low, job.high};
   const Floats factor = Floats{} + scalar;
   std::size_t i = 0;
@@ -133,7 +134,8 @@ void quantize(const QuantizeJob& job) {
 
 [[maybe_unused]] void quantize(const QuantizeJob& job) {
   if (job.within) return quantize<Range::within>(job);
-  return job.low < 0 ? quantize<Range::signed_bytes>(job) : quantize<Range::unsigned_bytes>(job);
+  if (job.low >= 0) return quantize<Range::unsigned_bytes>(job);
+  return job.zero_point == 0 ? quantize<Range::centred>(job) : quantize<Range::signed_bytes>(job);
 }
 
 // Magnitudes compare as integers, and a NaN as more than any of them.

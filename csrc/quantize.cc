@@ -1,6 +1,7 @@
 // Transforms whose result is quantized at once, while it is in registers or first-level cache.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <memory>
 #include <new>
 
@@ -69,21 +70,17 @@ void Transform::quantize_dynamic(const float* in, std::int8_t* out, float* scale
       rows(in + row * size_, values.data(), some, stride, stride, signs);
       for (std::size_t i = 0; i < some; ++i) largest[i] = kernels_->largest(values.data() + i * size_, size_);
     }
-    // A loop of its own, so that several rows are divided at once.
+    // A loop of its own and without branches, so that several rows are divided at once.
     const float steps = std::copysign(127.0f, left);
+    int finite = 1;
     for (std::size_t i = 0; i < some; ++i) {
-      scales[row + i] = std::fabs(largest[i] * left) / 127.0f;
-      factors[i] = steps / largest[i];
+      const float scaled = std::fabs(largest[i] * left), scale = scaled / 127.0f, factor = steps / largest[i];
+      const bool none = (largest[i] < kSmallest) | (scaled < kSmallest);
+      scales[row + i] = none ? 1.0f : scale;
+      factors[i] = none ? 0.0f : factor;
+      finite &= largest[i] <= std::numeric_limits<float>::max() ? 1 : 0;
     }
-    bool finite = true;
-    for (std::size_t i = 0; i < some; ++i) {
-      finite = finite && std::isfinite(largest[i]);
-      if (largest[i] < kSmallest || std::fabs(largest[i] * left) < kSmallest) {
-        scales[row + i] = 1.0f;
-        factors[i] = 0.0f;
-      }
-    }
-    kernels_->quantize({values.data(), out + row * size_, some, size_, factors, 0, -127, 127, finite});
+    kernels_->quantize({values.data(), out + row * size_, some, size_, factors, 0, -127, 127, finite != 0});
   }
 }
 

@@ -137,13 +137,13 @@ ONNX_QUAROT_INLINE void store_pair(BFloat* p, Floats even, Floats odd) {
   const __m512i rounded = _mm512_mask_add_epi16(high, _mm512_cmpgt_epu16_mask(rest, half), high, one);
   _mm512_storeu_si512(p, rounded);
 #elif defined(__AVX2__) && ONNX_QUAROT_VECTOR_BYTES == 32
-  const __m256i one = _mm256_set1_epi16(1), half = _mm256_set1_epi16(static_cast<std::int16_t>(0x8000));
-  const __m256i high = _mm256_blend_epi16(reinterpret_cast<__m256i>(e >> 16), reinterpret_cast<__m256i>(o), 0xaa);
-  const __m256i low = _mm256_blend_epi16(reinterpret_cast<__m256i>(e), reinterpret_cast<__m256i>(o << 16), 0xaa);
-  // Less a half, which makes it a signed comparison.
-  const __m256i rest = _mm256_or_si256(_mm256_xor_si256(low, half), _mm256_and_si256(high, one));
-  const __m256i up = _mm256_cmpgt_epi16(rest, _mm256_setzero_si256());
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_sub_epi16(high, up));
+  // Half a last place is added. Where that leaves a lower half of 0, it was a tie: the upper half is made even.
+  const auto words = [](Words w) { return reinterpret_cast<__m256i>(w); };
+  const Words even_sum = e + 0x8000u, odd_sum = o + 0x8000u;
+  const __m256i high = _mm256_blend_epi16(words(even_sum >> 16), words(odd_sum), 0xaa);
+  const __m256i low = _mm256_blend_epi16(words(even_sum), words(odd_sum << 16), 0xaa);
+  const __m256i kept = _mm256_adds_epu16(low, _mm256_set1_epi16(static_cast<std::int16_t>(0xfffe)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_and_si256(high, kept));
 #else
   const auto rounded = [](Words bits) { return bits + 0x7fffu + ((bits >> 16) & 1u); };
   *reinterpret_cast<WordsAnywhere*>(p) = (rounded(e) >> 16) | (rounded(o) & 0xffff0000u);
