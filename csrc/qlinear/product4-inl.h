@@ -161,9 +161,8 @@ inline void row4_panels(const MultiplyJob& job, std::size_t column) {
       weights += kStepBytes;
     }
     ONNX_QUAROT_UNROLL for (std::size_t p = 0; p < Panels; ++p) {
-      const std::size_t at = p * blocks * kPanelColumns + ahead / (BlockSteps / 2) / sizeof(float);
-      __builtin_prefetch(scales + at);
-      if constexpr (Zeros) __builtin_prefetch(zero_points + at / 2);
+      // Not the zero points: eight blocks of them are one line, asked for as often.
+      __builtin_prefetch(scales + p * blocks * kPanelColumns + ahead / (BlockSteps / 2) / sizeof(float));
     }
     ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
       const auto scale = load<Isa::Float>(scales + of_vector(v, blocks));
