@@ -38,7 +38,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnx_quarot.custom_op import DOMAIN, register
-from onnx_quarot.qlinear import pack, pack_scales
+from onnx_quarot.qlinear import pack, pack_scales, pack_zero_points
 
 SIZES = [(2048, 2048), (2048, 8192), (8192, 2048), (576, 1536), (4096, 14336)]
 # (rows, cold), in the order of the floors below.
@@ -96,19 +96,19 @@ def _save(model: onnx.ModelProto, constants: dict[str, Array], folder: Path) -> 
 
 
 class Layer:
-    """A model of one node, and a call of it with bound input and output."""
+    """A model of one node, and a call of it with bound input and output. constants: None is an input left out."""
 
     def __init__(
         self,
         op: str,
         depth: int,
         columns: int,
-        constants: list[Array],
+        constants: list[Array | None],
         domain: str = DOMAIN,
         threads: int = 1,
         **attributes: Any,
     ) -> None:
-        names = [f"c{i}" for i in range(len(constants))]
+        names = ["" if array is None else f"c{i}" for i, array in enumerate(constants)]
         graph = helper.make_graph(
             [helper.make_node(op, ["x", *names], ["y"], domain=domain, **attributes)],
             op,
@@ -121,7 +121,8 @@ class Layer:
         register(options)
         model = helper.make_model(graph, opset_imports=imports, ir_version=10)
         with tempfile.TemporaryDirectory() as folder:
-            _save(model, dict(zip(names, constants, strict=True)), Path(folder))
+            given = {name: array for name, array in zip(names, constants, strict=True) if array is not None}
+            _save(model, given, Path(folder))
             path = f"{folder}/model.onnx"
             self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
             # The same memory as the session's: both map the file.
@@ -166,21 +167,34 @@ def qlinear8(depth: int, columns: int, threads: int = 1, **attributes: Any) -> L
     return Layer("QLinear", depth, columns, [pack(weight), scales], threads=threads, **shape, **attributes)
 
 
-def int4_layers(depth: int, columns: int, block: int) -> tuple[Layer, Layer, Array]:
-    """MatMulNBits at accuracy level 4, QLinear, and the float matrix both stand for."""
+def int4_constants(depth: int, columns: int, block: int) -> tuple[Array, Array]:
+    """Integers [K, N] from -8 to 7, and their scales [blocks, N]."""
     random = np.random.default_rng(0)
     codes = random.integers(-8, 8, (depth, columns)).astype(np.int8)
-    blocks = -(-depth // block)
-    factors = random.uniform(0.5, 1.5, (blocks, columns)).astype(np.float32) / 64
+    return codes, random.uniform(0.5, 1.5, (-(-depth // block), columns)).astype(np.float32) / 64
+
+
+def qlinear4(depth: int, columns: int, block: int, zeros: Array | None = None) -> Layer:
+    """zeros: zero points, [blocks, N]."""
+    codes, factors = int4_constants(depth, columns, block)
+    constants: list[Array | None] = [pack(codes, block), pack_scales(factors)]
+    if zeros is not None:
+        constants += [None, None, pack_zero_points(zeros)]
+    shape: dict[str, Any] = {"K": depth, "N": columns, "bits": 4, "block": block, "layout_version": 1}
+    return Layer("QLinear", depth, columns, constants, **shape)
+
+
+def int4_layers(depth: int, columns: int, block: int) -> tuple[Layer, Layer, Array]:
+    """MatMulNBits at accuracy level 4, QLinear, and the float matrix both stand for."""
+    codes, factors = int4_constants(depth, columns, block)
+    blocks = len(factors)
     padded = np.pad(codes + 8, ((0, blocks * block - depth), (0, 0)), constant_values=8).astype(np.uint8).T
     nibbles = padded.reshape(columns, blocks, block)
     packed = np.ascontiguousarray(nibbles[..., ::2] | (nibbles[..., 1::2] << 4))
-    shape: dict[str, Any] = {"K": depth, "N": columns, "bits": 4}
-    nbits: list[Array] = [packed, np.ascontiguousarray(factors.T)]
-    theirs = Layer("MatMulNBits", depth, columns, nbits, _MS, block_size=block, accuracy_level=4, **shape)
-    mine: list[Array] = [pack(codes, block), pack_scales(factors)]
-    ours = Layer("QLinear", depth, columns, mine, block=block, layout_version=1, **shape)
-    return theirs, ours, codes.astype(np.float32) * np.repeat(factors, block, axis=0)[:depth]
+    shape: dict[str, Any] = {"K": depth, "N": columns, "bits": 4, "block_size": block, "accuracy_level": 4}
+    nbits: list[Array | None] = [packed, np.ascontiguousarray(factors.T)]
+    theirs = Layer("MatMulNBits", depth, columns, nbits, _MS, **shape)
+    return theirs, qlinear4(depth, columns, block), codes.astype(np.float32) * np.repeat(factors, block, axis=0)[:depth]
 
 
 def activations(rows: int, depth: int) -> Array:
@@ -270,6 +284,21 @@ def rotated(depth: int, columns: int, seconds: float) -> float:
     return ratio(times, 0, 1)
 
 
+def with_zero_points(depth: int, columns: int, block: int, seconds: float) -> Iterator[tuple[str, float]]:
+    """Time of the operator with zero points, by the time without, for the calls above."""
+    codes, factors = int4_constants(depth, columns, block)
+    zeros = np.random.default_rng(2).integers(0, 16, factors.shape)
+    shift, scale = (np.repeat(grid, block, axis=0)[:depth] for grid in (8 - zeros, factors))
+    layers = qlinear4(depth, columns, block, zeros), qlinear4(depth, columns, block)
+    idle = nothing(depth)
+    for rows, cold in CALLS:
+        x = activations(rows, depth)
+        (shifted, y), (plain, _), (rest, _) = layers[0].call(x), layers[1].call(x), idle.call(x[:1])
+        times = race([shifted, plain, rest], cold, seconds)
+        check(y, x, (codes + shift) * scale)
+        yield f"M={rows}{' cold' if cold else ''}: time with zero points", ratio(net(times, 0, 1), 0, 1)
+
+
 def two_threads(depth: int, columns: int, rows: int, seconds: float) -> float:
     """Speed-up by a second thread."""
     x = activations(rows, depth)
@@ -323,6 +352,8 @@ def figures(depth: int, columns: int, seconds: float) -> dict[str, float]:
             found[f"{kind}, {name}"] = value
         for name, value in beside_limits(layers, seconds):
             found[f"{kind}, {name}"] = value
+    for name, value in with_zero_points(depth, columns, 64, seconds):
+        found[f"int4 block 64, {name}"] = value
     if seconds >= _SECONDS or (depth, columns) == min(SIZES):  # two processes a turn, which make weights anew
         found |= without_vnni(depth, columns, seconds)
     if depth == 8192:
