@@ -12,6 +12,7 @@ from onnx import TensorProto, helper
 
 import onnx_quarot as oq
 import small_llama
+from onnx_quarot.info import model_facts
 from onnx_quarot.judged import squared_error
 from onnx_quarot.sensitivity import measure_sensitivity
 
@@ -119,6 +120,9 @@ def test_layers_become_one_op_each_input(llama: Path, tmp_path: Path, scheme: st
     assert not {"MatMul", "Gemm", "MatMulNBits"} & set(names)
     rotated = [node.name for node in linears if any(a.name == "rotate" for a in node.attribute)]
     assert sum("down_proj" in name for name in rotated) == 2
+    facts = model_facts(tmp_path / "q.onnx")
+    assert facts["quantization"] == {"QLinear": 9}
+    assert facts["online_rotations"] == len(rotated) + names.count("Hadamard")
     # Without the library: the function bodies, which differ by roundings of halves only.
     portable = logits(tmp_path / "q.onnx", library=False)
     assert np.linalg.norm(portable - found) / np.linalg.norm(found) < 0.03

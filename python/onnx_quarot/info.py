@@ -56,7 +56,8 @@ def model_facts(path: str | Path) -> dict[str, Any]:
     weights = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
     linear = [site for site in linear_sites(model) if site.operand.dtype in (None, site.dtype)]
     quantized = Counter(node.op_type for node in model.graph if node.op_type in QUANTIZED_OPS)
-    online = [node for node in model.graph if node.domain == DOMAIN and node.op_type == OP_TYPE]
+    ours = [node for node in model.graph if node.domain == DOMAIN]
+    online = [node for node in ours if node.op_type == OP_TYPE or node.attributes.get_int("rotate", 0)]
     return {
         "path": str(path),
         "bytes": model_size(path),
