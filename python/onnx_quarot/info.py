@@ -57,7 +57,7 @@ def model_facts(path: str | Path) -> dict[str, Any]:
     linear = [site for site in linear_sites(model) if site.operand.dtype in (None, site.dtype)]
     quantized = Counter(node.op_type for node in model.graph if node.op_type in QUANTIZED_OPS)
     ours = [node for node in model.graph if node.domain == DOMAIN]
-    online = [node for node in ours if node.op_type == OP_TYPE or node.attributes.get_int("rotate", 0)]
+    online = [node for node in ours if node.op_type == OP_TYPE or node.attributes.get_int("rotate", 0) != 0]
     return {
         "path": str(path),
         "bytes": model_size(path),
