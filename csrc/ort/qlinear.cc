@@ -310,7 +310,7 @@ class QLinearKernel {
         inputs.bias = static_cast<const float*>(data);
         return;
       case kSigns:
-        if (rotation_) read_signs(dims, static_cast<const std::int8_t*>(data), signs);
+        if (rotation_) read_signs(dims, rotation_->block_size, static_cast<const std::int8_t*>(data), signs);
         return;
       default:
         check_dims("zero_points", dims, {shape_.panels(), shape_.blocks(), kPanelColumns / 2});
@@ -330,9 +330,10 @@ class QLinearKernel {
                                 (splits_.empty() && !gated_ && !whole.empty() ? " or " + text_of(whole) : ""));
   }
 
-  void read_signs(const std::vector<std::int64_t>& dims, const std::int8_t* values, std::vector<float>& signs) const {
+  void read_signs(const std::vector<std::int64_t>& dims, std::size_t block, const std::int8_t* values,
+                  std::vector<float>& signs) const {
     const auto length = dims.size() == 1 ? static_cast<std::size_t>(dims[0]) : 0;
-    if (length != shape_.depth && length != rotation_->block_size) {
+    if (length != shape_.depth && length != block) {
       throw std::invalid_argument("signs has shape " + text_of(dims) + ": it must have the length of a block or of K");
     }
     signs.assign(values, values + length);
