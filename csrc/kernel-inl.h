@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "kernels.h"
+#include "order_codes.h"
 #include "scratch.h"
 #include "simd-inl.h"
 #include "williamson-inl.h"

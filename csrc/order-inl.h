@@ -1,6 +1,6 @@
 // The step of order K: columns of K elements, `step` apart, multiplied by +-H_K in place. Both forms build, for each
-// four inputs, their sums with all signs once, and let every output pick one sum a group (the method of four Russians).
-// Included by kernel-inl.h.
+// four or five inputs, their sums with all signs once, and let every output pick one sum a group (the method of four
+// Russians). Included by kernel-inl.h.
 
 namespace onnx_quarot {
 namespace {
@@ -57,120 +57,204 @@ ONNX_QUAROT_INLINE V gather_sum(const V (*sums)[8], V sum, V one) {
   }
 }
 
+// The pointer to elements behind, computed here and now: left to itself the compiler computes one for every row of a
+// column beforehand, and keeps them in memory.
+template <class C>
+ONNX_QUAROT_INLINE C* behind(C* p, std::size_t distance) {
+  p += distance;
+  __asm__("" : "+r"(p));
+  return p;
+}
+
+// A column whose groups' sums are kept in memory.
 template <std::size_t T, bool Transpose, class C, class V, int... B>
 ONNX_QUAROT_INLINE void small_order_column(C* values, std::size_t step, V scale, V minus_scale, V one, Indices<B...>) {
   constexpr const SmallOrder<T, Transpose>& order = kSmallOrder<T, Transpose>;
   V sums[T][8];
+  const C* x = values;
 #pragma GCC unroll 64
-  for (std::size_t g = 0; g < T; ++g) {
-    const C* x = values + 4 * g * step;
+  for (std::size_t g = 0; g < T; ++g, x = behind(x, 4 * step)) {
     signed_sums(load(x), load(x + step), load(x + 2 * step), load(x + 3 * step), sums[g], one);
   }
-  (store(values + static_cast<std::size_t>(B) * step,
-         gather_sum<T, Transpose, std::size_t{B}, 1>(sums, sums[0][order.entry[0][B]], one) *
-             (order.minus[0][B] ? minus_scale : scale)),
+  ((store(values, gather_sum<T, Transpose, std::size_t{B}, 1>(sums, sums[0][order.entry[0][B]], one) *
+                      (order.minus[0][B] ? minus_scale : scale)),
+    values = behind(values, step)),
    ...);
+}
+
+// With 32 registers there is room for the sums of one group and a part of the outputs: no sum is loaded, and the sums
+// are made anew for every part. Every second output adds by multiply-adds where these have units of their own.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr bool kPartsInRegisters = true;
+#else
+constexpr bool kPartsInRegisters = false;
+#endif
+template <std::size_t T>
+constexpr std::size_t kParts = 4 * T > 20 ? 2 : 1;
+
+template <std::size_t T, bool Transpose, std::size_t G, std::size_t B, class V>
+ONNX_QUAROT_INLINE void add_group(const V* sums, V& sum, V one) {
+  constexpr const SmallOrder<T, Transpose>& order = kSmallOrder<T, Transpose>;
+  const V term = sums[order.entry[G][B]];
+  if constexpr (G == 0) {
+    sum = term;
+  } else {
+    constexpr bool same = order.minus[G][B] == order.minus[0][B], fused = kFusedDifference && B % 2 != 0;
+    const V product = fused ? one * term : term;
+    sum = same ? sum + product : sum - product;
+  }
+}
+
+// Outputs First + B of a column, from group G on, of which `x` is the first input.
+template <std::size_t T, bool Transpose, std::size_t First, std::size_t G = 0, class C, class V, int... B>
+ONNX_QUAROT_INLINE void part_sums(const C* x, std::size_t step, V* sum, V one, Indices<B...> outputs) {
+  if constexpr (G < T) {
+    V sums[8];
+    signed_sums(load(x), load(x + step), load(x + 2 * step), load(x + 3 * step), sums, one);
+    (add_group<T, Transpose, G, First + std::size_t{B}>(sums, sum[B], one), ...);
+    part_sums<T, Transpose, First, G + 1>(behind(x, 4 * step), step, sum, one, outputs);
+  }
+}
+
+template <std::size_t N, class C, class V>
+ONNX_QUAROT_INLINE void store_column(C* values, std::size_t step, const V* x) {
+#pragma GCC unroll 64
+  for (std::size_t i = 0; i < N; ++i, values = behind(values, step)) store(values, x[i]);
+}
+
+template <std::size_t T, bool Transpose, class C, class V, int... B>
+ONNX_QUAROT_INLINE void small_order_parts(C* values, std::size_t step, V scale, V minus_scale, V one,
+                                          Indices<B...> outputs) {
+  constexpr const SmallOrder<T, Transpose>& order = kSmallOrder<T, Transpose>;
+  constexpr std::size_t n = sizeof...(B);
+  V sum[n], first[n];
+  part_sums<T, Transpose, 0>(values, step, sum, one, outputs);
+  ((first[B] = sum[B] * (order.minus[0][B] ? minus_scale : scale)), ...);
+  if constexpr (n < 4 * T) {
+    part_sums<T, Transpose, n>(behind(values, 0), step, sum, one, outputs);
+    ((sum[B] *= order.minus[0][n + std::size_t{B}] ? minus_scale : scale), ...);
+    store_column<n>(values + n * step, step, sum);
+  }
+  store_column<n>(values, step, first);
 }
 
 template <std::size_t T, bool Transpose, class C, class V>
 __attribute__((noinline)) void small_order(C* values, std::size_t step, V scale, V one) {
   const V minus_scale = -scale;
   for (std::size_t j = 0; j < step; j += sizeof(V) / sizeof(C)) {
-    small_order_column<T, Transpose>(values + j, step, scale, minus_scale, one,
-                                     typename MakeIndices<static_cast<int>(4 * T)>::Type{});
+    if constexpr (kPartsInRegisters) {
+      small_order_parts<T, Transpose>(values + j, step, scale, minus_scale, one,
+                                      typename MakeIndices<static_cast<int>(4 * T / kParts<T>)>::Type{});
+    } else {
+      small_order_column<T, Transpose>(values + j, step, scale, minus_scale, one,
+                                       typename MakeIndices<static_cast<int>(4 * T)>::Type{});
+    }
   }
 }
 
-// Sums that are kept in registers: half of what there are.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr std::size_t kSumVectors = 16;
-#else
-constexpr std::size_t kSumVectors = 8;
-#endif
+// x0 +- x1 +- x2 +- x3 +- x4, `step` vectors apart: sum e has +x_i where bit i - 1 of e is set.
+template <class V>
+ONNX_QUAROT_INLINE void group_sums(V x0, V x1, V x2, V x3, V x4, V* sums, std::size_t step, V one) {
+  const V plus = x1 + x2, minus = difference(x1, x2, one);
+  const V high_plus = x3 + x4, high_minus = difference(x3, x4, one);
+  const V high[4] = {sparing_difference(x0, high_plus, one), x0 + high_minus, difference(x0, high_minus, one),
+                     x0 + high_plus};
+#pragma GCC unroll 4
+  for (std::size_t h = 0; h < 4; ++h) {
+    V* to = sums + 4 * h * step;
+    to[0] = sparing_difference(high[h], plus, one);
+    to[step] = high[h] + minus;
+    to[2 * step] = difference(high[h], minus, one);
+    to[3 * step] = high[h] + plus;
+  }
+}
 
-// The codes of R adjacent outputs. Loads are what this step waits for: they are read together and taken apart.
-template <std::size_t R>
-class Codes {
- public:
-  ONNX_QUAROT_INLINE explicit Codes(const std::uint8_t* codes) { std::memcpy(words_, codes, R); }
-  ONNX_QUAROT_INLINE std::size_t operator[](std::size_t r) const { return words_[r / 8] >> (8 * (r % 8)) & 0xffu; }
+// 16 times code i of a row.
+ONNX_QUAROT_INLINE std::size_t row_code(const std::uint64_t* row, std::size_t i) {
+  constexpr std::uint64_t mask = ((std::uint64_t{1} << kCodeBits) - 1) * kCodeUnit;
+  return row[i / kCodesInWord] >> (kCodeBits * (i % kCodesInWord)) & mask;
+}
 
- private:
-  std::uint64_t words_[(R + 7) / 8] = {};
-};
-
-// R outputs of W vectors each from `groups` groups: `codes` point at the first output's entry of group 0 and are
-// `outputs` apart; sums begin with `sum` or, for the first groups of all, with the first entry.
-template <std::size_t R, std::size_t W, class V>
-ONNX_QUAROT_INLINE void table_sums(const std::uint8_t* codes, std::size_t outputs, std::size_t groups, bool first,
-                                   const V* table, V* sums) {
-  constexpr std::size_t unit = W * sizeof(V) / 16;  // a code is 16 times the index of a table entry, which is W vectors
-  const char* group = reinterpret_cast<const char*>(table);
-  const auto entry = [&](const Codes<R>& code, std::size_t r) {
-    return reinterpret_cast<const V*>(group + code[r] * unit);
-  };
-  V sum[R][W];
-  std::size_t g = 0;
-  if (first) {
-    const Codes<R> code(codes);
+// Adds or subtracts a sum of W vectors for each of R outputs, `rows` times. Loads are what this waits for: six codes
+// are read at a time.
+template <bool Minus, std::size_t R, std::size_t W, class V>
+ONNX_QUAROT_INLINE void accumulate(const std::uint64_t* codes, std::size_t words, std::size_t rows, const V* table,
+                                   V (&sum)[R][W]) {
+  constexpr std::size_t unit = W * sizeof(V) / kCodeUnit;
+  const char* sums = reinterpret_cast<const char*>(table);
+  for (; rows > 0; --rows, codes += words) {
 #pragma GCC unroll 64
     for (std::size_t r = 0; r < R; ++r) {
-      for (std::size_t w = 0; w < W; ++w) sum[r][w] = entry(code, r)[w];
-    }
-    g = 1;
-    codes += outputs;
-    group += 16 * W * sizeof(V);
-  } else {
-#pragma GCC unroll 64
-    for (std::size_t r = 0; r < R; ++r) {
-      for (std::size_t w = 0; w < W; ++w) sum[r][w] = sums[W * r + w];
+      const V* term = reinterpret_cast<const V*>(sums + row_code(codes, r) * unit);
+      for (std::size_t w = 0; w < W; ++w) sum[r][w] = Minus ? sum[r][w] - term[w] : sum[r][w] + term[w];
     }
   }
-  for (; g < groups; ++g) {
-    const Codes<R> code(codes);
+}
+
+// A batch of R outputs of W vectors each: their sums of the rounds before are in `sums`, and so will be these, unless
+// they are finished.
+template <std::size_t R, std::size_t W, class V, class Finish>
+ONNX_QUAROT_INLINE void batch_sums(const std::uint64_t* batch, std::size_t plus, std::size_t minus, const V* table,
+                                   V* sums, bool begins, bool ends, const Finish& finish) {
+  constexpr std::size_t words = row_words(R);
+  const std::uint64_t* outputs = batch + 1;
+  V sum[R][W] = {};
+  if (!begins) {
 #pragma GCC unroll 64
     for (std::size_t r = 0; r < R; ++r) {
-      for (std::size_t w = 0; w < W; ++w) sum[r][w] += entry(code, r)[w];
+      for (std::size_t w = 0; w < W; ++w) sum[r][w] = sums[W * (row_code(outputs, r) / kCodeUnit) + w];
     }
-    codes += outputs;
-    group += 16 * W * sizeof(V);
   }
+  accumulate<false>(outputs + words, words, plus, table, sum);
+  accumulate<true>(outputs + words * (1 + plus), words, minus, table, sum);
 #pragma GCC unroll 64
   for (std::size_t r = 0; r < R; ++r) {
-    for (std::size_t w = 0; w < W; ++w) sums[W * r + w] = sum[r][w];
+    const std::size_t output = row_code(outputs, r) / kCodeUnit;
+    if (ends) {
+      finish(output, sum[r]);
+    } else {
+      for (std::size_t w = 0; w < W; ++w) sums[W * output + w] = sum[r][w];
+    }
   }
 }
 
-// The same for outputs [b, n), n even, as many at once as there are registers for, then half of that.
-template <std::size_t R, std::size_t W, class V>
-ONNX_QUAROT_INLINE void all_table_sums(const std::uint8_t* codes, std::size_t b, std::size_t n, std::size_t groups,
-                                       bool first, const V* table, V* sums) {
-  for (; b + R <= n; b += R) table_sums<R, W>(codes + b, n, groups, first, table, sums + W * b);
-  if constexpr (R > 2) all_table_sums<R / 2, W>(codes, b, n, groups, first, table, sums);
+// A round's batches of R outputs, of which `left` are to be done, and then the smaller ones. Returns the codes of the
+// next round.
+template <std::size_t R, std::size_t W, class V, class Finish>
+ONNX_QUAROT_INLINE const std::uint64_t* round_sums(const std::uint64_t* batch, std::size_t left, const V* table,
+                                                   V* sums, bool begins, bool ends, const Finish& finish) {
+  for (; left >= R; left -= R) {
+    const std::size_t plus = batch[0] & 0xffffffffu, minus = batch[0] >> 32;
+    batch_sums<R, W>(batch, plus, minus, table, sums, begins, ends, finish);
+    batch += 1 + row_words(R) * (1 + plus + minus);
+  }
+  if constexpr (R > 2) {
+    return round_sums<smaller_batch(R), W>(batch, left, table, sums, begins, ends, finish);
+  } else {
+    return batch;
+  }
 }
 
-// W vectors of every input times a matrix of +-1 given by codes, left in `sums`, [outputs][W]. input(i, v) gives the
-// vectors of input i.
-template <std::size_t W, class V, class Input>
-ONNX_QUAROT_INLINE void table_product(Input input, std::size_t n, const std::uint8_t* codes, V* table, V* sums, V one) {
-  const std::size_t groups = (n + 3) / 4;
-  for (std::size_t done = 0; done < groups; done += table_groups(sizeof(V))) {
-    const std::size_t count = groups - done < table_groups(sizeof(V)) ? groups - done : table_groups(sizeof(V));
-    for (std::size_t g = 0; g < count; ++g) {
-      V x[4][W] = {};
-      for (std::size_t i = 0; i < 4 && 4 * (done + g) + i < n; ++i) input(4 * (done + g) + i, x[i]);
-#pragma GCC unroll 4
-      for (std::size_t v = 0; v < W; ++v) {
-        V entries[8];
-        signed_sums(x[0][v], x[1][v], x[2][v], x[3][v], entries, one);
-#pragma GCC unroll 64
-        for (std::size_t e = 0; e < 8; ++e) {
-          table[W * (16 * g + 8 + e) + v] = entries[e];
-          table[W * (16 * g + 7 - e) + v] = -entries[e];
-        }
+// W vectors of each of n inputs times a matrix of +-1, given by its codes. input(i, v) gives the vectors of input i;
+// finish(i, v) takes those of output i, once all inputs have been read.
+template <std::size_t W, class V, class Input, class Finish>
+ONNX_QUAROT_INLINE void table_product(std::size_t n, const std::uint64_t* codes, V* table, V* sums, V one,
+                                      const Input& input, const Finish& finish) {
+  const std::size_t groups = group_count(n), step = round_groups(groups, W), zeros = leading_zeros(n);
+  for (std::size_t w = 0; w < W; ++w) table[w] = V{};
+  for (std::size_t done = 0; done < groups; done += step) {
+    const std::size_t end = done + step < groups ? done + step : groups;
+    V* to = table + W;
+    for (std::size_t g = done; g < end; ++g, to += W * kGroupSums) {
+      V x[kGroupInputs][W] = {};
+#pragma GCC unroll 5
+      for (std::size_t i = 0; i < kGroupInputs; ++i) {
+        if (kGroupInputs * g + i >= zeros) input(kGroupInputs * g + i - zeros, x[i]);
       }
+#pragma GCC unroll 2
+      for (std::size_t w = 0; w < W; ++w) group_sums(x[0][w], x[1][w], x[2][w], x[3][w], x[4][w], to + w, W, one);
     }
-    all_table_sums<kSumVectors / W, W>(codes + done * n, 0, n, count, done == 0, table, sums);
+    codes = round_sums<kBatchVectors / W, W>(codes, n, table, sums, done == 0, end == groups, finish);
   }
 }
 
@@ -181,31 +265,27 @@ __attribute__((noinline)) void table_order(C* values, std::size_t step, const Or
   constexpr std::size_t lanes = sizeof(V) / sizeof(C);
   V* table = reinterpret_cast<V*>(table_bytes);
   V* sums = reinterpret_cast<V*>(sums_bytes);
-  if (order.halved) {
-    for (std::size_t j = 0; j < step; j += lanes) {
-      C* column = values + j;
-      table_product<2>(
-          [&](std::size_t i, V* x) {
-            const V a = load(column + 2 * i * step), b = load(column + (2 * i + 1) * step);
-            x[0] = a + b;
-            x[1] = difference(a, b, one);
-          },
-          order.order / 2, order.codes, table, sums, one);
-      for (std::size_t i = 0; i < order.order / 2; ++i) {
+  for (std::size_t j = 0; j < step; j += lanes) {
+    C* column = values + j;
+    if (order.halved) {
+      const auto input = [&](std::size_t i, V* x) {
+        const V a = load(column + 2 * i * step), b = load(column + (2 * i + 1) * step);
+        x[0] = a + b;
+        x[1] = difference(a, b, one);
+      };
+      const auto finish = [&](std::size_t i, const V* sum) {
         C* even = column + 2 * i * step;
         C* odd = even + step;
         const V a = load(even), b = load(odd);
-        store(even, (sums[2 * i] - (b + b)) * scale);
-        store(odd, (sums[2 * i + 1] - (a + a)) * scale);
-      }
+        store(even, (sum[0] - (b + b)) * scale);
+        store(odd, (sum[1] - (a + a)) * scale);
+      };
+      table_product<2>(order.order / 2, order.codes, table, sums, one, input, finish);
+    } else {
+      const auto input = [&](std::size_t i, V* x) { x[0] = load(column + i * step); };
+      const auto finish = [&](std::size_t i, const V* sum) { store(column + i * step, sum[0] * scale); };
+      table_product<1>(order.order, order.codes, table, sums, one, input, finish);
     }
-    return;
-  }
-  for (std::size_t j = 0; j < step; j += lanes) {
-    C* column = values + j;
-    table_product<1>([&](std::size_t i, V* x) { x[0] = load(column + i * step); }, order.order, order.codes, table,
-                     sums, one);
-    for (std::size_t i = 0; i < order.order; ++i) store(column + i * step, sums[i] * scale);
   }
 }
 

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "fwht.h"
+#include "order_codes.h"
 #include "williamson-inl.h"
 
 namespace onnx_quarot {
@@ -301,36 +302,20 @@ std::vector<std::size_t> product(std::size_t k, std::size_t least) {
   return best;
 }
 
-// Of n by n values at distances `row` and `column`; a last group of two lacks its upper bits.
-std::vector<std::uint8_t> make_codes(const Matrix& h, std::size_t n, std::size_t row, std::size_t column) {
-  const std::size_t groups = (n + 3) / 4;
-  std::vector<std::uint8_t> codes(groups * n);
-  for (std::size_t g = 0; g < groups; ++g) {
-    for (std::size_t b = 0; b < n; ++b) {
-      unsigned bits = 0;
-      for (std::size_t i = 0; i < 4 && 4 * g + i < n; ++i) {
-        if (h[(4 * g + i) * row + b * column] > 0) bits |= 1u << i;
-      }
-      codes[g * n + b] = static_cast<std::uint8_t>(16 * bits);
-    }
-  }
-  return codes;
-}
-
 // What is made is kept until the end of the process.
 struct Store {
   std::mutex mutex;
   std::map<std::size_t, std::unique_ptr<const Order>> orders;
-  std::map<std::size_t, std::array<std::vector<std::uint8_t>, 2>> codes;  // by order: of H and of H^T
+  std::map<std::size_t, std::array<std::vector<std::uint64_t>, 2>> codes;  // by order: of H and of H^T
 };
 
 OrderStep make_step(Store& store, std::size_t k, bool transpose) {
   const bool halved = construction(k) == Construction::paley2;
-  std::array<std::vector<std::uint8_t>, 2>& codes = store.codes[k];
+  std::array<std::vector<std::uint64_t>, 2>& codes = store.codes[k];
   if (codes[0].empty()) {
     const Matrix h = construct(k);
-    codes[0] = halved ? make_codes(h, k / 2, 2 * k, 2) : make_codes(h, k, k, 1);
-    codes[1] = halved ? codes[0] : make_codes(h, k, 1, k);
+    codes[0] = halved ? order_codes(h.data(), k / 2, 2 * k, 2, 2) : order_codes(h.data(), k, k, 1, 1);
+    codes[1] = halved ? codes[0] : order_codes(h.data(), k, 1, k, 1);
   }
   return {k, codes[transpose ? 1 : 0].data(), halved};
 }
@@ -357,6 +342,7 @@ const Order& order(std::size_t k) {
       throw UnsupportedOrder("order " + std::to_string(k) + ": no Hadamard matrix of this order is available");
     }
     for (const std::size_t factor : fresh->factors) {
+      if (construction(factor) == Construction::sylvester) continue;
       fresh->steps.push_back(make_step(store, factor, false));
       fresh->steps_transposed.push_back(make_step(store, factor, true));
     }

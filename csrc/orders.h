@@ -16,14 +16,14 @@ namespace onnx_quarot {
 
 // What the kernels need to multiply by H_k, a Kronecker product of matrices that are no further products. A step of
 // such an order k has
-//   codes   for output b and group g of four inputs, [g][b]: 16 * bits, bit i set where input 4 g + i enters with +1
+//   codes   of its matrix, as order_codes.h says
 //   halved  set for Paley's second construction, of 2 x 2 cells: with P the symmetric matrix of the cells' first
 //           entries, y[2 j] = (P s)[j] - 2 x[2 j + 1] and y[2 j + 1] = (P d)[j] - 2 x[2 j], where s and d are the sums
 //           and differences of pairs of inputs. The codes are those of P, of order k / 2: half the work.
 struct Order {
   std::size_t k = 0;
   std::vector<std::size_t> factors;  // ascending; the first is the outermost
-  std::vector<OrderStep> steps;      // of each factor, to multiply by H
+  std::vector<OrderStep> steps;      // of each factor, to multiply by H; none for a power of two
   std::vector<OrderStep> steps_transposed;
 };
 
