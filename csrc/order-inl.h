@@ -1,156 +1,10 @@
-// The step of order K: columns of K elements, `step` apart, multiplied by +-H_K in place. Both forms build, for each
-// four or five inputs, their sums with all signs once, and let every output pick one sum a group (the method of four
+// The step of order K: columns of K elements, `step` apart, multiplied by H_K in place. All forms build, for a few
+// inputs at a time, their sums with all signs once, and let every output pick one sum a group (the method of four
 // Russians). Included by kernel-inl.h.
+#include "unrolled_order-inl.h"
 
 namespace onnx_quarot {
 namespace {
-
-// x3 +- x2 +- x1 +- x0: entry e has +x_i where bit i of e is set.
-template <class V>
-ONNX_QUAROT_INLINE void signed_sums(V x0, V x1, V x2, V x3, V* sums, V one) {
-  const V plus = x0 + x1, minus = difference(x0, x1, one), low = difference(x3, x2, one), high = x3 + x2;
-  sums[0] = sparing_difference(low, plus, one);
-  sums[1] = low + minus;
-  sums[2] = difference(low, minus, one);
-  sums[3] = low + plus;
-  sums[4] = sparing_difference(high, plus, one);
-  sums[5] = high + minus;
-  sums[6] = difference(high, minus, one);
-  sums[7] = high + plus;
-}
-
-// Williamson's matrix of order K = 4 T as sums of groups, known at compile time.
-template <std::size_t T, bool Transpose>
-struct SmallOrder {
-  std::uint8_t entry[T][4 * T];  // of signed_sums
-  bool minus[T][4 * T];          // the negated entry
-
-  constexpr SmallOrder() : entry(), minus() {
-    const WilliamsonSeed seed = *find_williamson(T);
-    for (std::size_t g = 0; g < T; ++g) {
-      for (std::size_t b = 0; b < 4 * T; ++b) {
-        unsigned bits = 0;
-        for (std::size_t i = 0; i < 4; ++i) {
-          const std::size_t a = 4 * g + i;
-          if ((Transpose ? williamson_entry(seed, b, a) : williamson_entry(seed, a, b)) > 0) bits |= 1u << i;
-        }
-        minus[g][b] = (bits & 8u) == 0;
-        entry[g][b] = static_cast<std::uint8_t>((minus[g][b] ? ~bits : bits) & 7u);
-      }
-    }
-  }
-};
-
-template <std::size_t T, bool Transpose>
-constexpr SmallOrder<T, Transpose> kSmallOrder{};
-
-// One output: the sum over groups G.. of entries, negated as a whole when the first is (a sign that the scale absorbs).
-template <std::size_t T, bool Transpose, std::size_t B, std::size_t G, class V>
-ONNX_QUAROT_INLINE V gather_sum(const V (*sums)[8], V sum, V one) {
-  if constexpr (G == T) {
-    return sum;
-  } else {
-    constexpr const SmallOrder<T, Transpose>& order = kSmallOrder<T, Transpose>;
-    const V term = sums[G][order.entry[G][B]];
-    constexpr bool same = order.minus[G][B] == order.minus[0][B];
-    return gather_sum<T, Transpose, B, G + 1>(sums, same ? sum + term : difference(sum, term, one), one);
-  }
-}
-
-// The pointer to elements behind, computed here and now: left to itself the compiler computes one for every row of a
-// column beforehand, and keeps them in memory.
-template <class C>
-ONNX_QUAROT_INLINE C* behind(C* p, std::size_t distance) {
-  p += distance;
-  __asm__("" : "+r"(p));
-  return p;
-}
-
-// A column whose groups' sums are kept in memory.
-template <std::size_t T, bool Transpose, class C, class V, int... B>
-ONNX_QUAROT_INLINE void small_order_column(C* values, std::size_t step, V scale, V minus_scale, V one, Indices<B...>) {
-  constexpr const SmallOrder<T, Transpose>& order = kSmallOrder<T, Transpose>;
-  V sums[T][8];
-  const C* x = values;
-#pragma GCC unroll 64
-  for (std::size_t g = 0; g < T; ++g, x = behind(x, 4 * step)) {
-    signed_sums(load(x), load(x + step), load(x + 2 * step), load(x + 3 * step), sums[g], one);
-  }
-  ((store(values, gather_sum<T, Transpose, std::size_t{B}, 1>(sums, sums[0][order.entry[0][B]], one) *
-                      (order.minus[0][B] ? minus_scale : scale)),
-    values = behind(values, step)),
-   ...);
-}
-
-// With 32 registers there is room for the sums of one group and a part of the outputs: no sum is loaded, and the sums
-// are made anew for every part. Every second output adds by multiply-adds where these have units of their own.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr bool kPartsInRegisters = true;
-#else
-constexpr bool kPartsInRegisters = false;
-#endif
-template <std::size_t T>
-constexpr std::size_t kParts = 4 * T > 20 ? 2 : 1;
-
-template <std::size_t T, bool Transpose, std::size_t G, std::size_t B, class V>
-ONNX_QUAROT_INLINE void add_group(const V* sums, V& sum, V one) {
-  constexpr const SmallOrder<T, Transpose>& order = kSmallOrder<T, Transpose>;
-  const V term = sums[order.entry[G][B]];
-  if constexpr (G == 0) {
-    sum = term;
-  } else {
-    constexpr bool same = order.minus[G][B] == order.minus[0][B], fused = kFusedDifference && B % 2 != 0;
-    const V product = fused ? one * term : term;
-    sum = same ? sum + product : sum - product;
-  }
-}
-
-// Outputs First + B of a column, from group G on, of which `x` is the first input.
-template <std::size_t T, bool Transpose, std::size_t First, std::size_t G = 0, class C, class V, int... B>
-ONNX_QUAROT_INLINE void part_sums(const C* x, std::size_t step, V* sum, V one, Indices<B...> outputs) {
-  if constexpr (G < T) {
-    V sums[8];
-    signed_sums(load(x), load(x + step), load(x + 2 * step), load(x + 3 * step), sums, one);
-    (add_group<T, Transpose, G, First + std::size_t{B}>(sums, sum[B], one), ...);
-    part_sums<T, Transpose, First, G + 1>(behind(x, 4 * step), step, sum, one, outputs);
-  }
-}
-
-template <std::size_t N, class C, class V>
-ONNX_QUAROT_INLINE void store_column(C* values, std::size_t step, const V* x) {
-#pragma GCC unroll 64
-  for (std::size_t i = 0; i < N; ++i, values = behind(values, step)) store(values, x[i]);
-}
-
-template <std::size_t T, bool Transpose, class C, class V, int... B>
-ONNX_QUAROT_INLINE void small_order_parts(C* values, std::size_t step, V scale, V minus_scale, V one,
-                                          Indices<B...> outputs) {
-  constexpr const SmallOrder<T, Transpose>& order = kSmallOrder<T, Transpose>;
-  constexpr std::size_t n = sizeof...(B);
-  V sum[n], first[n];
-  part_sums<T, Transpose, 0>(values, step, sum, one, outputs);
-  ((first[B] = sum[B] * (order.minus[0][B] ? minus_scale : scale)), ...);
-  if constexpr (n < 4 * T) {
-    part_sums<T, Transpose, n>(behind(values, 0), step, sum, one, outputs);
-    ((sum[B] *= order.minus[0][n + std::size_t{B}] ? minus_scale : scale), ...);
-    store_column<n>(values + n * step, step, sum);
-  }
-  store_column<n>(values, step, first);
-}
-
-template <std::size_t T, bool Transpose, class C, class V>
-__attribute__((noinline)) void small_order(C* values, std::size_t step, V scale, V one) {
-  const V minus_scale = -scale;
-  for (std::size_t j = 0; j < step; j += sizeof(V) / sizeof(C)) {
-    if constexpr (kPartsInRegisters) {
-      small_order_parts<T, Transpose>(values + j, step, scale, minus_scale, one,
-                                      typename MakeIndices<static_cast<int>(4 * T / kParts<T>)>::Type{});
-    } else {
-      small_order_column<T, Transpose>(values + j, step, scale, minus_scale, one,
-                                       typename MakeIndices<static_cast<int>(4 * T)>::Type{});
-    }
-  }
-}
 
 // x0 +- x1 +- x2 +- x3 +- x4, `step` vectors apart: sum e has +x_i where bit i - 1 of e is set.
 template <class V>
@@ -289,26 +143,25 @@ __attribute__((noinline)) void table_order(C* values, std::size_t step, const Or
   }
 }
 
-template <std::size_t T, class V>
-ONNX_QUAROT_INLINE void small_order(float* values, std::size_t step, bool transpose, V scale, V one) {
-  return transpose ? small_order<T, true>(values, step, scale, one) : small_order<T, false>(values, step, scale, one);
-}
-
 // values[b] <- scale * sum over a of values[a] H[a][b], for `step` adjacent columns; the codes are those of H or of
 // H^T, as `transpose` says.
 ONNX_QUAROT_INLINE void order_step(float* values, std::size_t step, const OrderStep& order, bool transpose, char* table,
                                    char* sums, Floats scale, Floats one) {
   switch (order.order) {
     case 12:
-      return small_order<3>(values, step, transpose, scale, one);
+      return williamson_order<3>(values, step, transpose, scale, one);
     case 20:
-      return small_order<5>(values, step, transpose, scale, one);
+      return williamson_order<5>(values, step, transpose, scale, one);
     case 28:
-      return small_order<7>(values, step, transpose, scale, one);
+      return williamson_order<7>(values, step, transpose, scale, one);
     case 36:
-      return small_order<9>(values, step, transpose, scale, one);
+      return williamson_order<9>(values, step, transpose, scale, one);
     case 44:
-      return small_order<11>(values, step, transpose, scale, one);
+      return williamson_order<11>(values, step, transpose, scale, one);
+    case 60:
+      return paley_order<29>(values, step, scale, one);
+    case 76:
+      return paley_order<37>(values, step, scale, one);
     default:
       return table_order(values, step, order, table, sums, scale, one);
   }

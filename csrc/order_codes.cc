@@ -66,7 +66,7 @@ std::vector<std::uint64_t> order_codes(const std::int8_t* h, std::size_t n, std:
       for (std::size_t g = std::min(done + step, groups); g-- > done;) {
         int sign[kGroupInputs] = {};
         for (std::size_t i = g == 0 ? zeros : 0; i < kGroupInputs; ++i) {
-          sign[i] = h[(kGroupInputs * g + i - zeros) * row + b * column];
+          sign[i] = int{h[(kGroupInputs * g + i - zeros) * row + b * column]};
         }
         if (sign[0] == 0) sign[0] = terms[b].plus.size() % 2 != 0 ? 1 : -1;
         std::uint64_t sum = 0;  // bit i - 1: x_i has the sign of x_0

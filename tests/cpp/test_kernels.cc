@@ -284,7 +284,7 @@ int main(int argc, char** argv) {
   check_measured_rows();
   std::vector<std::size_t> sizes;
   for (std::size_t n = 1; n <= 65536; n *= 2) sizes.push_back(n);
-  for (const unsigned k : {12u, 20u, 28u, 36u, 44u, 52u, 92u, 108u, 140u, 156u, 188u, 212u, 300u}) {
+  for (const unsigned k : {12u, 20u, 28u, 36u, 44u, 52u, 60u, 76u, 92u, 108u, 140u, 156u, 188u, 212u, 300u}) {
     for (const unsigned m : {1u, 2u, 4u, 8u, 16u, 64u, 512u}) sizes.push_back(k * m);
   }
   for (const std::size_t n : sizes) {
