@@ -25,6 +25,9 @@ constexpr std::size_t kMostOutputs = 3;
 // Work handed to a thread at once, in products: about 20 us.
 constexpr std::size_t kTaskProducts = std::size_t{1} << 21;
 constexpr std::size_t kTaskValues = std::size_t{1} << 15;
+// Rows from here on are copied before they are rotated: between passes, their values would share the first-level cache
+// with those they are made from.
+constexpr std::size_t kCopiedValues = 8192;
 // Bytes of weights that are fetched before they are asked for.
 constexpr std::size_t kFetched = 16384;
 
@@ -353,6 +356,10 @@ class QLinearKernel {
     const float factor = epsilon_ ? norm_factor(qlinear_kernels(), straight, size, *epsilon_) : 1.0f;
     if (rotation.transform != nullptr) {
       const auto stride = static_cast<std::ptrdiff_t>(size);
+      if (size >= kCopiedValues && straight != room) {
+        std::memcpy(room, straight, size * sizeof(float));
+        straight = room;
+      }
       rotation.transform->rows(straight, room, 1, stride, stride, rotation.signs);
       straight = room;
     }
