@@ -21,7 +21,7 @@ from .progress import Progress
 from .qdq import SiteReport, check_opset, quantize_linears
 from .ranges import static_ranges
 from .replay import Replay
-from .scheme import Scheme, TensorSpec, parse_scheme
+from .scheme import BLOCK_FORMS, Scheme, TensorSpec, parse_scheme
 from .sites import LinearSite
 from .tied_tables import SharedWeight, tied_roots
 from .tokens import check_tokens, quantize_tokens
@@ -83,7 +83,7 @@ def quantize_sites(
         part = [site for site in sites if forms[site.node_name] == form]
         if form == "qdq":
             done, weights = quantize_linears(model, part, ranges, scheme, overrides=schemes, solved=solved, tied=tied)
-        elif form in ("block", "nbits"):
+        elif form in BLOCK_FORMS:
             done, weights = quantize_blocks(model, part, schemes, solved, tied)
         elif form == "dynamic":
             done, weights = quantize_dynamic(model, part, schemes, solved, tied)
@@ -142,7 +142,7 @@ def head_schemes(sites: Sequence[LinearSite], scheme: Scheme) -> dict[str, Schem
     if scheme.form == "token":
         # ONNX Runtime's integer kernels mistake blocked 8-bit activations for ones with a single scale.
         head = parse_scheme("a8w8")
-    elif scheme.form in ("block", "nbits") and bits > scheme.weight.bits:
+    elif scheme.form in BLOCK_FORMS and bits > scheme.weight.bits:
         # A scale a channel instead of one a block: the head is a large part of a small model.
         head = parse_scheme("a8w8-dynamic-tensor")
     else:

@@ -16,7 +16,8 @@ import onnx_ir as ir
 from .errors import ConfigError
 
 METHODS = ("minmax", "percentile", "mse", "entropy")
-FORMS = ("qdq", "block", "nbits", "dynamic", "fused", "token")
+BLOCK_FORMS = ("block", "nbits")  # MatMulNBits
+FORMS = ("qdq", *BLOCK_FORMS, "dynamic", "fused", "token")
 WEIGHT_METHODS = ("rtn", "gptq")
 
 _STORAGE: dict[tuple[int, bool], tuple[ir.DataType, np.dtype]] = {
@@ -86,9 +87,8 @@ class Scheme:
     None: all of them. weights: how the integers are chosen; rtn rounds to the nearest in a range of least squared
     error, gptq makes up for each column's error in the next ones (Frantar et al., arXiv:2210.17323). head_bits: bits
     of the weights of the layer that makes an output of the graph (a language model's head), None for those of all
-    others; more of them make that layer a8w8 in the form token, and in the forms block and nbits
-    a8w8-dynamic-tensor, as QLinear where the other layers are. damping: of
-    gptq's Hessians, as a share of their mean diagonal.
+    others; more of them make that layer a8w8 in the form token, and in the forms block and nbits a8w8-dynamic-tensor,
+    as QLinear where the other layers are. damping: of gptq's Hessians, as a share of their mean diagonal.
     """
 
     name: str
@@ -114,7 +114,7 @@ class Scheme:
             raise ConfigError(f"bits: {self.name} has scales for each token, which take 4 bits on both sides")
         if self.form == "fused" and self.block not in (None, 32, 64, 128):
             raise ConfigError(f"block: {self.block} is not supported by {self.name}; use 32, 64 or 128")
-        if self.form in ("block", "nbits") and self.weight.bits not in (4, 8):
+        if self.form in BLOCK_FORMS and self.weight.bits not in (4, 8):
             raise ConfigError(f"weight: {self.weight.bits} bits in blocks are not supported; use 4 or 8")
 
     def with_method(self, method: str | None) -> Scheme:
@@ -138,7 +138,7 @@ class Scheme:
     @property
     def min_opset(self) -> int:
         """The oldest opset of ONNX's own operators that can carry the scheme."""
-        if self.form in ("block", "nbits", "dynamic", "fused"):
+        if self.form in (*BLOCK_FORMS, "dynamic", "fused"):
             return 13
         narrow = {self.activation.bits, self.weight.bits} != {8}
         return 21 if narrow or self.form == "token" else 13
