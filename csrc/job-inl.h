@@ -137,6 +137,7 @@ template <class T>
 void run_powers(const void* in, void* out, std::size_t count, std::size_t n, double scale) {
   using C = typename Compute<T>::Scalar;
   using V = typename Compute<T>::Vector;
+  const UppersCleared cleared;
   const V one = opaque<V>(1.0f);
   const Source<T, false> from{static_cast<const T*>(in), nullptr};
   const Sink<T, Finish::scale> to{static_cast<T*>(out), nullptr, V{} + static_cast<C>(scale)};
@@ -150,6 +151,7 @@ void run_powers(const void* in, void* out, std::size_t count, std::size_t n, dou
 
 template <class T>
 void run(const Job& job) {
+  const UppersCleared cleared;
   if (job.signs == nullptr) return run<T, false, false>(job);
   return job.transpose ? run<T, false, true>(job) : run<T, true, false>(job);
 }

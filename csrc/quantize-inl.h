@@ -223,6 +223,7 @@ class MeasuringLoop {
 
 [[maybe_unused]] void measure_powers(const MeasureJob& job) {
   constexpr std::size_t together = 16;
+  const UppersCleared cleared;
   const Floats one = opaque<Floats>(1.0f);
   // Known zeros would be written by `rep stos`, which takes 30 nanoseconds to start.
   const Ints none = reinterpret_cast<Ints>(opaque<Floats>(0.0f));
