@@ -226,18 +226,22 @@ class QLinearKernel {
     check(api_, KernelInfo_GetOutputCount(api_, info, &count));
     if (count != outputs()) throw std::invalid_argument("outputs are " + std::to_string(count) + ": " + rule);
     for (std::size_t i = 0; i < count; ++i) {
-      std::size_t size = 0;
-      check(api_, KernelInfo_GetOutputName(api_, info, i, nullptr, &size));
-      // The size counts the terminating zero.
-      if (size < 2) throw std::invalid_argument("output Y" + std::to_string(i) + " is left out: " + rule);
+      if (is_named(KernelInfo_GetOutputName, info, i)) continue;
+      throw std::invalid_argument("output Y" + std::to_string(i) + " is left out: " + rule);
     }
   }
 
   bool has_input(const KernelInfo* info, std::size_t index) const {
-    std::size_t count = 0, size = 0;
+    std::size_t count = 0;
     check(api_, KernelInfo_GetInputCount(api_, info, &count));
-    if (count <= index) return false;
-    check(api_, KernelInfo_GetInputName(api_, info, index, nullptr, &size));
+    return index < count && is_named(KernelInfo_GetInputName, info, index);
+  }
+
+  // Inputs and outputs that are left out have empty names.
+  template <class Getter>
+  bool is_named(const Getter& name_of, const KernelInfo* info, std::size_t index) const {
+    std::size_t size = 0;
+    check(api_, name_of(api_, info, index, nullptr, &size));
     return size > 1;  // with the terminating zero
   }
 
