@@ -22,7 +22,6 @@ from .fused_neighbours import absorb_neighbours
 from .portable import Transform
 from .qdq import SiteReport, check_replaceable
 from .qlinear import (
-    BLOCKS,
     MAX_DEPTH,
     MOST_OUTPUTS,
     OP_TYPE,
@@ -34,7 +33,7 @@ from .qlinear import (
     pack_zero_points,
 )
 from .qparams import Array, QuantizedWeight, SolvedWeight, lazy
-from .scheme import Scheme
+from .scheme import FUSED_BLOCKS, Scheme
 from .sites import LinearSite, WeightSource, drop_unused, readers
 from .stand_in import add_bias
 from .tied_tables import Layout, SharedWeight
@@ -66,7 +65,7 @@ class _Kind:
 
 def takes_blocks(scheme: Scheme) -> bool:
     """Whether the operator can do what MatMulNBits does for a scheme of the form block."""
-    return scheme.form == "block" and scheme.weight.bits == 4 and scheme.block in BLOCKS
+    return scheme.form == "block" and scheme.weight.bits == 4 and scheme.block in FUSED_BLOCKS
 
 
 def quantize_fused(
@@ -234,7 +233,7 @@ def _replace(
         assert rotation is not None
         assert rotation.inputs[0] is not None
         signs = rotation.inputs[1] if len(rotation.inputs) > 1 else None
-        spec = replace(spec, rotation=_transform(rotation, spec.depth))
+        spec = replace(spec, rotation=Transform.of(rotation, spec.depth, signs))
         x = rotation.inputs[0]
     codes, scales, *zeros = weights
     node = add_qlinear(model, spec, [x, codes, scales, None, signs, *zeros], first.name or names.unique("QLinear"))
@@ -273,15 +272,6 @@ def _replace(
 def _splits(sizes: Sequence[int]) -> bool:
     """Whether one operator can have an output for each of several layers."""
     return 1 < len(sizes) <= MOST_OUTPUTS and not any(size % PANEL for size in sizes[:-1])
-
-
-def _transform(node: ir.Node, depth: int) -> Transform:
-    """What a Hadamard node does."""
-    given = {name: value.value for name, value in node.attributes.items()}
-    signs = node.inputs[1] if len(node.inputs) > 1 else None
-    length = 0 if signs is None or signs.const_value is None else int(signs.const_value.shape.numpy()[0])
-    block, scale = int(given.get("block_size", depth)), given.get("scale")
-    return Transform(block, length, bool(given.get("transpose", 0)), scale, ir.DataType.FLOAT)
 
 
 def _report(site: LinearSite, scheme: Scheme) -> SiteReport:

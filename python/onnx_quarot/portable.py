@@ -94,6 +94,18 @@ class Transform:
         exact = None if scale is None else float(np.float32(scale))
         return Transform(block, 0 if signs is None else len(signs), bool(transpose), exact, dtype)
 
+    @staticmethod
+    def of(node: ir.Node, size: int, signs: ir.Value | None) -> Transform:
+        """What a node's attributes say, of a Hadamard or of an operator that has one inside; float32."""
+        length = 0 if signs is None or signs.const_value is None else int(signs.const_value.shape.numpy()[0])
+        return Transform(
+            node.attributes.get_int("block_size", size),
+            length,
+            bool(node.attributes.get_int("transpose", 0)),
+            node.attributes.get_float("scale", None),
+            ir.DataType.FLOAT,
+        )
+
     def prepare(self, model: ir.Model, signs: npt.NDArray[Any] | None) -> list[ir.Value]:
         """Make `model` ready for functions of this domain; return the input that holds the signs, if there are any."""
         held = [] if signs is None else [_signs_value(model, np.asarray(signs).astype(np.int8))]

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from .errors import ConfigError
 from .portable import DOMAIN, OPSET_VERSION, Body, Transform
+from .scheme import FUSED_BLOCKS
 from .transform import hadamard
 
 Array = npt.NDArray[Any]
@@ -24,7 +25,6 @@ Array = npt.NDArray[Any]
 OP_TYPE = "QLinear"
 LAYOUT_VERSION = 1
 PANEL = 16
-BLOCKS = (32, 64, 128)
 MOST_OUTPUTS = 3
 MAX_DEPTH = 131072
 _MICROSOFT = "com.microsoft"
@@ -43,8 +43,8 @@ def pack(weight: Array, block: int | None = None) -> npt.NDArray[np.uint8]:
     bound = (-127, 127) if block is None else (-8, 7)
     if weight.ndim != 2 or 0 in weight.shape or weight.shape[0] > MAX_DEPTH:
         raise ConfigError(f"weight: shape {weight.shape} cannot be packed; use [K, N] with K up to {MAX_DEPTH}")
-    if block is not None and block not in BLOCKS:
-        raise ConfigError(f"block: {block} is not supported; use one of {', '.join(map(str, BLOCKS))}")
+    if block is not None and block not in FUSED_BLOCKS:
+        raise ConfigError(f"block: {block} is not supported; use one of {', '.join(map(str, FUSED_BLOCKS))}")
     if weight.min() < bound[0] or weight.max() > bound[1]:
         raise ConfigError(f"weight: holds values outside {bound[0]} to {bound[1]}")
     depth, columns = weight.shape
@@ -185,13 +185,9 @@ def entering_rows(node: ir.Node, x: Array) -> Array:
     if not node.attributes.get_int("rotate", 0):
         return rows
     signs = node.inputs[4] if len(node.inputs) > 4 else None
-    return hadamard(
-        rows,
-        block_size=node.attributes.get_int("block_size", None),
-        signs=None if signs is None or signs.const_value is None else signs.const_value.numpy(),
-        transpose=bool(node.attributes.get_int("transpose", 0)),
-        scale=node.attributes.get_float("scale", None),
-    )
+    turn = Transform.of(node, rows.shape[-1], signs)
+    known = None if signs is None or signs.const_value is None else signs.const_value.numpy()
+    return hadamard(rows, block_size=turn.block, signs=known, transpose=turn.transpose, scale=turn.scale)
 
 
 def _function(spec: QLinearSpec, opset: int) -> ir.Function:

@@ -17,6 +17,7 @@ from .errors import ConfigError
 
 METHODS = ("minmax", "percentile", "mse", "entropy")
 BLOCK_FORMS = ("block", "nbits")  # MatMulNBits
+FUSED_BLOCKS = (32, 64, 128)  # of QLinear
 FORMS = ("qdq", *BLOCK_FORMS, "dynamic", "fused", "token")
 WEIGHT_METHODS = ("rtn", "gptq")
 
@@ -112,8 +113,9 @@ class Scheme:
                 raise ConfigError(f"block: {self.block} is not supported; use a power of two of at least 16")
         if self.form == "token" and (self.activation.bits, self.weight.bits) != (4, 4):
             raise ConfigError(f"bits: {self.name} has scales for each token, which take 4 bits on both sides")
-        if self.form == "fused" and self.block not in (None, 32, 64, 128):
-            raise ConfigError(f"block: {self.block} is not supported by {self.name}; use 32, 64 or 128")
+        if self.form == "fused" and self.block not in (None, *FUSED_BLOCKS):
+            known = ", ".join(map(str, FUSED_BLOCKS))
+            raise ConfigError(f"block: {self.block} is not supported by {self.name}; use one of {known}")
         if self.form in BLOCK_FORMS and self.weight.bits not in (4, 8):
             raise ConfigError(f"weight: {self.weight.bits} bits in blocks are not supported; use 4 or 8")
 
