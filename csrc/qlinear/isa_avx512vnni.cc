@@ -1,41 +1,33 @@
 // AVX-512 VNNI: vpdpbusd on 512 bits. 6 x 64 sums in 24 of the 32 registers.
 #if defined(__AVX512VNNI__) || defined(ONNX_QUAROT_EMULATE_DOT)
+#define ONNX_QUAROT_DOT_LANES 16
+#define ONNX_QUAROT_DOT_ROWS 6
+#define ONNX_QUAROT_DOT_PANELS 4
+#define ONNX_QUAROT_DOT_SIGNED 0
 #if defined(ONNX_QUAROT_EMULATE_DOT)
 #include "portable_dot-inl.h"
 #else
 #include <immintrin.h>
 
 #include <cstdint>
-#endif
 
 namespace onnx_quarot {
 namespace {
 template <class Vector>
 inline Vector dot_bytes(Vector sum, Vector weights, Vector values) {
-#if defined(ONNX_QUAROT_EMULATE_DOT)
-  return portable_dot<std::uint8_t>(sum, weights, values);
-#else
   return reinterpret_cast<Vector>(_mm512_dpbusd_epi32(
       reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(weights), reinterpret_cast<__m512i>(values)));
-#endif
 }
 template <class Vector>
 inline Vector wide_bytes(const std::uint8_t* from) {
-#if defined(ONNX_QUAROT_EMULATE_DOT)
-  return portable_wide<Vector>(from);
-#else
   // The mask of all lanes: GCC 12 warns of the plain form, which leaves a vector uninitialized.
   const __m128i bytes = _mm_castpd_si128(_mm_loaddup_pd(reinterpret_cast<const double*>(from)));
   return reinterpret_cast<Vector>(_mm512_maskz_cvtepu8_epi32(0xffff, bytes));
-#endif
 }
 }  // namespace
 }  // namespace onnx_quarot
+#endif
 
-#define ONNX_QUAROT_DOT_LANES 16
-#define ONNX_QUAROT_DOT_ROWS 6
-#define ONNX_QUAROT_DOT_PANELS 4
-#define ONNX_QUAROT_DOT_SIGNED 0
 #include "dot-inl.h"
 
 ONNX_QUAROT_QLINEAR_KERNELS(qlinear_avx512vnni, "avx512vnni")

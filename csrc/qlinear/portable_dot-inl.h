@@ -1,17 +1,17 @@
-// The dot product of four bytes, and bytes as 32-bit integers, in plain C++, for vectors of any width: what CPUs
-// without instructions for it run, and what stands in for the instructions where kernels made for them are tested.
+// What dot-inl.h asks for in plain C++, for vectors of any width: what CPUs without instructions for it run, and what
+// stands in for the instructions where kernels made for them are tested.
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace onnx_quarot {
 namespace {
 
-// Weight: what the bytes of `weights` are, std::uint8_t or std::int8_t.
-template <class Weight, class Vector>
-inline Vector portable_dot(Vector sum, Vector weights, Vector values) {
+template <class Vector>
+inline Vector dot_bytes(Vector sum, Vector weights, Vector values) {
   constexpr std::size_t count = sizeof(Vector);
-  Weight w[count];
+  std::conditional_t<ONNX_QUAROT_DOT_SIGNED == 1, std::int8_t, std::uint8_t> w[count];
   std::int8_t a[count];
   std::memcpy(w, &weights, sizeof(w));
   std::memcpy(a, &values, sizeof(a));
@@ -26,7 +26,7 @@ inline Vector portable_dot(Vector sum, Vector weights, Vector values) {
 }
 
 template <class Vector>
-inline Vector portable_wide(const std::uint8_t* from) {
+inline Vector wide_bytes(const std::uint8_t* from) {
   std::int32_t lanes[sizeof(Vector) / 4];
   for (std::size_t i = 0; i < sizeof(Vector) / 4; ++i) lanes[i] = from[i % 8];
   Vector wide;
