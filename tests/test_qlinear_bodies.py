@@ -128,6 +128,9 @@ def activations(case: Case, rows: int = 40) -> Array:
 
 
 def run(model: onnx.ModelProto, x: Array, options: ort.SessionOptions | None = None) -> Array:
+    options = options or ort.SessionOptions()
+    # Without VNNI, DynamicQuantizeMatMul saturates sums in 16 bits unless it is told not to.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return np.concatenate(session.run(None, {"x": x}), axis=1)
 
