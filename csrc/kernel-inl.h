@@ -2,6 +2,7 @@
 //   ONNX_QUAROT_BLOCK_VECTORS   vectors of the first pass, kept in registers (a power of two)
 //   ONNX_QUAROT_MAX_RADIX       largest radix of a strided pass
 //   ONNX_QUAROT_FUSED_DIFFERENCE  1: subtract by fused multiply-add
+//   ONNX_QUAROT_INTERLEAVED     1: first and second passes of short rows take turns, instruction by instruction
 // Stages run in the same order whatever the width: element bits from low to high, then the step of order K. Sums are
 // therefore formed in the same order on every CPU, and results agree bit for bit.
 #include <type_traits>
@@ -18,6 +19,8 @@ namespace {
 constexpr std::size_t kBlockVectors = ONNX_QUAROT_BLOCK_VECTORS;
 constexpr std::size_t kMaxRadix = ONNX_QUAROT_MAX_RADIX;
 constexpr bool kFusedDifference = ONNX_QUAROT_FUSED_DIFFERENCE != 0;
+constexpr bool kInterleaved = ONNX_QUAROT_INTERLEAVED != 0;
+static_assert(!kInterleaved || kBlockVectors == 8, "two of them need the registers of one of 16");
 constexpr std::size_t kL1Bytes = 32768;     // rows up to here are transformed in first-level cache
 constexpr std::size_t kChunkBytes = 16384;  // pieces of longer ones
 constexpr std::size_t kL2Bytes = 524288;    // and larger pieces of those, where they fit
@@ -75,6 +78,8 @@ struct Source {
     return {values + i, Signed ? signs + sign : nullptr};
   }
 };
+
+constexpr unsigned doublings(std::size_t from, std::size_t to) { return from < to ? 1 + doublings(2 * from, to) : 0; }
 
 enum class Finish { none, scale, scale_and_sign };
 
@@ -233,7 +238,6 @@ __attribute__((noinline)) void last_pass(In in, Out out, std::size_t step, V one
   for (std::size_t j = 0; j < step; j += width) column_pass<R>(in.at(j), step, to.at(j), step, one);
 }
 
-constexpr unsigned doublings(std::size_t from, std::size_t to) { return from < to ? 1 + doublings(2 * from, to) : 0; }
 // Passes of radix 8 at most that make up for them.
 constexpr unsigned passes(unsigned doublings) { return (doublings + 2) / 3; }
 
@@ -257,6 +261,72 @@ void one_pass_rows(In in, Out out, std::size_t count, std::size_t sign_step, V o
   for (std::size_t i = 0; i < count; ++i) block_pass<R>(in.at(i * n, i * sign_step), out.at(i * n, i * sign_step), one);
 }
 
+// A block_pass and, between its instructions, column_passes over as many vectors of the row before. A block waits for
+// shuffles and for its own results, columns wait for adders and stores: one after the other, a CPU that looks ahead
+// less than a block (Zen 3) finds too little to do meanwhile. R is 2 or 4: more registers there are not.
+template <std::size_t R, class In, class Out, class C, class V>
+struct Interleaved {
+  static constexpr std::size_t lanes = sizeof(V) / sizeof(C), vectors = kBlockVectors;
+  static constexpr std::size_t lane_steps = vectors * doublings(1, lanes);
+  static constexpr std::size_t pair_steps = vectors / 2 * doublings(1, vectors);
+  static constexpr std::size_t block_steps = lane_steps + pair_steps + vectors;
+  static constexpr std::size_t column_pairs = R / 2 * doublings(1, R);
+  static constexpr std::size_t column_steps = R + column_pairs + 1;
+  static constexpr std::size_t total_column_steps = vectors / R * column_steps;
+
+  In from;
+  Sink<C, Finish::none> to;
+  Source<C, false> before;
+  Out done;
+  V one;
+  V x[vectors];
+  V y[R];
+
+  template <std::size_t Pair, std::size_t Half>
+  static ONNX_QUAROT_INLINE void butterfly(V* values, V one) {
+    constexpr std::size_t i = Pair / Half * 2 * Half + Pair % Half;
+    const V a = values[i], b = values[i + Half];
+    values[i] = a + b;
+    values[i + Half] = difference(a, b, one);
+  }
+  template <std::size_t Step>
+  ONNX_QUAROT_INLINE void block_step() {
+    if constexpr (Step < lane_steps) {
+      constexpr std::size_t i = Step % vectors;
+      if constexpr (Step < vectors) x[i] = from.get(i * lanes);
+      x[i] = lane_stage<(1 << Step / vectors)>(x[i], LanesOf<V>{});
+    } else if constexpr (Step < lane_steps + pair_steps) {
+      constexpr std::size_t pair = Step - lane_steps;
+      butterfly<pair % (vectors / 2), std::size_t{1} << pair / (vectors / 2)>(x, one);
+    } else {
+      constexpr std::size_t i = Step - lane_steps - pair_steps;
+      to.put(i * lanes, x[i]);
+    }
+  }
+  template <std::size_t Step, std::size_t End>
+  ONNX_QUAROT_INLINE void columns() {
+    if constexpr (Step < End) {
+      constexpr std::size_t column = Step / column_steps * lanes, i = Step % column_steps;
+      if constexpr (i < R) {
+        y[i] = before.get(column + i * vectors * lanes);
+      } else if constexpr (i < R + column_pairs) {
+        butterfly<(i - R) % (R / 2), std::size_t{1} << (i - R) / (R / 2)>(y, one);
+      } else {
+        done.at(column).template put_all<R>(y, vectors * lanes);
+      }
+      columns<Step + 1, End>();
+    }
+  }
+  template <std::size_t Step = 0>
+  ONNX_QUAROT_INLINE void run() {
+    if constexpr (Step < block_steps) {
+      block_step<Step>();
+      columns<Step * total_column_steps / block_steps, (Step + 1) * total_column_steps / block_steps>();
+      run<Step + 1>();
+    }
+  }
+};
+
 // Rows of R blocks. The first pass keeps the arithmetic units busy and the second one loads and stores: the second pass
 // of a row runs piece by piece between the pieces of the next row's first pass.
 template <std::size_t R, class In, class Out, class C, class V>
@@ -272,6 +342,17 @@ void two_pass_rows(In in, Rows<C> rows, Out out, std::size_t count, std::size_t 
     const Sink<C, Finish::none> to = row_sink(i);
     const Source<C, false> before{rows.at(i - 1), nullptr};
     const Out done = out.at((i - 1) * n, (i - 1) * sign_step);
+    if constexpr (kInterleaved && R <= 4 && !In::paired && !Out::paired) {
+      typename Out::Loop columns_to(done);
+      const std::size_t share = kBlockVectors / R * lanes;
+#pragma GCC unroll 1
+      for (std::size_t b = 0, c = 0; b < n; b += block, c += share) {
+        Interleaved<R, In, decltype(columns_to.at(c)), C, V> both{
+            from.at(b), to.at(b), before.at(c), columns_to.at(c), one, {}, {}};
+        both.run();
+      }
+      continue;
+    }
     std::size_t b = 0, c = 0;
     for (std::size_t piece = 0; piece < pieces; ++piece) {
 #pragma GCC unroll 1

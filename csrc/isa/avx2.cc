@@ -2,8 +2,9 @@
 #if defined(__AVX2__)
 #define ONNX_QUAROT_VECTOR_BYTES 32
 #define ONNX_QUAROT_BLOCK_VECTORS 8
-#define ONNX_QUAROT_MAX_RADIX 16
+#define ONNX_QUAROT_MAX_RADIX 8
 #define ONNX_QUAROT_FUSED_DIFFERENCE 0
+#define ONNX_QUAROT_INTERLEAVED 1
 #include "kernel-inl.h"
 
 ONNX_QUAROT_KERNELS(avx2_kernels, "avx2")

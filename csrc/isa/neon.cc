@@ -4,6 +4,7 @@
 #define ONNX_QUAROT_BLOCK_VECTORS 16
 #define ONNX_QUAROT_MAX_RADIX 16
 #define ONNX_QUAROT_FUSED_DIFFERENCE 0
+#define ONNX_QUAROT_INTERLEAVED 0
 #include "kernel-inl.h"
 
 ONNX_QUAROT_KERNELS(neon_kernels, "neon")
