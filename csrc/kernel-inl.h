@@ -330,7 +330,7 @@ struct Interleaved {
 // Rows of R blocks. The first pass keeps the arithmetic units busy and the second one loads and stores: the second pass
 // of a row runs piece by piece between the pieces of the next row's first pass.
 template <std::size_t R, class In, class Out, class C, class V>
-void two_pass_rows(In in, Rows<C> rows, Out out, std::size_t count, std::size_t sign_step, V one) {
+void two_pass_rows(In in, const Rows<C>& rows, Out out, std::size_t count, std::size_t sign_step, V one) {
   constexpr std::size_t lanes = sizeof(V) / sizeof(C), block = kBlockVectors * lanes, n = R * block;
   constexpr std::size_t width = (Out::paired ? 2 : 1) * lanes, columns = block / width;
   constexpr std::size_t pieces = R < columns ? R : columns;
@@ -371,7 +371,7 @@ void two_pass_rows(In in, Rows<C> rows, Out out, std::size_t count, std::size_t 
 // `out` has for each, begin `sign_step` after those of the row before. `rows` is where they are between passes: memory
 // of its own, or the rows of `out`.
 template <class In, class Out, class C, class V>
-void power_rows(In in, Rows<C> rows, Out out, std::size_t count, std::size_t sign_step, std::size_t n, V one) {
+void power_rows(In in, const Rows<C>& rows, Out out, std::size_t count, std::size_t sign_step, std::size_t n, V one) {
   static_assert(kBlockVectors == 8 || kBlockVectors == 16);
   static_assert(kMaxRadix == 8 || kMaxRadix == 16 || kMaxRadix == 32);
   constexpr std::size_t lanes = sizeof(V) / sizeof(C), block = kBlockVectors * lanes;
