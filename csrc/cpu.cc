@@ -39,7 +39,7 @@ std::vector<Candidate> find_candidates() {
 #if defined(__x86_64__)
   static const Kernels converting = with_bfloat16(avx512_kernels);
   found.push_back({cpu.avx512bf16 ? &converting : &avx512_kernels, cpu.avx512, "avx512"});
-  const Kernels* const avx2 = cpu.shared_adders ? &avx2_kernels : &avx2_fused_kernels;
+  const Kernels* const avx2 = cpu.plain_differences ? &avx2_kernels : &avx2_fused_kernels;
   found.push_back({avx2, cpu.avx2, "avx2"});
   // Transforms have no use for its dot products, which QLinear has.
   found.push_back({avx2, cpu.avxvnni, "avxvnni"});
@@ -107,7 +107,7 @@ CpuFeatures detect_cpu() {
   __asm__ volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return features;
   constexpr unsigned ymm = 0x6, zmm = 0xe6;
-  features.shared_adders = is_zen_1_to_4();
+  features.plain_differences = is_zen_1_to_4();
   features.avx2 = (saved & ymm) == ymm && fma && f16c && (b & bit_AVX2) != 0;
   const unsigned wanted = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
   features.avx512 = features.avx2 && (saved & zmm) == zmm && (b & wanted) == wanted;

@@ -26,7 +26,7 @@ constexpr std::size_t kChunkBytes = 16384;  // pieces of longer ones
 constexpr std::size_t kL2Bytes = 524288;    // and larger pieces of those, where they fit
 
 // On CPUs that run additions and fused multiply-adds on different units, subtractions are made the latter: the product
-// by an opaque 1 is exact. Where a multiply-add borrows a port of the adders (Zen 3), that costs instead.
+// by an opaque 1 is exact. Where multiply-adds and stores hinder each other (Zen 3), that costs instead.
 template <class V>
 ONNX_QUAROT_INLINE V difference(V a, V b, V one) {
   if constexpr (kFusedDifference) {

@@ -3,6 +3,7 @@
 #define ONNX_QUAROT_BLOCK_VECTORS 16
 #define ONNX_QUAROT_MAX_RADIX 32
 #define ONNX_QUAROT_FUSED_DIFFERENCE 1
+#define ONNX_QUAROT_INTERLEAVED 0
 #include "kernel-inl.h"
 
 namespace onnx_quarot {
