@@ -22,6 +22,7 @@ struct Isa {
                                row_panels4 = ONNX_QUAROT_DOT_SIGNED        ? 0
                                              : ONNX_QUAROT_DOT_LANES == 16 ? 2
                                                                            : 1;
+  static constexpr bool quick_sums = false;
   static constexpr std::int32_t offset8 = ONNX_QUAROT_DOT_SIGNED ? 0 : 128;
   static constexpr std::size_t step_bytes8 = 4;
   using Int [[gnu::vector_size(4 * ONNX_QUAROT_DOT_LANES), gnu::aligned(4)]] = std::int32_t;

@@ -5,6 +5,7 @@
 //   rows4, panels4               the same for 4 bits
 //   row_panels8, row_panels4     panels at a time of a single row; row_panels4 is 0 where there is no way of its own
 //   halves                       parts of a step of four features: 2 where they are multiplied in pairs
+//   quick_sums                   whether sums wait for additions alone, not for products
 //   offset8                      what packed weights are too large by, as the products see them
 //   Int, Float                   vectors of 32-bit integers and floats
 //   quantize8, quantize4         see QuantizeJob

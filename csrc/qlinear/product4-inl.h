@@ -49,7 +49,7 @@ __attribute__((noinline)) void tile4(const MultiplyJob& job, std::size_t first_r
   }
   const std::int32_t* corrections = job.corrections + first_row * blocks;
   // Few sums would wait for one another: each gets several parts.
-  constexpr std::size_t chains = Rows * vectors >= 8 ? 1 : Rows * vectors >= 4 ? 2 : 4;
+  constexpr std::size_t chains = Isa::quick_sums || Rows * vectors >= 8 ? 1 : Rows * vectors >= 4 ? 2 : 4;
   Isa::Float totals[Rows][vectors] = {};
   for (std::size_t block = 0; block < blocks; ++block) {
     Isa::Int sums[chains][Rows][vectors] = {};
