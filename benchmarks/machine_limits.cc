@@ -17,9 +17,17 @@ using Vector = __m256i;
 constexpr double kOperations = 64;
 #define ONNX_QUAROT_DOT(sum, a, b) asm volatile("%{vex%} vpdpbusd %1, %2, %0" : "+x"(sum) : "x"(a), "x"(b))
 #else
-// 16-bit pairs: what is exact without VNNI.
-constexpr double kOperations = 32;
-#define ONNX_QUAROT_DOT(sum, a, b) asm volatile("vpmaddwd %1, %2, %0" : "=x"(sum) : "x"(a), "x"(b))
+// What is exact without VNNI: magnitudes times bytes of turned signs, pairs and then fours added up.
+constexpr double kOperations = 64;
+#define ONNX_QUAROT_DOT(sum, a, b)                      \
+  do {                                                  \
+    Vector part;                                        \
+    asm volatile(                                       \
+        "vpxor %2, %3, %1\n\tvpmaddubsw %1, %2, %1\n\t" \
+        "vpmaddwd %1, %3, %1\n\tvpaddd %1, %0, %0"      \
+        : "+x"(sum), "=&x"(part)                        \
+        : "x"(a), "x"(b));                              \
+  } while (false)
 #endif
 #else
 #error "The limits are those of x86-64 CPUs with AVX2."
