@@ -5,14 +5,14 @@
 namespace onnx_quarot {
 
 struct CpuFeatures {
-  bool avx2 = false;           // AVX2, FMA, F16C, and 256-bit registers saved by the system
+  bool avx2 = false;               // AVX2, FMA, F16C, and 256-bit registers saved by the system
   bool plain_differences = false;  // multiply-adds and stores hinder each other, as on AMD's Zen 1 to 4
-  bool avx512 = false;         // AVX-512 F, BW, DQ, VL, and 512-bit registers saved by the system
-  bool avx512vnni = false;     // and its dot products of bytes
-  bool avx512bf16 = false;     // and its conversions to bfloat16
-  bool avxvnni = false;        // the same in 256 bits, without AVX-512
-  bool neon = false;           // 64-bit Arm: always there
-  bool neon_dot = false;       // and its dot products of bytes
+  bool avx512 = false;             // AVX-512 F, BW, DQ, VL, and 512-bit registers saved by the system
+  bool avx512vnni = false;         // and its dot products of bytes
+  bool avx512bf16 = false;         // and its conversions to bfloat16
+  bool avxvnni = false;            // the same in 256 bits, without AVX-512
+  bool neon = false;               // 64-bit Arm: always there
+  bool neon_dot = false;           // and its dot products of bytes
 };
 
 CpuFeatures detect_cpu();
