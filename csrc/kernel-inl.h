@@ -274,13 +274,13 @@ struct Interleaved {
   static constexpr std::size_t column_steps = R + column_pairs + 1;
   static constexpr std::size_t total_column_steps = vectors / R * column_steps;
 
-  In from;
-  Sink<C, Finish::none> to;
-  Source<C, false> before;
-  Out done;
   V one;
   V x[vectors];
   V y[R];
+  Sink<C, Finish::none> to;
+  Out done;
+  In from;
+  Source<C, false> before;
 
   template <std::size_t Pair, std::size_t Half>
   static ONNX_QUAROT_INLINE void butterfly(V* values, V one) {
@@ -348,7 +348,7 @@ void two_pass_rows(In in, const Rows<C>& rows, Out out, std::size_t count, std::
 #pragma GCC unroll 1
       for (std::size_t b = 0, c = 0; b < n; b += block, c += share) {
         Interleaved<R, In, decltype(columns_to.at(c)), C, V> both{
-            from.at(b), to.at(b), before.at(c), columns_to.at(c), one, {}, {}};
+            one, {}, {}, to.at(b), columns_to.at(c), from.at(b), before.at(c)};
         both.run();
       }
       continue;
