@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
+import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
@@ -103,7 +104,7 @@ def session(
         if threads < 1:
             raise OnnxQuarotError(f"threads is {threads}: it must be at least 1")
         options.intra_op_num_threads = threads
-    if exact and not _core.has_vnni():
+    if exact and not _core.has_vnni() and (use_library or not _aborts_if_exact(file)):
         # With VNNI nothing saturates, and this would halve the speed: it makes all weights uint8.
         options.add_session_config_entry("session.x64quantprecision", "1")
     if use_library:
@@ -114,6 +115,14 @@ def session(
         )
     except Exception as error:
         raise ModelError(f"{file} cannot be loaded by onnxruntime: {_one_line(error)}") from error
+
+
+def _aborts_if_exact(file: Path) -> bool:
+    """Whether ONNX Runtime would end the process: before 1.32 its exact mode does, on a MatMulNBits of a function."""
+    if tuple(map(int, ort.__version__.split(".")[:2])) >= (1, 32):
+        return False
+    functions = onnx.load(file, load_external_data=False).functions
+    return any(node.op_type == "MatMulNBits" for function in functions for node in function.node)
 
 
 def add_hadamard(
