@@ -13,6 +13,7 @@ import onnxruntime as ort
 import pytest
 
 import onnx_quarot as oq
+from onnx_quarot import _core
 from onnx_quarot.custom_op import add_hadamard
 from onnx_quarot.errors import ConfigError
 from onnx_quarot.portable import Transform
@@ -129,9 +130,10 @@ def activations(case: Case, rows: int = 40) -> Array:
 
 def run(model: onnx.ModelProto, x: Array, options: ort.SessionOptions | None = None) -> Array:
     options = options or ort.SessionOptions()
-    # Without VNNI, DynamicQuantizeMatMul saturates sums in 16 bits unless it is told not to. MatMulNBits does not, and in
-    # functions it makes old versions abort when they are told.
-    if not any(node.op_type == "MatMulNBits" for function in model.functions for node in function.node):
+    dynamic = any(node.op_type == "DynamicQuantizeMatMul" for function in model.functions for node in function.node)
+    if dynamic and not _core.has_vnni():
+        if tuple(map(int, ort.__version__.split(".")[:2])) < (1, 32):
+            pytest.skip(f"ONNX Runtime {ort.__version__} aborts in exact mode, without which these sums saturate here")
         options.add_session_config_entry("session.x64quantprecision", "1")
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return np.concatenate(session.run(None, {"x": x}), axis=1)

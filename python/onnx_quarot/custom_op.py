@@ -118,11 +118,12 @@ def session(
 
 
 def _aborts_if_exact(file: Path) -> bool:
-    """Whether ONNX Runtime would end the process: before 1.32 its exact mode does, on a MatMulNBits of a function."""
+    """Whether ONNX Runtime would end the process: before 1.32 its exact mode does, on its own products in functions."""
     if tuple(map(int, ort.__version__.split(".")[:2])) >= (1, 32):
         return False
     functions = onnx.load(file, load_external_data=False).functions
-    return any(node.op_type == "MatMulNBits" for function in functions for node in function.node)
+    own = ("MatMulNBits", "DynamicQuantizeMatMul")
+    return any(node.op_type in own for function in functions for node in function.node)
 
 
 def add_hadamard(
