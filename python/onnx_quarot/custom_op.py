@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
-import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
@@ -98,13 +97,13 @@ def session(
     file = Path(path)
     if not file.is_file():
         raise ModelError(f"model is {str(file)!r}: there is no such file")
-    _refuse_faults(file)
+    ends_if_exact = _refuse_faults(file)
     options = ort.SessionOptions() if session_options is None else session_options
     if threads is not None:
         if threads < 1:
             raise OnnxQuarotError(f"threads is {threads}: it must be at least 1")
         options.intra_op_num_threads = threads
-    if exact and not _core.has_vnni() and (use_library or not _aborts_if_exact(file)):
+    if exact and not _core.has_vnni() and (use_library or not ends_if_exact):
         # With VNNI nothing saturates, and this would halve the speed: it makes all weights uint8.
         options.add_session_config_entry("session.x64quantprecision", "1")
     if use_library:
@@ -115,15 +114,6 @@ def session(
         )
     except Exception as error:
         raise ModelError(f"{file} cannot be loaded by onnxruntime: {_one_line(error)}") from error
-
-
-def _aborts_if_exact(file: Path) -> bool:
-    """Whether ONNX Runtime would end the process: before 1.32 its exact mode does, on its own products in functions."""
-    if tuple(map(int, ort.__version__.split(".")[:2])) >= (1, 32):
-        return False
-    functions = onnx.load(file, load_external_data=False).functions
-    own = ("MatMulNBits", "DynamicQuantizeMatMul")
-    return any(node.op_type in own for function in functions for node in function.node)
 
 
 def add_hadamard(
@@ -165,14 +155,16 @@ def add_hadamard(
     return ir.node(OP_TYPE, inputs, attributes, domain=DOMAIN, overload=overload, outputs=[output], name=name)
 
 
-def _refuse_faults(file: Path) -> None:
+def _refuse_faults(file: Path) -> bool:
+    """Whether, of a model that is not refused, exact mode is to be left out where functions run."""
     if not runtime_faults.any_known():
-        return
+        return False
     try:
         model = ir.load(file)
     except Exception:
-        return  # ONNX Runtime says what is wrong with the file
+        return False  # ONNX Runtime says what is wrong with the file
     runtime_faults.refuse(model, str(file))
+    return runtime_faults.ends_in_exact_mode(model)
 
 
 def _one_line(error: Exception) -> str:
