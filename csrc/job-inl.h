@@ -1,4 +1,5 @@
 // From a Job to the passes: rows, blocks, signs, and blocks shorter than a vector. Included by kernel-inl.h.
+#include "rows-inl.h"
 
 namespace onnx_quarot {
 namespace {

@@ -2,7 +2,7 @@
 //   ONNX_QUAROT_BLOCK_VECTORS   vectors of the first pass, kept in registers (a power of two)
 //   ONNX_QUAROT_MAX_RADIX       largest radix of a strided pass
 //   ONNX_QUAROT_FUSED_DIFFERENCE  1: subtract by fused multiply-add
-//   ONNX_QUAROT_INTERLEAVED     1: first and second passes of short rows take turns, instruction by instruction
+//   ONNX_QUAROT_INTERLEAVED     1: passes of short rows take turns, instruction by instruction
 // Stages run in the same order whatever the width: element bits from low to high, then the step of order K. Sums are
 // therefore formed in the same order on every CPU, and results agree bit for bit.
 #include <type_traits>
@@ -137,19 +137,25 @@ struct Rows {
   ONNX_QUAROT_INLINE C* at(std::size_t i) const { return values + (i & mask) * step; }
 };
 
-// With 64-byte vectors, two of which are computed a cycle on either kind of units, those of multiply-adds would be the
-// busier ones where a scale is multiplied as well: some subtractions are left to the adders. In passes over columns
-// those of every other stage, whose distances the bits say; none if results are converted, by units that also add.
+// In passes over columns of R vectors, the stages whose subtractions are fused; the bits are their distances.
+// - 64-byte vectors are added, and multiplied and added, two a cycle each. The units of the latter would be the busier
+//   ones where a scale is multiplied as well: every other stage is left to the adders, but for results to be converted,
+//   by units that also add.
+// - Where multiply-adds and stores hinder each other, two multiply-adds cost the time of one store. Eight stores and a
+//   third of the subtractions, fused, take as long as all else takes the adders: 10 cycles a column instead of 12.
 constexpr bool kSparesMultipliers = kVectorBytes >= 64;
-template <bool Converts>
-constexpr std::size_t kPlainInColumns = kSparesMultipliers && !Converts ? 0b10101 : 0;
+constexpr std::size_t kFusedStages = kFusedDifference ? ~std::size_t{0} : 0;
+template <std::size_t R, bool Converts>
+constexpr std::size_t kFusedInColumns = kSparesMultipliers && !Converts ? kFusedStages & ~std::size_t{0b10101}
+                                        : kInterleaved && R == 8        ? 0b10
+                                                                        : kFusedStages;
 template <class V>
 ONNX_QUAROT_INLINE V sparing_difference(V a, V b, V one) {
   return kSparesMultipliers ? a - b : difference(a, b, one);
 }
 
 // Butterflies between R vectors, neighbours first, from distance H to below End.
-template <std::size_t R, std::size_t H = 1, std::size_t End = R, std::size_t Plain = 0, class V>
+template <std::size_t R, std::size_t H = 1, std::size_t End = R, std::size_t Fused = kFusedStages, class V>
 ONNX_QUAROT_INLINE void butterflies(V* x, V one) {
   if constexpr (H < End) {
 #pragma GCC unroll 64
@@ -157,9 +163,9 @@ ONNX_QUAROT_INLINE void butterflies(V* x, V one) {
       if ((i & H) != 0) continue;
       const V a = x[i], b = x[i + H];
       x[i] = a + b;
-      x[i + H] = (Plain & H) != 0 ? a - b : difference(a, b, one);
+      x[i + H] = (Fused & H) != 0 ? a - one * b : a - b;
     }
-    butterflies<R, 2 * H, End, Plain>(x, one);
+    butterflies<R, 2 * H, End, Fused>(x, one);
   }
 }
 
@@ -193,16 +199,16 @@ ONNX_QUAROT_INLINE void block_pass(In in, Out out, V one) {
 template <std::size_t R, class In, class Out, class V>
 ONNX_QUAROT_INLINE void column_pass(In in, std::size_t in_step, Out out, std::size_t step, V one) {
   constexpr std::size_t lanes = sizeof(V) / sizeof(one[0]);
-  constexpr std::size_t plain = kPlainInColumns<sizeof(*out.values) != sizeof(one[0])>;
+  constexpr std::size_t fused = kFusedInColumns<R, sizeof(*out.values) != sizeof(one[0])>;
   V x[R];
 #pragma GCC unroll 64
   for (std::size_t i = 0; i < R; ++i) x[i] = in.get(i * in_step);
-  butterflies<R, 1, R, plain>(x, one);
+  butterflies<R, 1, R, fused>(x, one);
   if constexpr (Out::paired) {
     V odd[R];
 #pragma GCC unroll 64
     for (std::size_t i = 0; i < R; ++i) odd[i] = in.get(i * in_step + lanes);
-    butterflies<R, 1, R, plain>(odd, one);
+    butterflies<R, 1, R, fused>(odd, one);
 #pragma GCC unroll 64
     for (std::size_t i = 0; i < R; ++i) out.put_pair(i * step, x[i], odd[i]);
   } else {
@@ -244,8 +250,9 @@ constexpr unsigned passes(unsigned doublings) { return (doublings + 2) / 3; }
 // How a row too long for two passes is cut: the radix of its last pass, 8 as often as possible, after the first passes
 // in first-level cache and after chunks of it beyond. Not more than 8: longer columns at power-of-two distances evict
 // each other. Where it takes no pass more, one of them ends with pieces that stay in second-level cache; vectors that
-// are half a cache line gain nothing from that.
+// are half a cache line gain nothing from that. Rows of 32 blocks are eight of four where these are interleaved.
 ONNX_QUAROT_INLINE std::size_t last_radix(std::size_t n, std::size_t element_bytes, std::size_t block) {
+  if (kInterleaved && n == 32 * block) return 8;
   const std::size_t bytes = n * element_bytes;
   unsigned left = bytes <= kL1Bytes ? doublings(block, n) : doublings(kChunkBytes, bytes);
   if constexpr (kVectorBytes >= 64) {
@@ -253,173 +260,6 @@ ONNX_QUAROT_INLINE std::size_t last_radix(std::size_t n, std::size_t element_byt
     if (beyond > 0 && passes(beyond) + passes(left - beyond) == passes(left)) left = beyond;
   }
   return left == 1 ? 2 : (left % 3 == 0 ? 8 : 4);
-}
-
-template <std::size_t R, class In, class Out, class V>
-void one_pass_rows(In in, Out out, std::size_t count, std::size_t sign_step, V one) {
-  constexpr std::size_t n = R * sizeof(V) / sizeof(one[0]);
-  for (std::size_t i = 0; i < count; ++i) block_pass<R>(in.at(i * n, i * sign_step), out.at(i * n, i * sign_step), one);
-}
-
-// A block_pass and, between its instructions, column_passes over as many vectors of the row before. A block waits for
-// shuffles and for its own results, columns wait for adders and stores: one after the other, a CPU that looks ahead
-// less than a block (Zen 3) finds too little to do meanwhile. R is 2 or 4: more registers there are not.
-template <std::size_t R, class In, class Out, class C, class V>
-struct Interleaved {
-  static constexpr std::size_t lanes = sizeof(V) / sizeof(C), vectors = kBlockVectors;
-  static constexpr std::size_t lane_steps = vectors * doublings(1, lanes);
-  static constexpr std::size_t pair_steps = vectors / 2 * doublings(1, vectors);
-  static constexpr std::size_t block_steps = lane_steps + pair_steps + vectors;
-  static constexpr std::size_t column_pairs = R / 2 * doublings(1, R);
-  static constexpr std::size_t column_steps = R + column_pairs + 1;
-  static constexpr std::size_t total_column_steps = vectors / R * column_steps;
-
-  V one;
-  V x[vectors];
-  V y[R];
-  Sink<C, Finish::none> to;
-  Out done;
-  In from;
-  Source<C, false> before;
-
-  template <std::size_t Pair, std::size_t Half>
-  static ONNX_QUAROT_INLINE void butterfly(V* values, V one) {
-    constexpr std::size_t i = Pair / Half * 2 * Half + Pair % Half;
-    const V a = values[i], b = values[i + Half];
-    values[i] = a + b;
-    values[i + Half] = difference(a, b, one);
-  }
-  template <std::size_t Step>
-  ONNX_QUAROT_INLINE void block_step() {
-    if constexpr (Step < lane_steps) {
-      constexpr std::size_t i = Step % vectors;
-      if constexpr (Step < vectors) x[i] = from.get(i * lanes);
-      x[i] = lane_stage<(1 << Step / vectors)>(x[i], LanesOf<V>{});
-    } else if constexpr (Step < lane_steps + pair_steps) {
-      constexpr std::size_t pair = Step - lane_steps;
-      butterfly<pair % (vectors / 2), std::size_t{1} << pair / (vectors / 2)>(x, one);
-    } else {
-      constexpr std::size_t i = Step - lane_steps - pair_steps;
-      to.put(i * lanes, x[i]);
-    }
-  }
-  template <std::size_t Step, std::size_t End>
-  ONNX_QUAROT_INLINE void columns() {
-    if constexpr (Step < End) {
-      constexpr std::size_t column = Step / column_steps * lanes, i = Step % column_steps;
-      if constexpr (i < R) {
-        y[i] = before.get(column + i * vectors * lanes);
-      } else if constexpr (i < R + column_pairs) {
-        butterfly<(i - R) % (R / 2), std::size_t{1} << (i - R) / (R / 2)>(y, one);
-      } else {
-        done.at(column).template put_all<R>(y, vectors * lanes);
-      }
-      columns<Step + 1, End>();
-    }
-  }
-  template <std::size_t Step = 0>
-  ONNX_QUAROT_INLINE void run() {
-    if constexpr (Step < block_steps) {
-      block_step<Step>();
-      columns<Step * total_column_steps / block_steps, (Step + 1) * total_column_steps / block_steps>();
-      run<Step + 1>();
-    }
-  }
-};
-
-// Rows of R blocks. The first pass keeps the arithmetic units busy and the second one loads and stores: the second pass
-// of a row runs piece by piece between the pieces of the next row's first pass.
-template <std::size_t R, class In, class Out, class C, class V>
-void two_pass_rows(In in, const Rows<C>& rows, Out out, std::size_t count, std::size_t sign_step, V one) {
-  constexpr std::size_t lanes = sizeof(V) / sizeof(C), block = kBlockVectors * lanes, n = R * block;
-  constexpr std::size_t width = (Out::paired ? 2 : 1) * lanes, columns = block / width;
-  constexpr std::size_t pieces = R < columns ? R : columns;
-  const auto row_sink = [&](std::size_t i) { return Sink<C, Finish::none>{rows.at(i), nullptr, one}; };
-  if (count == 0) return;
-  one_pass_rows<kBlockVectors>(in, row_sink(0), R, block, one);
-  for (std::size_t i = 1; i < count; ++i) {
-    const In from = in.at(i * n, i * sign_step);
-    const Sink<C, Finish::none> to = row_sink(i);
-    const Source<C, false> before{rows.at(i - 1), nullptr};
-    const Out done = out.at((i - 1) * n, (i - 1) * sign_step);
-    if constexpr (kInterleaved && R <= 4 && !In::paired && !Out::paired) {
-      typename Out::Loop columns_to(done);
-      const std::size_t share = kBlockVectors / R * lanes;
-#pragma GCC unroll 1
-      for (std::size_t b = 0, c = 0; b < n; b += block, c += share) {
-        Interleaved<R, In, decltype(columns_to.at(c)), C, V> both{
-            one, {}, {}, to.at(b), columns_to.at(c), from.at(b), before.at(c)};
-        both.run();
-      }
-      continue;
-    }
-    std::size_t b = 0, c = 0;
-    for (std::size_t piece = 0; piece < pieces; ++piece) {
-#pragma GCC unroll 1
-      for (std::size_t k = 0; k < R / pieces; ++k, b += block) block_pass<kBlockVectors>(from.at(b), to.at(b), one);
-      typename Out::Loop columns_to(done);
-#pragma GCC unroll 1
-      for (std::size_t k = 0; k < columns / pieces; ++k, c += width)
-        column_pass<R>(before.at(c), block, columns_to.at(c), block, one);
-    }
-  }
-  last_pass<R>(Source<C, false>{rows.at(count - 1), nullptr}, out.at((count - 1) * n, (count - 1) * sign_step), block,
-               one);
-}
-
-// H_n of `count` adjacent rows of n elements, n a power of two and at least a vector. The signs of a row, or what else
-// `out` has for each, begin `sign_step` after those of the row before. `rows` is where they are between passes: memory
-// of its own, or the rows of `out`.
-template <class In, class Out, class C, class V>
-void power_rows(In in, const Rows<C>& rows, Out out, std::size_t count, std::size_t sign_step, std::size_t n, V one) {
-  static_assert(kBlockVectors == 8 || kBlockVectors == 16);
-  static_assert(kMaxRadix == 8 || kMaxRadix == 16 || kMaxRadix == 32);
-  constexpr std::size_t lanes = sizeof(V) / sizeof(C), block = kBlockVectors * lanes;
-  static_assert(block * kMaxRadix * sizeof(C) <= kTwoRowsBytes);
-  if (n <= block) {
-    switch (n / lanes) {
-      case 1:
-        return one_pass_rows<1>(in, out, count, sign_step, one);
-      case 2:
-        return one_pass_rows<2>(in, out, count, sign_step, one);
-      case 4:
-        return one_pass_rows<4>(in, out, count, sign_step, one);
-      case 8:
-        return one_pass_rows<8>(in, out, count, sign_step, one);
-      default:
-        return one_pass_rows<kBlockVectors>(in, out, count, sign_step, one);
-    }
-  }
-  if (n <= block * kMaxRadix) {
-    switch (n / block) {
-      case 2:
-        return two_pass_rows<2>(in, rows, out, count, sign_step, one);
-      case 4:
-        return two_pass_rows<4>(in, rows, out, count, sign_step, one);
-      case 8:
-        return two_pass_rows<8>(in, rows, out, count, sign_step, one);
-      case 16:
-        if constexpr (kMaxRadix >= 16) return two_pass_rows<16>(in, rows, out, count, sign_step, one);
-        [[fallthrough]];
-      default:
-        return two_pass_rows<kMaxRadix>(in, rows, out, count, sign_step, one);
-    }
-  }
-  const std::size_t radix = last_radix(n, sizeof(C), block), part = n / radix;
-  for (std::size_t i = 0; i < count; ++i) {
-    C* row = rows.at(i);
-    const Sink<C, Finish::none> to{row, nullptr, one};
-    power_rows(in.at(i * n, i * sign_step), Rows<C>{row, part, kEveryRow}, to, radix, part, part, one);
-    const Source<C, false> from{row, nullptr};
-    const Out last = out.at(i * n, i * sign_step);
-    if (radix == 8) {
-      last_pass<8>(from, last, part, one);
-    } else if (radix == 4) {
-      last_pass<4>(from, last, part, one);
-    } else {
-      last_pass<2>(from, last, part, one);
-    }
-  }
 }
 
 }  // namespace

@@ -188,6 +188,10 @@ struct MeasuringSink {
   using Loop = MeasuringLoop;
   float* values;
   Ints* most;
+  ONNX_QUAROT_INLINE void put(std::size_t i, Floats v) const {
+    store(values + i, v);
+    *most = larger(*most, magnitude(v));
+  }
   template <std::size_t R>
   ONNX_QUAROT_INLINE void put_all(const Floats* x, std::size_t step) const {
     Ints found[R];
