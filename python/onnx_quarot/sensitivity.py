@@ -189,7 +189,7 @@ def _join(model: ir.Model, other: ir.Model) -> list[str]:
     parts = {end: part for end in groups if (part := _between(end, known)) is not None and _is_quantized(part)}
     names = GraphNames(model.graph)
     switches = Switches(names, len(parts))
-    copied: dict[ir.Value, ir.Value] = {}
+    copied: dict[tuple[ir.Value, bool], ir.Value] = {}
     for number, (end, part) in enumerate(parts.items()):
         place = known[str(end.name)].producer()
         assert place is not None
@@ -261,7 +261,7 @@ class _Copy:
         self,
         names: GraphNames,
         known: Mapping[str, ir.Value],
-        copied: dict[ir.Value, ir.Value],
+        copied: dict[tuple[ir.Value, bool], ir.Value],
         part: Sequence[ir.Node],
         end: ir.Value,
     ) -> None:
@@ -271,7 +271,8 @@ class _Copy:
         self.end = self._made[end]
 
     def _node(self, old: ir.Node) -> ir.Node:
-        inputs = [None if value is None else self._value(value) for value in old.inputs]
+        unsigned = _signed_operands(old)
+        inputs = [None if v is None else self._value(v, i in unsigned) for i, v in enumerate(old.inputs)]
         node = ir.Node(
             old.domain,
             old.op_type,
@@ -285,16 +286,33 @@ class _Copy:
             self._made[before] = after
         return node
 
-    def _value(self, old: ir.Value) -> ir.Value:
+    def _value(self, old: ir.Value, unsigned: bool) -> ir.Value:
         if old in self._made:
             return self._made[old]
         if not old.is_initializer():
             return self._known[str(old.name)]
-        if old not in self._constants:
-            assert old.const_value is not None
-            name = f"onnx_quarot.candidate.{len(self._constants)}"
-            self._constants[old] = self._names.initializer(old.const_value, name)
-        return self._constants[old]
+        key = (old, unsigned)
+        if key not in self._constants:
+            tensor = old.const_value
+            assert tensor is not None
+            if unsigned:
+                codes = tensor.numpy()
+                tensor = ir.tensor(codes.view(np.uint8) ^ np.uint8(128))
+            self._constants[key] = self._names.initializer(tensor, f"onnx_quarot.candidate.{len(self._constants)}")
+        return self._constants[key]
+
+
+def _signed_operands(node: ir.Node) -> tuple[int, ...]:
+    """Which inputs of a node, signed weights and their zero points, are made unsigned by adding 128 to them.
+
+    Without VNNI ONNX Runtime adds pairs of products of signed weights in 16 bits, which saturate. Its exact mode makes
+    them unsigned, but not where they are outside the branch that reads them, as here.
+    """
+    if (node.domain, node.op_type) != ("com.microsoft", "DynamicQuantizeMatMul") or len(node.inputs) < 4:
+        return ()
+    operands = [node.inputs[i] for i in (1, 3)]
+    signed = all(v is not None and v.is_initializer() and v.dtype == ir.DataType.INT8 for v in operands)
+    return (1, 3) if signed else ()
 
 
 def _switch(
