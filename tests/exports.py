@@ -11,6 +11,7 @@ import pytest
 from onnxruntime.capi.onnxruntime_pybind11_state import get_all_operator_schema
 
 DATA = Path(__file__).parent / "data"
+RUNTIME = tuple(int(part) for part in ort.__version__.split(".")[:2])
 
 
 @functools.cache

@@ -13,6 +13,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from exports import RUNTIME
 from onnx_quarot.custom_op import DOMAIN, custom_op_library, register
 from onnx_quarot.transform import hadamard_matrix
 
@@ -132,7 +133,7 @@ def test_signs_as_an_input() -> None:
     assert_close(got, x @ hadamard_matrix(96, signs=signs))
 
 
-OLD = tuple(int(part) for part in ort.__version__.split(".")[:2]) < (1, 24)
+OLD = RUNTIME < (1, 24)
 
 
 @pytest.mark.skipif(

@@ -13,6 +13,7 @@ import onnxruntime as ort
 import pytest
 
 import onnx_quarot as oq
+from exports import RUNTIME
 from onnx_quarot import _core
 from onnx_quarot.custom_op import add_hadamard
 from onnx_quarot.errors import ConfigError
@@ -132,7 +133,7 @@ def run(model: onnx.ModelProto, x: Array, options: ort.SessionOptions | None = N
     options = options or ort.SessionOptions()
     dynamic = any(node.op_type == "DynamicQuantizeMatMul" for function in model.functions for node in function.node)
     if dynamic and not _core.has_vnni():
-        if tuple(map(int, ort.__version__.split(".")[:2])) < (1, 32):
+        if RUNTIME < (1, 32):
             pytest.skip(f"ONNX Runtime {ort.__version__} aborts in exact mode, without which these sums saturate here")
         options.add_session_config_entry("session.x64quantprecision", "1")
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

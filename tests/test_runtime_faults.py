@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
 import onnx_quarot as oq
+from exports import RUNTIME
 from onnx_quarot.calibrate import open_model
 from onnx_quarot.custom_op import add_hadamard
 from onnx_quarot.errors import ModelError
@@ -88,7 +88,7 @@ def test_attention_in_a_branch_is_found(tmp_path: Path, monkeypatch: pytest.Monk
         oq.session(model)
 
 
-@pytest.mark.skipif(tuple(map(int, ort.__version__.split(".")[:2])) < (1, 32), reason="this ONNX Runtime has faults")
+@pytest.mark.skipif(RUNTIME < (1, 32), reason="this ONNX Runtime has faults")
 def test_a_broken_file_is_onnxruntimes_to_explain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "m.onnx"
     broken.write_bytes(b"\xff\xff")

@@ -9,12 +9,12 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import onnx_quarot as oq
 import small_llama
+from exports import RUNTIME
 from onnx_quarot.data import input_specs
 from onnx_quarot.errors import ModelError
 from onnx_quarot.evaluation import fitted
@@ -73,7 +73,7 @@ def distance(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
 def test_float16_is_quantized_as_float32_is(
     models: tuple[Path, Path], tmp_path: Path, scheme: str, options: dict[str, Any]
 ) -> None:
-    if "kv_cache" in options and tuple(map(int, ort.__version__.split(".")[:2])) < (1, 32):
+    if "kv_cache" in options and RUNTIME < (1, 32):
         pytest.skip("GroupQueryAttention of ONNX Runtime 1.27 takes float32 alone with a quantized cache")
     expected = logits(models[0], np.float32)
     options = {"scheme": scheme, "seed": 1, "block": 16 if scheme == "a4w4" else None, **options}
