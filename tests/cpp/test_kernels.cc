@@ -127,11 +127,13 @@ std::vector<double> reference(const Case& c, std::vector<double> x, const std::v
     }
     const std::vector<std::int8_t> h = order_matrix(k);
     for (std::size_t b = 0; b < k; ++b) {
-      for (std::size_t i = 0; i < m; ++i) {
-        double sum = 0;
-        for (std::size_t a = 0; a < k; ++a) sum += x[start + a * m + i] * (c.transpose ? h[b * k + a] : h[a * k + b]);
-        y[start + b * m + i] = sum / std::sqrt(static_cast<double>(c.block));
+      double* const sums = y.data() + start + b * m;
+      for (std::size_t a = 0; a < k; ++a) {
+        const double* const values = x.data() + start + a * m;
+        const double weight = c.transpose ? h[b * k + a] : h[a * k + b];
+        for (std::size_t i = 0; i < m; ++i) sums[i] += values[i] * weight;
       }
+      for (std::size_t i = 0; i < m; ++i) sums[i] /= std::sqrt(static_cast<double>(c.block));
     }
     for (std::size_t i = 0; i < c.block && c.transpose; ++i) y[start + i] *= sign(start + i);
   }
@@ -276,7 +278,7 @@ void check_quantize(std::mt19937& random) {
 
 }  // namespace
 
-// An argument limits the sizes: under emulation the large ones take minutes.
+// An argument limits the sizes: under emulation and sanitizers the large ones take minutes.
 int main(int argc, char** argv) {
   const std::size_t limit = argc > 1 ? std::strtoul(argv[1], nullptr, 10) : std::size_t{1} << 20;
   std::mt19937 random(1);
