@@ -3,11 +3,15 @@
 namespace onnx_quarot {
 namespace {
 
+// Whether passes of short rows run beside each other: Interleaved, or in turn.
+template <class In, class Out>
+constexpr bool kMingled = kInterleaved && !In::paired && !Out::paired;
+
 // Blocks and columns of eight that take turns. A CPU of Zen 1 to 4 looks few instructions ahead: what ends with eight
 // stores leaves its arithmetic idle until the next eight values are there. So the last stage of one is also the start
 // of the next, pair by pair, in the registers that its results leave.
 template <std::size_t R, class In, class Out>
-constexpr bool kTakesTurns = kInterleaved && R == kBlockVectors && !In::paired && !Out::paired;
+constexpr bool kTakesTurns = kMingled<In, Out> && R == kBlockVectors;
 
 template <std::size_t R, class Out, class Next, class V>
 ONNX_QUAROT_INLINE void last_stage_and_next(V* x, Out out, std::size_t step, Next next, V one) {
@@ -182,7 +186,8 @@ void two_pass_rows(In in, const Rows<C>& rows, Out out, std::size_t count, std::
       const Sink<C, Finish::none> to = row_sink(i);
       const Source<C, false> before{rows.at(i - 1), nullptr};
       const Out done = out.at((i - 1) * n, (i - 1) * sign_step);
-      if constexpr (kInterleaved && R <= 4 && !In::paired && !Out::paired) {
+      if constexpr (kMingled<In, Out>) {
+        static_assert(R == 2 || R == 4);
         typename Out::Loop columns_to(done);
         const std::size_t share = kBlockVectors / R * lanes;
 #pragma GCC unroll 1
@@ -191,16 +196,16 @@ void two_pass_rows(In in, const Rows<C>& rows, Out out, std::size_t count, std::
               one, {}, {}, to.at(b), columns_to.at(c), from.at(b), before.at(c)};
           both.run();
         }
-        continue;
-      }
-      std::size_t b = 0, c = 0;
-      for (std::size_t piece = 0; piece < pieces; ++piece) {
+      } else {
+        std::size_t b = 0, c = 0;
+        for (std::size_t piece = 0; piece < pieces; ++piece) {
 #pragma GCC unroll 1
-        for (std::size_t k = 0; k < R / pieces; ++k, b += block) block_pass<kBlockVectors>(from.at(b), to.at(b), one);
-        typename Out::Loop columns_to(done);
+          for (std::size_t k = 0; k < R / pieces; ++k, b += block) block_pass<kBlockVectors>(from.at(b), to.at(b), one);
+          typename Out::Loop columns_to(done);
 #pragma GCC unroll 1
-        for (std::size_t k = 0; k < columns / pieces; ++k, c += width)
-          column_pass<R>(before.at(c), block, columns_to.at(c), block, one);
+          for (std::size_t k = 0; k < columns / pieces; ++k, c += width)
+            column_pass<R>(before.at(c), block, columns_to.at(c), block, one);
+        }
       }
     }
   }
