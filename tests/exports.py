@@ -10,8 +10,10 @@ import onnxruntime as ort
 import pytest
 from onnxruntime.capi.onnxruntime_pybind11_state import get_all_operator_schema
 
+from onnx_quarot import runtime_faults
+
 DATA = Path(__file__).parent / "data"
-RUNTIME = tuple(int(part) for part in ort.__version__.split(".")[:2])
+RUNTIME = runtime_faults.version()
 
 
 @functools.cache

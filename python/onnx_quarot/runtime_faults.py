@@ -12,14 +12,14 @@ _FLAWLESS = (1, 32)  # from here on nothing is refused
 
 def any_known() -> bool:
     """Whether this ONNX Runtime has faults that :func:`refuse` knows, so that it is worth reading a model for it."""
-    return _version() < _FLAWLESS
+    return version() < _FLAWLESS
 
 
 def refuse(model: ir.Model, name: str) -> None:
     """ModelError if this ONNX Runtime fails with `model`, called `name`, in a way that it does not report."""
-    if _version() < (1, 27):
+    if version() < (1, 27):
         _overloads(model, name)
-    if _version() < (1, 32):
+    if version() < (1, 32):
         _attention_without_bias(model, name)
 
 
@@ -27,7 +27,7 @@ def ends_in_exact_mode(model: ir.Model) -> bool:
     """Whether ``session.x64quantprecision`` ends the process: on ONNX Runtime's own products in functions that run."""
     own = ("MatMulNBits", "DynamicQuantizeMatMul")
     nodes = (node for function in model.functions.values() for node in function)
-    return _version() < (1, 32) and any(node.op_type in own for node in nodes)
+    return version() < (1, 32) and any(node.op_type in own for node in nodes)
 
 
 def _overloads(model: ir.Model, name: str) -> None:
@@ -53,5 +53,6 @@ def _attention_without_bias(model: ir.Model, name: str) -> None:
             )
 
 
-def _version() -> tuple[int, ...]:
+def version() -> tuple[int, ...]:
+    """The major and minor version of ONNX Runtime."""
     return tuple(int(part) for part in ort.__version__.split(".")[:2])
