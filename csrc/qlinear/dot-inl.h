@@ -22,9 +22,10 @@ struct Isa {
                                row_panels4 = ONNX_QUAROT_DOT_SIGNED        ? 0
                                              : ONNX_QUAROT_DOT_LANES == 16 ? 2
                                                                            : 1;
+  static constexpr std::size_t most_rows = 256;
   static constexpr bool quick_sums = false;
   static constexpr std::int32_t offset8 = ONNX_QUAROT_DOT_SIGNED ? 0 : 128;
-  static constexpr std::size_t step_bytes8 = 4;
+  static constexpr bool has_excess = false;
   using Int [[gnu::vector_size(4 * ONNX_QUAROT_DOT_LANES), gnu::aligned(4)]] = std::int32_t;
   using Float [[gnu::vector_size(4 * ONNX_QUAROT_DOT_LANES), gnu::aligned(4)]] = float;
   using Bytes [[gnu::vector_size(4 * ONNX_QUAROT_DOT_LANES), gnu::aligned(4)]] = std::uint8_t;

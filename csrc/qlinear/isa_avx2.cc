@@ -1,8 +1,8 @@
-// AVX2, exact: vpmaddubsw takes magnitudes of activations as its unsigned operand, and weights that have their signs
-// as the signed one, w where the activation is positive and -w - 1 where it is negative, which is w with all bits
-// flipped. Two products are 2 * 127 * 128 at most and fit into 16 bits; what the ones add up to is one number a row. So
-// a step is four instructions, as many as for pairs of 16-bit integers, without widening the weights. 4-bit weights are
-// the unsigned operand: eight sums of two products of at most 15 * 127 fit into 16 bits.
+// AVX2, exact: vpmaddubsw adds the products of two features in 16 bits, which must not saturate. Weights are its
+// unsigned operand, up to 255, so that the sum of a pair of activations may be -128..128. Few pairs of a row are larger
+// when its largest value is 127: quantize8 takes what they have too much out, into the row's excess, which is
+// multiplied by itself. So 32 products take three instructions, as for kernels that saturate. 4-bit weights need none of this: eight
+// sums of two products of at most 15 * 127 fit into 16 bits.
 #if defined(__AVX2__)
 #include <immintrin.h>
 
@@ -18,15 +18,14 @@ namespace {
 struct Isa {
   static constexpr std::size_t lanes = 8, rows = 5, panels = 1, halves = 1, rows4 = 4, panels4 = 1;
   static constexpr std::size_t row_panels8 = 1, row_panels4 = 0;
+  static constexpr std::size_t most_rows = 64;
   static constexpr bool quick_sums = true;
-  static constexpr std::int32_t offset8 = 0;
-  static constexpr std::size_t step_bytes8 = 8;
+  static constexpr std::int32_t offset8 = 128;
+  static constexpr bool has_excess = true;
   using Int [[gnu::vector_size(32), gnu::aligned(4)]] = std::int32_t;
   using Float [[gnu::vector_size(32), gnu::aligned(4)]] = float;
   using Weights = __m256i;
-  struct Values {
-    __m256i magnitudes, flips;
-  };
+  using Values = __m256i;
 
   static constexpr bool widens = false;
   static constexpr std::size_t widened_bytes = 1;
@@ -40,7 +39,7 @@ struct Isa {
   static __m256i four(const std::uint8_t* from) {
     return _mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(from)));
   }
-  static Values values(const std::uint8_t* from, std::size_t) { return {four(from), four(from + 4)}; }
+  static Values values(const std::uint8_t* from, std::size_t) { return four(from); }
   // Sums are added to in place, one after the other: left to itself, the compiler computes all products of a tile
   // before it adds them, runs out of registers, and copies sums.
   static Int add_pairs(Int sum, __m256i pairs) {
@@ -49,39 +48,52 @@ struct Isa {
     return sum;
   }
   static Int dot8(Int sum, Weights weights, Values values) {
-    return add_pairs(sum, _mm256_maddubs_epi16(values.magnitudes, _mm256_xor_si256(weights, values.flips)));
+    return add_pairs(sum, _mm256_maddubs_epi16(weights, values));
   }
 
-  // A step: four magnitudes, then what flips the weights' bytes; these are 128 too large, which is flipped as well.
   static void quantize8(const QuantizeJob& job) {
     auto* out = static_cast<std::uint8_t*>(job.out);
+    auto* const excess = reinterpret_cast<ExcessStep*>(out + excess_offset(job.steps));
+    ExcessStep* last = excess;
     const __m256 inverse = _mm256_set1_ps(job.inverse);
-    const __m256i order = _mm256_setr_epi32(0, 4, 2, 6, 1, 5, 3, 7);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m256i most = _mm256_set1_epi16(128), least = _mm256_set1_epi16(-128), low = _mm256_set1_epi16(255);
     __m256i sum = _mm256_setzero_si256();
-    const auto some = [&](const float* from, std::uint8_t* to) {
+    const auto some = [&](std::size_t k, const float* from, std::uint8_t* to) {
       const auto two = [&](const float* at) {
         return _mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(at), inverse)),
                                   _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(at + 8), inverse)));
       };
       const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(two(from), two(from + 16)), order);
-      const __m256i magnitudes = _mm256_abs_epi8(bytes), negative = _mm256_cmpgt_epi8(_mm256_setzero_si256(), bytes);
-      const __m256i flips = _mm256_xor_si256(negative, _mm256_set1_epi8(-128));
-      sum = _mm256_add_epi64(sum, _mm256_sad_epu8(_mm256_and_si256(magnitudes, negative), _mm256_setzero_si256()));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_unpacklo_epi32(magnitudes, flips));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32), _mm256_unpackhi_epi32(magnitudes, flips));
+      const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes);
+      sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+      // The first of two that are too large takes all of it: it is at least as large, as the other is 127 at most.
+      const __m256i beyond = _mm256_sub_epi16(pairs, _mm256_max_epi16(_mm256_min_epi16(pairs, most), least));
+      const __m256i taken = _mm256_and_si256(beyond, low);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_sub_epi8(bytes, taken));
+      const __m256i none = _mm256_cmpeq_epi32(taken, _mm256_setzero_si256());
+      unsigned steps = static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(none))) ^ 255u;
+      if (steps == 0) return;
+      std::uint8_t fours[32];
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(fours), taken);
+      for (; steps != 0; steps &= steps - 1) {
+        const unsigned step = static_cast<unsigned>(__builtin_ctz(steps));
+        (++last)->step = static_cast<std::uint32_t>(k / kStepValues) + step;
+        std::memcpy(last->values, fours + step * kStepValues, kStepValues);
+      }
     };
     std::size_t k = 0;
-    for (; k + 32 <= job.depth; k += 32) some(job.values + k, out + 2 * k);
+    for (; k + 32 <= job.depth; k += 32) some(k, job.values + k, out + k);
     if (k < job.depth) {
       float rest[32] = {};
       std::memcpy(rest, job.values + k, (job.depth - k) * sizeof(float));
-      std::uint8_t last[64];
-      some(rest, last);
-      std::memcpy(out + 2 * k, last, 2 * (job.steps * 4 - k));
+      some(k, rest, out + k);  // up to 31 bytes of the padding
     }
-    std::int64_t sums[4];
+    excess->step = static_cast<std::uint32_t>(last - excess);
+    std::int32_t sums[8], total = 0;
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums), sum);
-    job.corrections[0] = static_cast<std::int32_t>(sums[0] + sums[1] + sums[2] + sums[3]);
+    for (const std::int32_t one : sums) total += one;
+    job.corrections[0] = -job.offset * total;
   }
 
   using Weights4 = __m256i;

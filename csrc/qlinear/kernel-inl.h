@@ -3,10 +3,13 @@
 //   lanes                        columns in a vector
 //   rows, panels                 of a tile of many rows: rows x (16 * panels) sums in registers
 //   rows4, panels4               the same for 4 bits
+//   most_rows                    that panels are multiplied by at a time, which the second cache should hold: they bound
+//                                the sums kept between blocks of the depth
 //   row_panels8, row_panels4     panels at a time of a single row; row_panels4 is 0 where there is no way of its own
 //   halves                       parts of a step of four features: 2 where they are multiplied in pairs
 //   quick_sums                   whether sums wait for additions alone, not for products
 //   offset8                      what packed weights are too large by, as the products see them
+//   has_excess                   whether rows beside 8-bit weights have an excess
 //   Int, Float                   vectors of 32-bit integers and floats
 //   quantize8, quantize4         see QuantizeJob
 //   widens, widened_bytes, widen a copy of a panel's step in a form that is multiplied faster, for many rows
@@ -20,9 +23,9 @@
 #include "product4-inl.h"
 #include "product8-inl.h"
 
-#define ONNX_QUAROT_QLINEAR_KERNELS(symbol, name)                                                   \
-  namespace onnx_quarot {                                                                           \
-  const QLinearKernels symbol = {                                                                   \
-      name,           Isa::step_bytes8, 4,         Isa::offset8, peak_bits,      sum_squares, gate, \
-      Isa::quantize8, quantize_bytes,   multiply8, multiply4,    attend_queries, turn_pairs};       \
+#define ONNX_QUAROT_QLINEAR_KERNELS(symbol, name)                                                     \
+  namespace onnx_quarot {                                                                             \
+  const QLinearKernels symbol = {name,      Isa::has_excess, Isa::offset8,   peak_bits, sum_squares,    \
+                                 gate,      Isa::quantize8,  quantize_bytes, multiply8, multiply4,      \
+                                 attend_queries, turn_pairs};                                           \
   }

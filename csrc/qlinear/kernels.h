@@ -9,9 +9,20 @@
 
 namespace onnx_quarot {
 
+// Of a step of four activations, and behind a row's steps.
+constexpr std::size_t kStepValues = 4, kRowPadding = 64;
+
+// What is left out of a row's step where kernels add two products in 16 bits, to multiply as the row's own values are.
+// Behind a row and its padding come all of these, with room for every step; in the first, `step` is their number.
+struct ExcessStep {
+  std::uint32_t step;
+  std::uint8_t values[kStepValues];
+};
+constexpr std::size_t excess_offset(std::size_t steps) { return steps * kStepValues + kRowPadding; }
+constexpr std::size_t excess_bytes(std::size_t steps) { return (steps + 1) * sizeof(ExcessStep); }
+
 // One row to quantize: values * inverse, rounded, in `steps` steps of four, zeros after `depth`. `out`
-// has kRowPadding bytes more than the steps take.
-constexpr std::size_t kRowPadding = 64;
+// has kRowPadding bytes more than the steps take, and then its excess if the kernels have it.
 struct QuantizeJob {
   const float* values;
   std::size_t depth;
@@ -46,8 +57,8 @@ struct MultiplyJob {
 
 struct QLinearKernels {
   const char* name;
-  std::size_t step_bytes8, step_bytes4;  // of four quantized activations, beside 8- and 4-bit weights
-  std::int32_t offset8;                  // what 8-bit weights are too large by, as the products see them
+  bool has_excess;       // whether rows beside 8-bit weights have an excess
+  std::int32_t offset8;  // what 8-bit weights are too large by, as the products see them
   std::uint32_t (*peak_bits)(const float* values, std::size_t depth);  // of the largest magnitude
   float (*sum_squares)(const float* values, std::size_t depth);
   // y = silu(a) * b, from pairs of panels, [pairs][2][16] to [pairs][16].

@@ -30,6 +30,24 @@ struct Tile {
   const std::uint8_t* ahead;
 };
 
+// Adds the products of what a row's values leave out to its sums of `Panels` panels.
+template <std::size_t Panels>
+inline void add_excess(const MultiplyJob& job, std::size_t row, std::size_t column,
+                       Isa::Int (&sums)[kVectors * Panels]) {
+  const auto* values = static_cast<const std::uint8_t*>(job.values) + row * job.row_bytes;
+  const auto* excess = reinterpret_cast<const ExcessStep*>(values + excess_offset(job.steps));
+  const std::uint8_t* panel = job.weights + column / kPanelColumns * job.panel_bytes;
+  for (std::size_t left = excess->step; left > 0; --left) {
+    ++excess;
+    const Isa::Values operand = Isa::values(excess->values, 0);
+    const std::uint8_t* weights = panel + excess->step * kStepBytes;
+    ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < kVectors * Panels; ++v) {
+      const std::uint8_t* from = weights + v / kVectors * job.panel_bytes;
+      sums[v] = Isa::dot8(sums[v], Isa::weights(from, v % kVectors, 0), operand);
+    }
+  }
+}
+
 // Meanwhile, as many steps of `Ahead` panels are fetched into the second cache, from tile.ahead on.
 template <std::size_t Rows, std::size_t Panels, bool Widened, std::size_t Ahead>
 __attribute__((noinline)) void tile8(const Tile& tile) {
@@ -61,7 +79,7 @@ __attribute__((noinline)) void tile8(const Tile& tile) {
             Isa::dot8(sums[r][v], operands[v], operand);
       }
     }
-    ONNX_QUAROT_UNROLL for (std::size_t t = 0; t < triples; ++t) starts[t] += Isa::step_bytes8;
+    ONNX_QUAROT_UNROLL for (std::size_t t = 0; t < triples; ++t) starts[t] += kStepValues;
     weights += step_bytes;
     if constexpr (Ahead > 0) {
       ONNX_QUAROT_UNROLL for (std::size_t p = 0; p < Ahead; ++p) __builtin_prefetch(ahead + p * tile.panel_bytes, 0, 2);
@@ -76,6 +94,11 @@ __attribute__((noinline)) void tile8(const Tile& tile) {
     return;
   }
   const MultiplyJob& job = *tile.job;
+  if constexpr (Isa::has_excess) {
+    ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
+      add_excess<Panels>(job, tile.row + r, tile.column, sums[r]);
+    }
+  }
   finish<true, Rows, Panels>(job, tile.row, tile.column,
                              [&](std::size_t r, std::size_t v) { return to_float(sums[r][v]); });
 }
@@ -126,7 +149,7 @@ void panels8(const MultiplyJob& job, std::size_t column, std::int32_t* sums, std
     for (std::size_t group = 0; group < groups; ++group) {
       tile.row = job.rows * group / groups;
       const std::size_t rows = job.rows * (group + 1) / groups - tile.row;
-      tile.values = static_cast<const std::uint8_t*>(job.values) + tile.row * job.row_bytes + step * Isa::step_bytes8;
+      tile.values = static_cast<const std::uint8_t*>(job.values) + tile.row * job.row_bytes + step * kStepValues;
       tile.corrections = job.corrections + tile.row;
       tile.sums = sums + tile.row * kPanelColumns * Panels;
       // Every group fetches its share of them: at once, they would be waited for.
@@ -164,7 +187,7 @@ inline void row8_panels(const MultiplyJob& job, std::size_t column) {
   ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) sums[0][v] = splat(job.corrections[0]);
   const auto add = [&](Isa::Int* sum, std::size_t step) {
     ONNX_QUAROT_UNROLL for (std::size_t half = 0; half < Isa::halves; ++half) {
-      const Isa::Values operand = Isa::values(row + step * Isa::step_bytes8, half);
+      const Isa::Values operand = Isa::values(row + step * kStepValues, half);
       ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
         const std::uint8_t* from = weights + v / kVectors * job.panel_bytes;
         sum[v] = Isa::dot8(sum[v], Isa::weights(from, v % kVectors, half), operand);
@@ -181,6 +204,7 @@ inline void row8_panels(const MultiplyJob& job, std::size_t column) {
   ONNX_QUAROT_UNROLL for (std::size_t i = 1; i < chains; ++i) {
     ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) sums[0][v] += sums[i][v];
   }
+  if constexpr (Isa::has_excess) add_excess<Panels>(job, 0, column, sums[0]);
   finish<true, 1, Panels>(job, 0, column, [&](std::size_t, std::size_t v) { return to_float(sums[0][v]); });
 }
 
@@ -195,16 +219,13 @@ void row8(const MultiplyJob& job) {
   for (; column < job.columns; column += kPanelColumns) row8_panels<1>(job, column);
 }
 
-// Rows at a time, which bounds the sums kept between blocks of the depth.
-constexpr std::size_t kMaxRows = 256;
-
 void multiply8(const MultiplyJob& whole) {
   if (whole.rows == 1) return row8(whole);
-  alignas(64) std::int32_t sums[kMaxRows * kPanelColumns * Isa::panels];
+  alignas(64) std::int32_t sums[Isa::most_rows * kPanelColumns * Isa::panels];
   alignas(64) std::uint8_t wide[Isa::widens ? kWideSteps * Isa::widened_bytes : 1];
-  for (std::size_t row = 0; row < whole.rows; row += kMaxRows) {
+  for (std::size_t row = 0; row < whole.rows; row += Isa::most_rows) {
     MultiplyJob job = whole;
-    job.rows = std::min(kMaxRows, whole.rows - row);
+    job.rows = std::min(Isa::most_rows, whole.rows - row);
     job.values = static_cast<const std::uint8_t*>(whole.values) + row * whole.row_bytes;
     job.corrections += row;
     job.row_scales += row;

@@ -75,7 +75,8 @@ void check_shape(const QLinearShape& shape) {
 QuantizedRows::QuantizedRows(const QLinearKernels& kernels, const QLinearShape& shape, std::size_t rows)
     : kernels_(&kernels), shape_(shape), count_(rows) {
   // Rows a power of two apart would fall into the same few cache sets.
-  row_bytes_ = shape.steps() * (shape.bits == 4 ? kernels.step_bytes4 : kernels.step_bytes8) + kRowPadding;
+  row_bytes_ = shape.steps() * kStepValues + kRowPadding;
+  if (shape.bits == 8 && kernels.has_excess) row_bytes_ += excess_bytes(shape.steps());
   static_assert(kRowPadding % alignof(std::int32_t) == 0, "what follows the rows is aligned");
   const std::size_t values = rows * row_bytes_, numbers = rows * (shape.blocks() + 1);
   if (values + numbers * sizeof(float) > sizeof(local_)) {
