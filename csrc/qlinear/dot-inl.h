@@ -18,10 +18,12 @@ struct Isa {
                                panels = ONNX_QUAROT_DOT_PANELS;
   static constexpr std::size_t halves = 1, rows4 = ONNX_QUAROT_DOT_LANES == 16 ? 6 : 4,
                                panels4 = ONNX_QUAROT_DOT_LANES == 16 ? 2 : 1;
+  // With 8 bits long panels, with 4 bits short ones: these share what is done to a row, and the end.
   static constexpr std::size_t row_panels8 = ONNX_QUAROT_DOT_LANES == 16 ? 4 : 1,
-                               row_panels4 = ONNX_QUAROT_DOT_SIGNED        ? 0
-                                             : ONNX_QUAROT_DOT_LANES == 16 ? 2
-                                                                           : 1;
+                               row_panels4 = ONNX_QUAROT_DOT_LANES == 16 ? 2 : 1;
+  static constexpr bool upper_halves = ONNX_QUAROT_DOT_SIGNED == 0, fetches_row = true;
+  static bool side_by_side8(std::size_t panel_bytes) { return panel_bytes >= 65536; }
+  static bool side_by_side4(std::size_t panel_bytes) { return panel_bytes <= kShortPanel; }
   static constexpr std::size_t most_rows = 256;
   static constexpr bool quick_sums = false;
   static constexpr std::int32_t offset8 = ONNX_QUAROT_DOT_SIGNED ? 0 : 128;

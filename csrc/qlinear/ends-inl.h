@@ -83,7 +83,7 @@ inline void finish(const MultiplyJob& job, std::size_t first, std::size_t column
 
 // How far ahead a single row's weights are asked for: the processor's own guesses end with a page. One panel is
 // followed by the next in memory; several at a time, if they are short, by as many.
-constexpr std::size_t kShortPanel = 8192, kLongPanel = 65536, kDistance = 8192;
+constexpr std::size_t kDistance = 8192;
 template <std::size_t Panels>
 inline std::size_t row_distance(const MultiplyJob& job) {
   return Panels > 1 && job.panel_bytes <= kShortPanel ? Panels * job.panel_bytes : kDistance;
@@ -91,6 +91,7 @@ inline std::size_t row_distance(const MultiplyJob& job) {
 
 template <std::size_t Panels>
 inline void fetch_row(const MultiplyJob& job, const std::uint8_t* from) {
+  if constexpr (!Isa::fetches_row) return;
   ONNX_QUAROT_UNROLL for (std::size_t p = 0; p < Panels; ++p) __builtin_prefetch(from + p * job.panel_bytes);
 }
 

@@ -5,7 +5,10 @@
 //   rows4, panels4               the same for 4 bits
 //   most_rows                    that panels are multiplied by at a time, which the second cache should hold: they bound
 //                                the sums kept between blocks of the depth
-//   row_panels8, row_panels4     panels at a time of a single row; row_panels4 is 0 where there is no way of its own
+//   row_panels8, row_panels4     panels that a single row reads side by side where
+//   side_by_side8, side_by_side4 (a panel's bytes) says so
+//   fetches_row                  whether a single row asks for weights ahead
+//   upper_halves                 whether dot4 takes bytes that hold a feature in their upper half alone
 //   halves                       parts of a step of four features: 2 where they are multiplied in pairs
 //   quick_sums                   whether sums wait for additions alone, not for products
 //   offset8                      what packed weights are too large by, as the products see them

@@ -12,6 +12,9 @@ namespace onnx_quarot {
 // Of a step of four activations, and behind a row's steps.
 constexpr std::size_t kStepValues = 4, kRowPadding = 64;
 
+// Panels of at most as many bytes are short: their beginning and end take a part of a row's time.
+constexpr std::size_t kShortPanel = 8192;
+
 // What is left out of a row's step where kernels add two products in 16 bits, to multiply as the row's own values are.
 // Behind a row and its padding come all of these, with room for every step; in the first, `step` is their number.
 struct ExcessStep {

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 namespace onnx_quarot {
 namespace {
@@ -174,22 +175,24 @@ inline void row4_panels(const MultiplyJob& job, std::size_t column) {
   finish<false, 1, Panels>(job, 0, column, [&](std::size_t, std::size_t v) { return totals[v]; });
 }
 
-// Short panels several at a time: what is done to a row is shared, and so is the end.
 template <std::size_t BlockSteps, bool Zeros>
 void row4(const MultiplyJob& job) {
+  const auto some = [&](auto panels, std::size_t column) {
+    if constexpr (Isa::upper_halves) {
+      row4_panels<BlockSteps, panels, Zeros>(job, column);
+    } else {
+      tile4<1, panels, Zeros, false, BlockSteps>(job, 0, column, nullptr);
+    }
+  };
   std::size_t column = 0;
   if constexpr (Isa::row_panels4 > 1) {
-    constexpr std::size_t several = std::max<std::size_t>(1, Isa::row_panels4), width = several * kPanelColumns;
-    const std::size_t end = job.panel_bytes > kShortPanel ? 0 : job.columns / width * width;
-    for (; column < end; column += width) row4_panels<BlockSteps, several, Zeros>(job, column);
+    constexpr std::integral_constant<std::size_t, Isa::row_panels4> several;
+    constexpr std::size_t width = several * kPanelColumns;
+    const std::size_t end = Isa::side_by_side4(job.panel_bytes) ? job.columns / width * width : 0;
+    for (; column < end; column += width) some(several, column);
   }
-  for (; column < job.columns; column += kPanelColumns) {
-    if constexpr (Isa::row_panels4 > 0) {
-      row4_panels<BlockSteps, 1, Zeros>(job, column);
-    } else {
-      tile4<1, 1, Zeros, false, BlockSteps>(job, 0, column, nullptr);
-    }
-  }
+  constexpr std::integral_constant<std::size_t, 1> one;
+  for (; column < job.columns; column += kPanelColumns) some(one, column);
 }
 
 template <bool Zeros>

@@ -208,12 +208,12 @@ inline void row8_panels(const MultiplyJob& job, std::size_t column) {
   finish<true, 1, Panels>(job, 0, column, [&](std::size_t, std::size_t v) { return to_float(sums[0][v]); });
 }
 
-// Long panels are read several at a time: more of them are under way.
+// Several panels at a time: more of them are under way.
 void row8(const MultiplyJob& job) {
   std::size_t column = 0;
   if constexpr (Isa::row_panels8 > 1) {
     constexpr std::size_t width = Isa::row_panels8 * kPanelColumns;
-    const std::size_t end = job.panel_bytes < kLongPanel ? 0 : job.columns / width * width;
+    const std::size_t end = Isa::side_by_side8(job.panel_bytes) ? job.columns / width * width : 0;
     for (; column < end; column += width) row8_panels<Isa::row_panels8>(job, column);
   }
   for (; column < job.columns; column += kPanelColumns) row8_panels<1>(job, column);
