@@ -17,16 +17,14 @@ using Vector = __m256i;
 constexpr double kOperations = 64;
 #define ONNX_QUAROT_DOT(sum, a, b) asm volatile("%{vex%} vpdpbusd %1, %2, %0" : "+x"(sum) : "x"(a), "x"(b))
 #else
-// What is exact without VNNI: magnitudes times bytes of turned signs, pairs and then fours added up.
+// Without VNNI: pairs of products in 16 bits, two of these in 32, and a sum.
 constexpr double kOperations = 64;
-#define ONNX_QUAROT_DOT(sum, a, b)                      \
-  do {                                                  \
-    Vector part;                                        \
-    asm volatile(                                       \
-        "vpxor %2, %3, %1\n\tvpmaddubsw %1, %2, %1\n\t" \
-        "vpmaddwd %1, %3, %1\n\tvpaddd %1, %0, %0"      \
-        : "+x"(sum), "=&x"(part)                        \
-        : "x"(a), "x"(b));                              \
+#define ONNX_QUAROT_DOT(sum, a, b)                                                   \
+  do {                                                                               \
+    Vector part;                                                                     \
+    asm volatile("vpmaddubsw %2, %3, %1\n\tvpmaddwd %1, %3, %1\n\tvpaddd %1, %0, %0" \
+                 : "+x"(sum), "=&x"(part)                                            \
+                 : "x"(a), "x"(b));                                                  \
   } while (false)
 #endif
 #else

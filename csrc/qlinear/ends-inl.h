@@ -10,6 +10,18 @@ namespace {
 
 constexpr std::size_t kVectors = kPanelColumns / Isa::lanes;
 
+// `count` of a job's rows, from `row` on.
+inline MultiplyJob some_rows(const MultiplyJob& whole, std::size_t row, std::size_t count) {
+  MultiplyJob job = whole;
+  job.rows = count;
+  job.values = static_cast<const std::uint8_t*>(whole.values) + row * whole.row_bytes;
+  job.corrections += row * (whole.steps / whole.block_steps);
+  job.row_scales += row;
+  job.y += row * whole.y_stride;
+  if (whole.bias != nullptr) job.bias += row * whole.bias_stride;
+  return job;
+}
+
 // One of a panel's vectors at the end, in the last panel where that is narrower than 16. Out of the way: copies of
 // parts of vectors would put all sums of a tile into memory.
 template <bool Scaled>

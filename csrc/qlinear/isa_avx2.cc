@@ -1,8 +1,8 @@
 // AVX2, exact: vpmaddubsw adds the products of two features in 16 bits, which must not saturate. Weights are its
 // unsigned operand, up to 255, so that the sum of a pair of activations may be -128..128. Few pairs of a row are larger
 // when its largest value is 127: quantize8 takes what they have too much out, into the row's excess, which is
-// multiplied by itself. So 32 products take three instructions, as for kernels that saturate. 4-bit weights need none of this: eight
-// sums of two products of at most 15 * 127 fit into 16 bits.
+// multiplied by itself. So 32 products take three instructions, as for kernels that saturate. 4-bit weights need none
+// of this: eight sums of two products of at most 15 * 127 fit into 16 bits.
 #if defined(__AVX2__)
 #include <immintrin.h>
 
@@ -16,7 +16,7 @@ namespace onnx_quarot {
 namespace {
 
 struct Isa {
-  static constexpr std::size_t lanes = 8, rows = 5, panels = 1, halves = 1, rows4 = 4, panels4 = 1;
+  static constexpr std::size_t lanes = 8, rows = 5, panels = 1, halves = 1, rows4 = 6, panels4 = 1;
   // A single row reads several panels side by side, which the processor fetches ahead by itself: on Zen 3, memory gives
   // half as much again as it does from one panel, or from any number asked for beforehand.
   static constexpr std::size_t row_panels8 = 4, row_panels4 = 2;

@@ -3,8 +3,9 @@
 //   lanes                        columns in a vector
 //   rows, panels                 of a tile of many rows: rows x (16 * panels) sums in registers
 //   rows4, panels4               the same for 4 bits
-//   most_rows                    that panels are multiplied by at a time, which the second cache should hold: they bound
-//                                the sums kept between blocks of the depth
+//   most_rows                    that panels are multiplied by at a time, in the second cache: they bound the sums kept
+//   bound
+//                                between blocks of the depth
 //   row_panels8, row_panels4     panels that a single row reads side by side where
 //   side_by_side8, side_by_side4 (a panel's bytes) says so
 //   fetches_row                  whether a single row asks for weights ahead
@@ -26,9 +27,9 @@
 #include "product4-inl.h"
 #include "product8-inl.h"
 
-#define ONNX_QUAROT_QLINEAR_KERNELS(symbol, name)                                                     \
-  namespace onnx_quarot {                                                                             \
-  const QLinearKernels symbol = {name,      Isa::has_excess, Isa::offset8,   peak_bits, sum_squares,    \
-                                 gate,      Isa::quantize8,  quantize_bytes, multiply8, multiply4,      \
-                                 attend_queries, turn_pairs};                                           \
+#define ONNX_QUAROT_QLINEAR_KERNELS(symbol, name)                                            \
+  namespace onnx_quarot {                                                                    \
+  const QLinearKernels symbol = {                                                            \
+      name,           Isa::has_excess, Isa::offset8, peak_bits, sum_squares,    gate,        \
+      Isa::quantize8, quantize_bytes,  multiply8,    multiply4, attend_queries, turn_pairs}; \
   }

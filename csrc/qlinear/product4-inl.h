@@ -196,15 +196,19 @@ void row4(const MultiplyJob& job) {
 }
 
 template <bool Zeros>
-void multiply4_of(const MultiplyJob& job) {
-  if (job.rows == 1) {
-    const auto row = job.block_steps == 8 ? row4<8, Zeros> : job.block_steps == 16 ? row4<16, Zeros> : row4<32, Zeros>;
-    return row(job);
+void multiply4_of(const MultiplyJob& whole) {
+  if (whole.rows == 1) {
+    const std::size_t steps = whole.block_steps;
+    const auto row = steps == 8 ? row4<8, Zeros> : steps == 16 ? row4<16, Zeros> : row4<32, Zeros>;
+    return row(whole);
   }
   constexpr std::size_t width = Isa::panels4 * kPanelColumns;
-  std::size_t column = 0;
-  for (; column + width <= job.columns; column += width) panels4<Isa::panels4, Zeros>(job, column);
-  for (; column < job.columns; column += kPanelColumns) panels4<1, Zeros>(job, column);
+  for (std::size_t row = 0; row < whole.rows; row += Isa::most_rows) {
+    const MultiplyJob job = some_rows(whole, row, std::min(Isa::most_rows, whole.rows - row));
+    std::size_t column = 0;
+    for (; column + width <= job.columns; column += width) panels4<Isa::panels4, Zeros>(job, column);
+    for (; column < job.columns; column += kPanelColumns) panels4<1, Zeros>(job, column);
+  }
 }
 
 void multiply4(const MultiplyJob& job) {

@@ -224,13 +224,7 @@ void multiply8(const MultiplyJob& whole) {
   alignas(64) std::int32_t sums[Isa::most_rows * kPanelColumns * Isa::panels];
   alignas(64) std::uint8_t wide[Isa::widens ? kWideSteps * Isa::widened_bytes : 1];
   for (std::size_t row = 0; row < whole.rows; row += Isa::most_rows) {
-    MultiplyJob job = whole;
-    job.rows = std::min(Isa::most_rows, whole.rows - row);
-    job.values = static_cast<const std::uint8_t*>(whole.values) + row * whole.row_bytes;
-    job.corrections += row;
-    job.row_scales += row;
-    job.y += row * whole.y_stride;
-    if (whole.bias != nullptr) job.bias += row * whole.bias_stride;
+    const MultiplyJob job = some_rows(whole, row, std::min(Isa::most_rows, whole.rows - row));
     const bool widens = Isa::widens && job.rows >= kWidenRows && job.rows > 4 * Isa::rows;
     std::size_t column = 0;
     for (; column + Isa::panels * kPanelColumns <= job.columns; column += Isa::panels * kPanelColumns) {
