@@ -16,7 +16,7 @@ void quantize_bytes(const QuantizeJob& job);
 struct Isa {
   static constexpr std::size_t lanes = ONNX_QUAROT_DOT_LANES, rows = ONNX_QUAROT_DOT_ROWS,
                                panels = ONNX_QUAROT_DOT_PANELS;
-  static constexpr std::size_t halves = 1, rows4 = ONNX_QUAROT_DOT_LANES == 16 ? 6 : 4,
+  static constexpr std::size_t rows4 = ONNX_QUAROT_DOT_LANES == 16 ? 6 : 4,
                                panels4 = ONNX_QUAROT_DOT_LANES == 16 ? 2 : 1;
   // With 8 bits long panels, with 4 bits short ones: these share what is done to a row, and the end.
   static constexpr std::size_t row_panels8 = ONNX_QUAROT_DOT_LANES == 16 ? 4 : 1,
@@ -37,23 +37,16 @@ struct Isa {
   using Values4 = Int;
   using Part = Int;
 
-  static constexpr bool widens = false;
-  static constexpr std::size_t widened_bytes = 1;
-  static void widen(const std::uint8_t*, std::uint8_t*) {}
-  static Weights widened(const std::uint8_t* from, std::size_t vector, std::size_t half) {
-    return weights(from, vector, half);
-  }
-
   static Bytes bytes(const std::uint8_t* from, std::size_t vector) {
     Bytes loaded;
     std::memcpy(&loaded, from + vector * 4 * lanes, sizeof(loaded));
     return loaded;
   }
-  static Weights weights(const std::uint8_t* from, std::size_t vector, std::size_t) {
+  static Weights weights(const std::uint8_t* from, std::size_t vector) {
     const Bytes loaded = bytes(from, vector);
     return reinterpret_cast<Int>(ONNX_QUAROT_DOT_SIGNED ? loaded ^ std::uint8_t{0x80} : loaded);
   }
-  static Values values(const std::uint8_t* from, std::size_t) { return values4(from); }
+  static Values values(const std::uint8_t* from) { return values4(from); }
   static Int dot8(Int sum, Weights weights, Values values) { return dot_bytes(sum, weights, values); }
   static void quantize8(const QuantizeJob& job) { quantize_bytes(job); }
 

@@ -16,7 +16,7 @@ namespace onnx_quarot {
 namespace {
 
 struct Isa {
-  static constexpr std::size_t lanes = 8, rows = 5, panels = 1, halves = 1, rows4 = 6, panels4 = 1;
+  static constexpr std::size_t lanes = 8, rows = 5, panels = 1, rows4 = 6, panels4 = 1;
   // A single row reads several panels side by side, which the processor fetches ahead by itself: on Zen 3, memory gives
   // half as much again as it does from one panel, or from any number asked for beforehand.
   static constexpr std::size_t row_panels8 = 4, row_panels4 = 2;
@@ -32,19 +32,13 @@ struct Isa {
   using Weights = __m256i;
   using Values = __m256i;
 
-  static constexpr bool widens = false;
-  static constexpr std::size_t widened_bytes = 1;
-  static void widen(const std::uint8_t*, std::uint8_t*) {}
-  static Weights widened(const std::uint8_t* from, std::size_t vector, std::size_t half) {
-    return weights(from, vector, half);
-  }
-  static Weights weights(const std::uint8_t* from, std::size_t vector, std::size_t) {
+  static Weights weights(const std::uint8_t* from, std::size_t vector) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + vector * 32));
   }
   static __m256i four(const std::uint8_t* from) {
     return _mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(from)));
   }
-  static Values values(const std::uint8_t* from, std::size_t) { return four(from); }
+  static Values values(const std::uint8_t* from) { return four(from); }
   // Sums are added to in place, one after the other: left to itself, the compiler computes all products of a tile
   // before it adds them, runs out of registers, and copies sums.
   static Int add_pairs(Int sum, __m256i pairs) {

@@ -4,20 +4,17 @@
 //   rows, panels                 of a tile of many rows: rows x (16 * panels) sums in registers
 //   rows4, panels4               the same for 4 bits
 //   most_rows                    that panels are multiplied by at a time, in the second cache: they bound the sums kept
-//   bound
 //                                between blocks of the depth
 //   row_panels8, row_panels4     panels that a single row reads side by side where
 //   side_by_side8, side_by_side4 (a panel's bytes) says so
 //   fetches_row                  whether a single row asks for weights ahead
 //   upper_halves                 whether dot4 takes bytes that hold a feature in their upper half alone
-//   halves                       parts of a step of four features: 2 where they are multiplied in pairs
 //   quick_sums                   whether sums wait for additions alone, not for products
 //   offset8                      what packed weights are too large by, as the products see them
 //   has_excess                   whether rows beside 8-bit weights have an excess
 //   Int, Float                   vectors of 32-bit integers and floats
 //   quantize8, quantize4         see QuantizeJob
-//   widens, widened_bytes, widen a copy of a panel's step in a form that is multiplied faster, for many rows
-//   Weights, Values              operands: weights(bytes, vector, half), widened(...), values(bytes, half)
+//   Weights, Values              operands: weights(bytes, vector), values(bytes)
 //   dot8(sum, weights, values)   sum += products
 //   Part, nibbles(...), values4, dot4(part, ...), flush(sum, part)   the same for 4 bits; a Part takes 32 features
 //   wide_bytes(bytes)            as many bytes as lanes as 32-bit integers; of 16 lanes the last 8 are as the first 8

@@ -2,17 +2,12 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <type_traits>
 
 namespace onnx_quarot {
 namespace {
 
 // Steps of the depth at a time: those of a tile's panels stay in the second cache while all rows pass over them.
 constexpr std::size_t kDepthSteps = 1024;
-// Those of a widened copy, which stays in the first one.
-constexpr std::size_t kWideSteps = 256;
-// Rows from which a panel is worth widening.
-constexpr std::size_t kWidenRows = 16;
 
 // A tile of Rows x (16 * Panels) sums over `steps` steps.
 struct Tile {
@@ -39,17 +34,17 @@ inline void add_excess(const MultiplyJob& job, std::size_t row, std::size_t colu
   const std::uint8_t* panel = job.weights + column / kPanelColumns * job.panel_bytes;
   for (std::size_t left = excess->step; left > 0; --left) {
     ++excess;
-    const Isa::Values operand = Isa::values(excess->values, 0);
+    const Isa::Values operand = Isa::values(excess->values);
     const std::uint8_t* weights = panel + excess->step * kStepBytes;
     ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < kVectors * Panels; ++v) {
       const std::uint8_t* from = weights + v / kVectors * job.panel_bytes;
-      sums[v] = Isa::dot8(sums[v], Isa::weights(from, v % kVectors, 0), operand);
+      sums[v] = Isa::dot8(sums[v], Isa::weights(from, v % kVectors), operand);
     }
   }
 }
 
 // Meanwhile, as many steps of `Ahead` panels are fetched into the second cache, from tile.ahead on.
-template <std::size_t Rows, std::size_t Panels, bool Widened, std::size_t Ahead>
+template <std::size_t Rows, std::size_t Panels, std::size_t Ahead>
 __attribute__((noinline)) void tile8(const Tile& tile) {
   constexpr std::size_t vectors = kVectors * Panels;
   Isa::Int sums[Rows][vectors];
@@ -59,7 +54,6 @@ __attribute__((noinline)) void tile8(const Tile& tile) {
     }
   }
   if (tile.last) fetch_results<Rows, Panels>(*tile.job, tile.row, tile.column);
-  constexpr std::size_t step_bytes = Widened ? Isa::widened_bytes : kStepBytes;
   // One pointer for three rows: no address needs an instruction.
   constexpr std::size_t triples = (Rows + 2) / 3;
   const std::uint8_t* starts[triples];
@@ -67,20 +61,18 @@ __attribute__((noinline)) void tile8(const Tile& tile) {
   const std::uint8_t* weights = tile.weights;
   [[maybe_unused]] const std::uint8_t* ahead = tile.ahead;
   _Pragma("GCC unroll 2") for (std::size_t step = 0; step < tile.steps; ++step) {
-    ONNX_QUAROT_UNROLL for (std::size_t half = 0; half < Isa::halves; ++half) {
-      Isa::Weights operands[vectors];
+    Isa::Weights operands[vectors];
+    ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
+      operands[v] = Isa::weights(weights + v / kVectors * tile.panel_bytes, v % kVectors);
+    }
+    ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
+      const Isa::Values operand = Isa::values(starts[r / 3] + r % 3 * tile.row_bytes);
       ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
-        const std::uint8_t* from = weights + v / kVectors * tile.panel_bytes;
-        operands[v] = Widened ? Isa::widened(from, v % kVectors, half) : Isa::weights(from, v % kVectors, half);
-      }
-      ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
-        const Isa::Values operand = Isa::values(starts[r / 3] + r % 3 * tile.row_bytes, half);
-        ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) sums[r][v] =
-            Isa::dot8(sums[r][v], operands[v], operand);
+        sums[r][v] = Isa::dot8(sums[r][v], operands[v], operand);
       }
     }
     ONNX_QUAROT_UNROLL for (std::size_t t = 0; t < triples; ++t) starts[t] += kStepValues;
-    weights += step_bytes;
+    weights += kStepBytes;
     if constexpr (Ahead > 0) {
       ONNX_QUAROT_UNROLL for (std::size_t p = 0; p < Ahead; ++p) __builtin_prefetch(ahead + p * tile.panel_bytes, 0, 2);
       ahead += kStepBytes;
@@ -104,12 +96,12 @@ __attribute__((noinline)) void tile8(const Tile& tile) {
 }
 
 // The tile of `rows` rows, 1 to Rows.
-template <std::size_t Rows, std::size_t Panels, bool Widened, std::size_t Ahead>
+template <std::size_t Rows, std::size_t Panels, std::size_t Ahead>
 void tile8_of(std::size_t rows, const Tile& tile) {
   if constexpr (Rows > 1) {
-    if (rows < Rows) return tile8_of<Rows - 1, Panels, Widened, Ahead>(rows, tile);
+    if (rows < Rows) return tile8_of<Rows - 1, Panels, Ahead>(rows, tile);
   }
-  tile8<Rows, Panels, Widened, Ahead>(tile);
+  tile8<Rows, Panels, Ahead>(tile);
 }
 
 // What is multiplied after these steps: the same panels' next ones, or the next panels' first ones. Null: nothing.
@@ -122,22 +114,15 @@ const std::uint8_t* next_panels(const MultiplyJob& job, const std::uint8_t* pane
 
 // `Panels` panels from `column` on, times all rows, in groups of about the same number.
 template <std::size_t Panels>
-void panels8(const MultiplyJob& job, std::size_t column, std::int32_t* sums, std::uint8_t* wide) {
-  const bool widened = Isa::widens && wide != nullptr;
+void panels8(const MultiplyJob& job, std::size_t column, std::int32_t* sums) {
   const std::size_t groups = (job.rows + Isa::rows - 1) / Isa::rows;
-  const std::size_t most = widened ? kWideSteps : kDepthSteps, blocks = (job.steps + most - 1) / most;
+  const std::size_t blocks = (job.steps + kDepthSteps - 1) / kDepthSteps;
   const std::uint8_t* panel = job.weights + column / kPanelColumns * job.panel_bytes;
   for (std::size_t block = 0; block < blocks; ++block) {
     const std::size_t step = job.steps * block / blocks, end = job.steps * (block + 1) / blocks;
     Tile tile{};
     tile.weights = panel + step * kStepBytes;
     tile.panel_bytes = job.panel_bytes;
-    if (widened) {
-      for (std::size_t s = 0; s < end - step; ++s) {
-        Isa::widen(tile.weights + s * kStepBytes, wide + s * Isa::widened_bytes);
-      }
-      tile.weights = wide;
-    }
     tile.row_bytes = job.row_bytes;
     tile.steps = end - step;
     tile.first = block == 0;
@@ -155,22 +140,13 @@ void panels8(const MultiplyJob& job, std::size_t column, std::int32_t* sums, std
       // Every group fetches its share of them: at once, they would be waited for.
       const std::size_t skipped = Panels * group / groups, share = Panels * (group + 1) / groups - skipped;
       tile.ahead = next == nullptr || share == 0 ? nullptr : next + skipped * job.panel_bytes;
-      const auto run = [&](auto wide_form) {
-        if (tile.ahead == nullptr) {
-          tile8_of<Isa::rows, Panels, wide_form, 0>(rows, tile);
-        } else if (share == 1) {
-          tile8_of<Isa::rows, Panels, wide_form, 1>(rows, tile);
-        } else {
-          tile8_of<Isa::rows, Panels, wide_form, (Panels + 1) / 2>(rows, tile);
-        }
-      };
-      if constexpr (Isa::widens) {
-        if (widened) {
-          run(std::true_type{});
-          continue;
-        }
+      if (tile.ahead == nullptr) {
+        tile8_of<Isa::rows, Panels, 0>(rows, tile);
+      } else if (share == 1) {
+        tile8_of<Isa::rows, Panels, 1>(rows, tile);
+      } else {
+        tile8_of<Isa::rows, Panels, (Panels + 1) / 2>(rows, tile);
       }
-      run(std::false_type{});
     }
   }
 }
@@ -186,12 +162,10 @@ inline void row8_panels(const MultiplyJob& job, std::size_t column) {
   Isa::Int sums[chains][vectors] = {};
   ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) sums[0][v] = splat(job.corrections[0]);
   const auto add = [&](Isa::Int* sum, std::size_t step) {
-    ONNX_QUAROT_UNROLL for (std::size_t half = 0; half < Isa::halves; ++half) {
-      const Isa::Values operand = Isa::values(row + step * kStepValues, half);
-      ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
-        const std::uint8_t* from = weights + v / kVectors * job.panel_bytes;
-        sum[v] = Isa::dot8(sum[v], Isa::weights(from, v % kVectors, half), operand);
-      }
+    const Isa::Values operand = Isa::values(row + step * kStepValues);
+    ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
+      const std::uint8_t* from = weights + v / kVectors * job.panel_bytes;
+      sum[v] = Isa::dot8(sum[v], Isa::weights(from, v % kVectors), operand);
     }
     fetch_row<Panels>(job, weights + ahead);
     weights += kStepBytes;
@@ -222,16 +196,14 @@ void row8(const MultiplyJob& job) {
 void multiply8(const MultiplyJob& whole) {
   if (whole.rows == 1) return row8(whole);
   alignas(64) std::int32_t sums[Isa::most_rows * kPanelColumns * Isa::panels];
-  alignas(64) std::uint8_t wide[Isa::widens ? kWideSteps * Isa::widened_bytes : 1];
   for (std::size_t row = 0; row < whole.rows; row += Isa::most_rows) {
     const MultiplyJob job = some_rows(whole, row, std::min(Isa::most_rows, whole.rows - row));
-    const bool widens = Isa::widens && job.rows >= kWidenRows && job.rows > 4 * Isa::rows;
     std::size_t column = 0;
     for (; column + Isa::panels * kPanelColumns <= job.columns; column += Isa::panels * kPanelColumns) {
-      panels8<Isa::panels>(job, column, sums, widens ? wide : nullptr);
+      panels8<Isa::panels>(job, column, sums);
     }
     for (; column < job.columns; column += kPanelColumns) {
-      panels8<1>(job, column, sums, widens ? wide : nullptr);
+      panels8<1>(job, column, sums);
     }
   }
 }
