@@ -19,8 +19,10 @@ namespace {
 
 int failures = 0;
 
-// How activations and weights are filled.
-enum class Fill { random, extreme };
+// How activations and weights are filled. pairs: activations are all pairs of integers in turn, weights are extreme.
+enum class Fill { random, extreme, pairs };
+// Features of a row of all pairs of -127..127.
+constexpr std::size_t kPairs = 2 * 255 * 255;
 
 struct Layer {
   QLinearShape shape;
@@ -44,7 +46,7 @@ Layer make_layer(const QLinearShape& shape, Fill fill, std::mt19937& random) {
   const int top = shape.bits == 8 ? 127 : 7, bottom = shape.bits == 8 ? -127 : -8;
   for (auto& value : layer.values) {
     const int drawn = bottom + static_cast<int>(random() % static_cast<unsigned>(top - bottom + 1));
-    value = static_cast<std::int8_t>(fill == Fill::extreme ? (drawn < 0 ? bottom : top) : drawn);
+    value = static_cast<std::int8_t>(fill != Fill::random ? (drawn < 0 ? bottom : top) : drawn);
   }
   const std::size_t fours = shape.steps(), offset = shape.bits == 8 ? 128 : 8;
   const auto at = [&](std::size_t k, std::size_t n) {
@@ -79,6 +81,9 @@ std::vector<float> make_rows(const QLinearShape& shape, std::size_t rows, Fill f
   std::vector<float> x(rows * shape.depth);
   std::normal_distribution<float> normal;
   for (float& value : x) value = fill == Fill::extreme ? (random() % 2 == 0 ? 3.0f : -3.0f) : normal(random);
+  for (std::size_t i = 0; fill == Fill::pairs && i < x.size(); ++i) {
+    x[i] = static_cast<float>(i % 2 == 0 ? i / 2 % 255 : i / 2 / 255 % 255) - 127.0f;
+  }
   // One row of zeros, one with a NaN, one with an infinity, when there are enough.
   if (rows > 4) {
     std::fill_n(x.begin() + static_cast<std::ptrdiff_t>(shape.depth), shape.depth, 0.0f);
@@ -241,6 +246,8 @@ int main(int count, char** arguments) {
     }
   }
   check({131072, 3, 8, 0}, 1, Fill::extreme, random);
+  // Where two products are added in 16 bits: whatever they are of.
+  for (const std::size_t rows : {1u, 2u}) check({kPairs, 9, 8, 0}, rows, Fill::pairs, random);
   check_floats(random);
   std::printf("%d failures\n", failures);
   return failures == 0 ? 0 : 1;
