@@ -16,7 +16,7 @@ namespace onnx_quarot {
 namespace {
 
 constexpr std::size_t kKeys = 64;
-constexpr std::size_t kQueryRows = Isa::lanes == 16 ? 6 : 4, kWide = Isa::lanes == 16 ? 4 : 1;
+constexpr std::size_t kQueryRows = Isa::lanes == 4 ? 4 : 6, kWide = Isa::lanes == 16 ? 4 : 1;
 using AllLanes = std::make_index_sequence<Isa::lanes>;
 
 template <std::size_t Half, std::size_t... Lane>

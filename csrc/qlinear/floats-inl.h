@@ -20,9 +20,11 @@ inline Vector load(const void* from) {
   return vector;
 }
 
+// As one vector: gcc copies memory in pieces of 16 bytes, for which it keeps what is stored in memory beforehand.
 template <class Vector>
-inline void store(void* to, const Vector& vector) {
-  std::memcpy(to, &vector, sizeof(vector));
+inline void store(void* to, Vector vector) {
+  using Unaligned [[gnu::may_alias, gnu::aligned(1)]] = Vector;
+  *static_cast<Unaligned*>(to) = vector;
 }
 
 inline Isa::Float splat(float value) { return value - Isa::Float{}; }
