@@ -69,10 +69,18 @@ inline float sum_of_lanes(Isa::Float value) {
 
 inline std::size_t filled(std::size_t keys) { return (keys + kPanelColumns - 1) / kPanelColumns * kPanelColumns; }
 
-// [keys][size] to [size][64], as many as fill columns of 16, zeros behind the last key.
-void transpose_keys(const float* keys, std::size_t count, std::size_t size, float* to) {
+constexpr std::size_t kLine = kStepBytes / sizeof(float);
+
+// [keys][size] to [size][64], as many as fill columns of 16, zeros behind the last key. Meanwhile, as much memory is
+// fetched from `ahead` on, if that is not null.
+void transpose_keys(const float* keys, std::size_t count, std::size_t size, float* to, const float* ahead) {
   for (std::size_t key = 0; key < filled(count); key += Isa::lanes) {
     for (std::size_t k = 0; k < size; k += Isa::lanes) {
+      if (ahead != nullptr) {
+        ONNX_QUAROT_UNROLL for (std::size_t i = 0; i < Isa::lanes * Isa::lanes; i += kLine)
+            __builtin_prefetch(ahead + i);
+        ahead += Isa::lanes * Isa::lanes;
+      }
       Isa::Float square[Isa::lanes];
       if (key + Isa::lanes <= count) {
         ONNX_QUAROT_UNROLL for (std::size_t i = 0; i < Isa::lanes; ++i) {
@@ -89,12 +97,17 @@ void transpose_keys(const float* keys, std::size_t count, std::size_t size, floa
   }
 }
 
-// sums += a b: Rows rows of a, `depth` rows of b, of which 16 * Panels columns.
-template <std::size_t Rows, std::size_t Panels>
+// sums += a b: Rows rows of a, `depth` rows of b, of which 16 * Panels columns. If Fetch, as many lines are fetched
+// from `ahead` on.
+template <std::size_t Rows, std::size_t Panels, bool Fetch = false>
 inline void add_product(const float* a, std::size_t a_stride, const float* b, std::size_t b_stride, std::size_t depth,
-                        Isa::Float (&sums)[Rows][Panels * kVectors]) {
+                        Isa::Float (&sums)[Rows][Panels * kVectors], const float* ahead = nullptr) {
   constexpr std::size_t vectors = Panels * kVectors;
   for (std::size_t k = 0; k < depth; ++k) {
+    if constexpr (Fetch) {
+      ONNX_QUAROT_UNROLL for (std::size_t i = 0; i < Panels; ++i) __builtin_prefetch(ahead + i * kLine);
+      ahead += Panels * kLine;
+    }
     Isa::Float operands[vectors];
     ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
       operands[v] = load<Isa::Float>(b + k * b_stride + v * Isa::lanes);
@@ -111,6 +124,7 @@ struct KeyBlock {
   const AttendJob* job;
   std::size_t first_key, keys;
   const float* transposed;
+  const float* next_keys;  // to fetch while values are added up, or null
 };
 
 template <std::size_t Rows, std::size_t Panels>
@@ -167,7 +181,7 @@ inline float weigh_filled(std::size_t keys, float* scores, std::size_t visible, 
   return weigh<Keys / Isa::lanes>(scores, visible, is_first, state);
 }
 
-template <std::size_t Rows, std::size_t Panels>
+template <std::size_t Rows, std::size_t Panels, bool Fetch>
 inline void add_values(const AttendJob& job, const KeyBlock& block, const std::array<float*, Rows>& results,
                        const float* weights, const std::array<float, Rows>& kept, std::size_t column) {
   Isa::Float sums[Rows][Panels * kVectors];
@@ -178,11 +192,24 @@ inline void add_values(const AttendJob& job, const KeyBlock& block, const std::a
     }
   }
   const float* values = job.values + block.first_key * job.size + column;
-  add_product<Rows, Panels>(weights, kKeys, values, job.size, block.keys, sums);
+  const float* ahead = Fetch ? block.next_keys + column * block.keys : nullptr;
+  add_product<Rows, Panels, Fetch>(weights, kKeys, values, job.size, block.keys, sums, ahead);
   ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
     ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < Panels * kVectors; ++v) {
       store(results[r] + column + v * Isa::lanes, sums[r][v]);
     }
+  }
+}
+
+template <std::size_t Rows, bool Fetch>
+inline void add_all_values(const AttendJob& job, const KeyBlock& block, const std::array<float*, Rows>& results,
+                           const float* weights, const std::array<float, Rows>& kept) {
+  std::size_t column = 0;
+  for (; column + kWide * kPanelColumns <= job.size; column += kWide * kPanelColumns) {
+    add_values<Rows, kWide, Fetch>(job, block, results, weights, kept, column);
+  }
+  for (; column < job.size; column += kPanelColumns) {
+    add_values<Rows, 1, Fetch>(job, block, results, weights, kept, column);
   }
 }
 
@@ -202,11 +229,11 @@ __attribute__((noinline)) void attend_rows(const AttendJob& job, const KeyBlock&
                                   job.state + (row + r) * kAttendState);
     results[r] = job.result(row + r);
   }
-  std::size_t column = 0;
-  for (; column + kWide * kPanelColumns <= job.size; column += kWide * kPanelColumns) {
-    add_values<Rows, kWide>(job, block, results, weights, kept, column);
+  if (block.next_keys != nullptr) {
+    add_all_values<Rows, true>(job, block, results, weights, kept);
+  } else {
+    add_all_values<Rows, false>(job, block, results, weights, kept);
   }
-  for (; column < job.size; column += kPanelColumns) add_values<Rows, 1>(job, block, results, weights, kept, column);
 }
 
 template <std::size_t Rows>
@@ -217,26 +244,19 @@ void attend_rows_of(std::size_t rows, const AttendJob& job, const KeyBlock& bloc
   attend_rows<Rows>(job, block, row);
 }
 
-// Rows of keys or values, [keys][size], into the first cache.
-inline void fetch_rows(const AttendJob& job, const float* rows, std::size_t first, std::size_t count) {
-  const float* from = rows + first * job.size;
-  for (std::size_t i = 0; i < count * job.size; i += kStepBytes / sizeof(float)) __builtin_prefetch(from + i);
-}
-
 void attend_queries(const AttendJob& job) {
   alignas(64) float transposed[kMaxHeadSize * kKeys];
   const std::size_t keys = job.visible(job.rows - 1);
+  // A decoded token's keys and values come from memory, which loads of rows apart do not keep busy: values are fetched
+  // while keys are transposed, and the next keys while values are added up, a few lines at a time.
+  const bool fetches = job.rows <= kQueryRows;
   std::size_t row = 0;
   for (std::size_t first = 0; first < keys; first += kKeys) {
-    const KeyBlock block{&job, first, std::min(kKeys, keys - first), transposed};
-    // A decoded token's keys and values come from memory, which loads of rows apart do not keep busy.
-    if (job.rows <= kQueryRows) {
-      if (first == 0) fetch_rows(job, job.key_rows, first, block.keys);
-      fetch_rows(job, job.values, first, block.keys);
-      const std::size_t next = std::min(keys, first + kKeys);
-      fetch_rows(job, job.key_rows, next, std::min(kKeys, keys - next));
-    }
-    transpose_keys(job.key_rows + first * job.size, block.keys, job.size, transposed);
+    const std::size_t count = std::min(kKeys, keys - first), next = first + count;
+    const bool more = fetches && next + count <= keys;
+    const KeyBlock block{&job, first, count, transposed, more ? job.key_rows + next * job.size : nullptr};
+    transpose_keys(job.key_rows + first * job.size, count, job.size, transposed,
+                   fetches ? job.values + first * job.size : nullptr);
     while (job.visible(row) <= first) ++row;  // later rows see more
     for (std::size_t at = row; at < job.rows; at += kQueryRows) {
       attend_rows_of<kQueryRows>(std::min(kQueryRows, job.rows - at), job, block, at);
