@@ -219,6 +219,7 @@ def test_a_bad_query_leaves_the_others_alone() -> None:
 
 @pytest.mark.parametrize("isa", _core.isas())
 def test_every_isa_gives_the_same_bits(isa: str, tmp_path: Path) -> None:
+    """But for the baseline, which has no fused multiply-adds where it is compiled for old CPUs."""
     case = Case(length=90, past=40, size=80, heads=6)
     values = feeds(case)
     onnx.save(fused(make_model(case)), tmp_path / "m.onnx")
@@ -230,7 +231,11 @@ def test_every_isa_gives_the_same_bits(isa: str, tmp_path: Path) -> None:
     )
     environment = {**os.environ, "ONNX_QUAROT_ISA": isa}
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=environment)
-    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), run(fused(make_model(case)), values)[0])
+    found, wanted = np.load(tmp_path / "y.npy"), run(fused(make_model(case)), values)[0]
+    if isa == "baseline":
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6)
+    else:
+        np.testing.assert_array_equal(found, wanted)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 //
 // Keys come in blocks of 64, softmax is carried on from block to block (Milakov and Gimelshein, "Online normalizer
 // calculation for softmax", 2018; Dao et al., "FlashAttention", 2022). Sums over features and over keys run in order,
-// those of weights in 16 parts, whatever the vectors hold: the same bits on every CPU.
+// those of weights in 16 parts, whatever the vectors hold: the same bits on every CPU with fused multiply-adds.
 #include <algorithm>
 #include <array>
 #include <cstddef>
@@ -16,7 +16,11 @@ namespace onnx_quarot {
 namespace {
 
 constexpr std::size_t kKeys = 64;
-constexpr std::size_t kQueryRows = Isa::lanes == 4 ? 4 : 6, kWide = Isa::lanes == 16 ? 4 : 1;
+constexpr std::size_t kQueryRows = Isa::lanes == 4 ? 4 : 6;
+// Panels side by side of some rows: few rows have few sums, which wait for one another.
+constexpr std::size_t wide_of(std::size_t rows) {
+  return Isa::lanes == 16 || rows == 1 ? 4 : rows == 2 && Isa::lanes == 8 ? 2 : 1;
+}
 using AllLanes = std::make_index_sequence<Isa::lanes>;
 
 template <std::size_t Half, std::size_t... Lane>
@@ -114,7 +118,8 @@ inline void add_product(const float* a, std::size_t a_stride, const float* b, st
     }
     ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
       const Isa::Float factor = splat(a[r * a_stride + k]);
-      ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) sums[r][v] = sums[r][v] + factor * operands[v];
+      ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) sums[r][v] =
+          Isa::multiply_add(factor, operands[v], sums[r][v]);
     }
   }
 }
@@ -205,8 +210,8 @@ template <std::size_t Rows, bool Fetch>
 inline void add_all_values(const AttendJob& job, const KeyBlock& block, const std::array<float*, Rows>& results,
                            const float* weights, const std::array<float, Rows>& kept) {
   std::size_t column = 0;
-  for (; column + kWide * kPanelColumns <= job.size; column += kWide * kPanelColumns) {
-    add_values<Rows, kWide, Fetch>(job, block, results, weights, kept, column);
+  for (; column + wide_of(Rows) * kPanelColumns <= job.size; column += wide_of(Rows) * kPanelColumns) {
+    add_values<Rows, wide_of(Rows), Fetch>(job, block, results, weights, kept, column);
   }
   for (; column < job.size; column += kPanelColumns) {
     add_values<Rows, 1, Fetch>(job, block, results, weights, kept, column);
@@ -216,9 +221,10 @@ inline void add_all_values(const AttendJob& job, const KeyBlock& block, const st
 template <std::size_t Rows>
 __attribute__((noinline)) void attend_rows(const AttendJob& job, const KeyBlock& block, std::size_t row) {
   alignas(64) float weights[Rows * kKeys];
-  constexpr std::size_t width = kWide * kPanelColumns;
+  constexpr std::size_t width = wide_of(Rows) * kPanelColumns;
   std::size_t key = 0;
-  for (; key + width <= filled(block.keys); key += width) add_scores<Rows, kWide>(job, block, row, key, weights);
+  for (; key + width <= filled(block.keys); key += width)
+    add_scores<Rows, wide_of(Rows)>(job, block, row, key, weights);
   for (; key < filled(block.keys); key += kPanelColumns) add_scores<Rows, 1>(job, block, row, key, weights);
   std::array<float, Rows> kept{};
   std::array<float*, Rows> results{};

@@ -1,7 +1,7 @@
 // An `Isa` for CPUs with a dot product of four bytes: each lane of a sum gains four products. The including file
 // defines ONNX_QUAROT_DOT_LANES, ONNX_QUAROT_DOT_ROWS, ONNX_QUAROT_DOT_PANELS, ONNX_QUAROT_DOT_SIGNED (1: weights are
-// signed as well, 0: unsigned), Vector dot_bytes(Vector sum, Vector weights, Vector values), and Vector
-// wide_bytes<Vector>(from), see kernel-inl.h.
+// signed as well, 0: unsigned), Vector dot_bytes(Vector sum, Vector weights, Vector values), Vector
+// wide_bytes<Vector>(from), and Vector fused(Vector a, Vector b, Vector sum), see multiply_add in kernel-inl.h.
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -37,6 +37,7 @@ struct Isa {
   using Values4 = Int;
   using Part = Int;
 
+  static Float multiply_add(const Float& a, const Float& b, const Float& sum) { return fused(a, b, sum); }
   static Bytes bytes(const std::uint8_t* from, std::size_t vector) {
     Bytes loaded;
     std::memcpy(&loaded, from + vector * 4 * lanes, sizeof(loaded));

@@ -32,6 +32,11 @@ struct Isa {
   using Weights = __m256i;
   using Values = __m256i;
 
+  static Float multiply_add(Float a, Float b, Float sum) {
+    return reinterpret_cast<Float>(
+        _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(sum)));
+  }
+
   static Weights weights(const std::uint8_t* from, std::size_t vector) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + vector * 32));
   }

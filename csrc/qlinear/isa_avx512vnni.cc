@@ -24,6 +24,11 @@ inline Vector wide_bytes(const std::uint8_t* from) {
   const __m128i bytes = _mm_castpd_si128(_mm_loaddup_pd(reinterpret_cast<const double*>(from)));
   return reinterpret_cast<Vector>(_mm512_maskz_cvtepu8_epi32(0xffff, bytes));
 }
+template <class Vector>
+inline Vector fused(Vector a, Vector b, Vector sum) {
+  return reinterpret_cast<Vector>(
+      _mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(sum)));
+}
 }  // namespace
 }  // namespace onnx_quarot
 #endif

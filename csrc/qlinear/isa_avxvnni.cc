@@ -22,6 +22,11 @@ template <class Vector>
 inline Vector wide_bytes(const std::uint8_t* from) {
   return reinterpret_cast<Vector>(_mm256_cvtepu8_epi32(_mm_loadu_si64(from)));
 }
+template <class Vector>
+inline Vector fused(Vector a, Vector b, Vector sum) {
+  return reinterpret_cast<Vector>(
+      _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(sum)));
+}
 }  // namespace
 }  // namespace onnx_quarot
 #endif

@@ -19,6 +19,11 @@ inline Vector wide_bytes(const std::uint8_t* from) {
   const uint16x8_t pairs = vmovl_u8(vcreate_u8(four));
   return reinterpret_cast<Vector>(vmovl_u16(vget_low_u16(pairs)));
 }
+template <class Vector>
+inline Vector fused(Vector a, Vector b, Vector sum) {
+  return reinterpret_cast<Vector>(vfmaq_f32(reinterpret_cast<float32x4_t>(sum), reinterpret_cast<float32x4_t>(a),
+                                            reinterpret_cast<float32x4_t>(b)));
+}
 }  // namespace
 }  // namespace onnx_quarot
 

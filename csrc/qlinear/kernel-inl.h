@@ -17,9 +17,11 @@
 //   Weights, Values              operands: weights(bytes, vector), values(bytes)
 //   dot8(sum, weights, values)   sum += products
 //   Part, nibbles(...), values4, dot4(part, ...), flush(sum, part)   the same for 4 bits; a Part takes 32 features
+//   multiply_add(a, b, sum)      a * b + sum, rounded once on CPUs with fused multiply-adds
 //   wide_bytes(bytes)            as many bytes as lanes as 32-bit integers; of 16 lanes the last 8 are as the first 8
 //
-// Everything has internal linkage. Products and sums are not contracted: results are the same bits everywhere.
+// Everything has internal linkage. Other products and sums are not contracted: results of QLinear are the same bits
+// everywhere, those of attention wherever multiply_add is fused.
 #include "attention-inl.h"
 #include "product4-inl.h"
 #include "product8-inl.h"

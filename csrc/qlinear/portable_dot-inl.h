@@ -34,5 +34,17 @@ inline Vector wide_bytes(const std::uint8_t* from) {
   return wide;
 }
 
+// a * b + sum, rounded once where the CPU does that fast, or where a kernel for one that does is tested.
+template <class Vector>
+inline Vector fused(const Vector& a, const Vector& b, const Vector& sum) {
+#if defined(__FP_FAST_FMAF) || defined(ONNX_QUAROT_EMULATE_DOT)
+  Vector sums;
+  for (std::size_t i = 0; i < sizeof(Vector) / sizeof(float); ++i) sums[i] = __builtin_fmaf(a[i], b[i], sum[i]);
+  return sums;
+#else
+  return a * b + sum;
+#endif
+}
+
 }  // namespace
 }  // namespace onnx_quarot

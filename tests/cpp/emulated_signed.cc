@@ -1,4 +1,5 @@
 // The kernel for dot products of signed bytes (Arm's) on other CPUs, likewise.
+#define ONNX_QUAROT_EMULATE_DOT
 #define ONNX_QUAROT_DOT_SIGNED 1
 #include "portable_dot-inl.h"
 

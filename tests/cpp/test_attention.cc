@@ -1,4 +1,5 @@
-// The attention kernels of every instruction set, emulated ones too: against float64, and bit for bit the same.
+// The attention kernels of every instruction set, emulated ones too: against float64, and bit for bit the same where
+// multiply-adds are fused.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -84,6 +85,7 @@ void check(std::size_t size, std::size_t heads, std::size_t positions, std::size
       for (std::size_t k = heads * size; k < stride; ++k) right = right && results[position * stride + k] == 7.0f;
     }
     expect(right, kernels->name, "attention", size, positions, keys);
+    if (std::strcmp(kernels->name, "baseline") == 0) continue;  // rounds products where it was built for older CPUs
     if (first.empty()) first = results;
     const bool same = std::memcmp(first.data(), results.data(), first.size() * sizeof(float)) == 0;
     expect(same, kernels->name, "bits of attention", size, positions, keys);
