@@ -33,8 +33,6 @@ struct Isa {
   using Bytes [[gnu::vector_size(4 * ONNX_QUAROT_DOT_LANES), gnu::aligned(4)]] = std::uint8_t;
   using Weights = Int;
   using Values = Int;
-  using Weights4 = Int;
-  using Values4 = Int;
   using Part = Int;
 
   static Float multiply_add(const Float& a, const Float& b, const Float& sum) { return fused(a, b, sum); }
@@ -47,22 +45,21 @@ struct Isa {
     const Bytes loaded = bytes(from, vector);
     return reinterpret_cast<Int>(ONNX_QUAROT_DOT_SIGNED ? loaded ^ std::uint8_t{0x80} : loaded);
   }
-  static Values values(const std::uint8_t* from) { return values4(from); }
+  static Values values(const std::uint8_t* from) {
+    std::int32_t four = 0;
+    std::memcpy(&four, from, sizeof(four));
+    return four - Int{};
+  }
   static Int dot8(Int sum, Weights weights, Values values) { return dot_bytes(sum, weights, values); }
   static void quantize8(const QuantizeJob& job) { quantize_bytes(job); }
 
   static Int wide_bytes(const std::uint8_t* from) { return onnx_quarot::wide_bytes<Int>(from); }
   static Part part(Int sum) { return sum; }
-  static Weights4 nibbles(const std::uint8_t* from, std::size_t vector, std::size_t half) {
+  static Weights nibbles(const std::uint8_t* from, std::size_t vector, std::size_t half) {
     const Bytes loaded = bytes(from, vector);
     return reinterpret_cast<Int>(half == 0 ? loaded & std::uint8_t{15} : loaded >> std::uint8_t{4});
   }
-  static Values4 values4(const std::uint8_t* from) {
-    std::int32_t four = 0;
-    std::memcpy(&four, from, sizeof(four));
-    return four - Int{};
-  }
-  static Part dot4(Part part, Weights4 weights, Values4 values) { return dot_bytes(part, weights, values); }
+  static Part dot4(Part part, Weights weights, Values values) { return dot_bytes(part, weights, values); }
   static Int flush(Int, Part part) { return part; }
 };
 

@@ -40,19 +40,15 @@ struct Isa {
   static Weights weights(const std::uint8_t* from, std::size_t vector) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + vector * 32));
   }
-  static __m256i four(const std::uint8_t* from) {
+  static Values values(const std::uint8_t* from) {
     return _mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(from)));
   }
-  static Values values(const std::uint8_t* from) { return four(from); }
   // Sums are added to in place, one after the other: left to itself, the compiler computes all products of a tile
   // before it adds them, runs out of registers, and copies sums.
-  static Int add_pairs(Int sum, __m256i pairs) {
-    const __m256i products = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+  static Int dot8(Int sum, Weights weights, Values values) {
+    const __m256i products = _mm256_madd_epi16(_mm256_maddubs_epi16(weights, values), _mm256_set1_epi16(1));
     asm volatile("vpaddd %1, %0, %0" : "+x"(sum) : "x"(products));
     return sum;
-  }
-  static Int dot8(Int sum, Weights weights, Values values) {
-    return add_pairs(sum, _mm256_maddubs_epi16(weights, values));
   }
 
   static void quantize8(const QuantizeJob& job) {
@@ -100,19 +96,16 @@ struct Isa {
     job.corrections[0] = -job.offset * total;
   }
 
-  using Weights4 = __m256i;
-  using Values4 = __m256i;
   using Part = __m256i;  // 16-bit sums
   static Int wide_bytes(const std::uint8_t* from) {
     return reinterpret_cast<Int>(_mm256_cvtepu8_epi32(_mm_loadu_si64(from)));
   }
   static Part part(Int) { return _mm256_setzero_si256(); }
-  static Weights4 nibbles(const std::uint8_t* from, std::size_t vector, std::size_t half) {
+  static Weights nibbles(const std::uint8_t* from, std::size_t vector, std::size_t half) {
     const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + vector * 32));
     return _mm256_and_si256(half == 0 ? bytes : _mm256_srli_epi16(bytes, 4), _mm256_set1_epi8(15));
   }
-  static Values4 values4(const std::uint8_t* from) { return four(from); }
-  static Part dot4(Part part, Weights4 weights, Values4 values) {
+  static Part dot4(Part part, Weights weights, Values values) {
     Part total = _mm256_add_epi16(part, _mm256_maddubs_epi16(weights, values));
     asm volatile("" : "+x"(total));  // one product at a time, too
     return total;

@@ -16,7 +16,7 @@
 //   quantize8, quantize4         see QuantizeJob
 //   Weights, Values              operands: weights(bytes, vector), values(bytes)
 //   dot8(sum, weights, values)   sum += products
-//   Part, nibbles(...), values4, dot4(part, ...), flush(sum, part)   the same for 4 bits; a Part takes 32 features
+//   Part, nibbles(...), dot4(part, ...), flush(sum, part)   the same for 4 bits; a Part takes 32 features
 //   multiply_add(a, b, sum)      a * b + sum, rounded once on CPUs with fused multiply-adds
 //   wide_bytes(bytes)            as many bytes as lanes as 32-bit integers; of 16 lanes the last 8 are as the first 8
 //

@@ -70,12 +70,12 @@ __attribute__((noinline)) void tile4(const MultiplyJob& job, std::size_t first_r
       ONNX_QUAROT_UNROLL for (std::size_t pair = 0; pair < 4; ++pair) {
         ONNX_QUAROT_UNROLL for (std::size_t half = 0; half < 2; ++half) {
           Isa::Part(&part)[Rows][vectors] = parts[(pair * 2 + half) % chains];
-          Isa::Weights4 operands[vectors];
+          Isa::Weights operands[vectors];
           ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
             operands[v] = Isa::nibbles(weights + v / kVectors * job.panel_bytes, v % kVectors, half);
           }
           ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
-            const Isa::Values4 operand = Isa::values4(starts[r / 3] + r % 3 * job.row_bytes + pair * 8 + 4 * half);
+            const Isa::Values operand = Isa::values(starts[r / 3] + r % 3 * job.row_bytes + pair * 8 + 4 * half);
             ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
               part[r][v] = Isa::dot4(part[r][v], operands[v], operand);
             }
@@ -151,7 +151,7 @@ inline void row4_panels(const MultiplyJob& job, std::size_t column) {
       low[v] = start_of<Zeros>(job.corrections[block], zeros);
     }
     ONNX_QUAROT_UNROLL for (std::size_t step = 0; step < BlockSteps / 2; ++step) {
-      const Isa::Values4 first = Isa::values4(row), second = Isa::values4(row + 4);
+      const Isa::Values first = Isa::values(row), second = Isa::values(row + 4);
       ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
         const auto bytes = Set::bytes(weights + v / kVectors * job.panel_bytes, v % kVectors);
         low[v] = Isa::dot4(low[v], reinterpret_cast<Isa::Int>(bytes & std::uint8_t{15}), first);
