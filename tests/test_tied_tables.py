@@ -14,6 +14,7 @@ import small_llama
 from llama_runs import batches, error
 from onnx_quarot import _core
 from onnx_quarot.discovery import discover_model
+from onnx_quarot.info import model_facts
 from onnx_quarot.load import load
 from onnx_quarot.scheme import parse_scheme
 from onnx_quarot.sites import linear_sites
@@ -191,3 +192,40 @@ def test_a_table_in_the_other_orientation_is_not_shared(tmp_path: Path) -> None:
     assert tied_roots(model, linear_sites(model)) == set()
     untied = ir.load(small_llama.save(tmp_path / "u.onnx", small_llama.Config(tied=False)))
     assert tied_roots(untied, linear_sites(untied)) == set()
+
+
+def test_a_table_reads_the_bytes_of_a_dequantized_head_under_a_name_of_its_own(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime makes MatMulNBits of a dequantized weight only if no other node reads its constant."""
+    size = LLAMA.vocab * LLAMA.hidden
+    oq.quantize(llama, tmp_path / "one.onnx", batches(LLAMA), scheme="a16w8")
+    monkeypatch.setattr("onnx_quarot.tied_tables._APART_BYTES", size)
+    oq.quantize(llama, tmp_path / "two.onnx", batches(LLAMA), scheme="a16w8")
+    oq.quantize(llama, tmp_path / "a8.onnx", batches(LLAMA), scheme="a8w8")
+
+    stored = onnx.load(tmp_path / "two.onnx", load_external_data=False).graph.initializer
+    head, table = (t for t in stored if np.prod(t.dims) == size)
+    assert head.name != table.name
+    assert head.external_data == table.external_data
+    one, two = (tmp_path / name for name in ("one.onnx", "two.onnx"))
+    assert (tmp_path / "two.onnx.data").stat().st_size < one.stat().st_size  # once, if aligned
+    assert model_facts(one)["parameters"] == model_facts(two)["parameters"]
+    assert not (tmp_path / "a8.onnx.data").exists()
+
+    constants = [v for v in ir.load(two).graph.initializers.values() if v.const_value.size == size]
+    assert [{use.node.op_type for use in v.uses()} for v in constants] == [{"DequantizeLinear"}, {"Gather"}]
+    left = []
+    for path in (one, two):
+        options = ort.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        model = oq.session(path, session_options=options, exact=False)
+        optimized = onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph
+        left.append([node.op_type for node in optimized.node if node.output[0] == "logits"])
+        fuses = any(node.op_type == "MatMulNBits" for node in optimized.node)  # earlier ones do so with blocks alone
+        np.testing.assert_allclose(
+            model.run(["logits"], batches(LLAMA, 1)[0])[0],
+            oq.session(llama).run(["logits"], batches(LLAMA, 1)[0])[0],
+            atol=0.5,
+        )
+    assert left == [["MatMul"], ["MatMulNBits" if fuses else "MatMul"]]

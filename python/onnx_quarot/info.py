@@ -61,7 +61,7 @@ def model_facts(path: str | Path) -> dict[str, Any]:
     return {
         "path": str(path),
         "bytes": model_size(path),
-        "parameters": sum(weight.size for weight in weights if weight.dtype in _weight_types(ir)),
+        "parameters": sum(weight.size for weight in _once(ir, weights) if weight.dtype in _weight_types(ir)),
         "ir_version": model.ir_version,
         "opsets": {domain or "ai.onnx": number for domain, number in sorted(model.opset_imports.items())},
         "nodes": len(model.graph),
@@ -71,6 +71,12 @@ def model_facts(path: str | Path) -> dict[str, Any]:
         "quantization": dict(quantized),
         "online_rotations": len(online),
     }
+
+
+def _once(ir: Any, tensors: list[Any]) -> list[Any]:
+    """Of those that are the same bytes of a file, the first."""
+    places = [(t.path, t.offset) if isinstance(t, ir.ExternalTensor) else id(t) for t in tensors]
+    return list(dict(zip(reversed(places), reversed(tensors), strict=True)).values())
 
 
 def _weight_types(ir: Any) -> set[Any]:

@@ -31,7 +31,7 @@ from onnx_quarot.seed_search import plain_seed, searches_seeds
 from onnx_quarot.segments import runs_wide
 from onnx_quarot.sites import linear_sites
 from onnx_quarot.tables import TableReport, quantize_tables
-from onnx_quarot.tied_tables import share_tables
+from onnx_quarot.tied_tables import read_apart, share_tables
 from onnx_quarot.verify import Verification
 from onnx_quarot.verify import verify as verify_model
 from onnx_quarot.widen import widen_layers, widened
@@ -190,6 +190,7 @@ def quantize(
             if "Gather" in op_types:
                 share_tables(model, done.shared)
                 tables = quantize_tables(model, skip=[weight.scales for weight in done.shared])
+                read_apart(model, done.shared)
         with clock.step("save"), show.task("writing", None):
             stage(model, path, folder).publish()
             companions = complete_folder(Path(source), path)

@@ -61,6 +61,16 @@ def workspace(target: Path) -> Iterator[Path]:
         release(folder, lock)
 
 
+class Alias(ir.LazyTensor):
+    """Another constant's tensor again. A model with one gets a file for constants; both are the same bytes of it."""
+
+    def __init__(self, original: ir.TensorProtocol) -> None:
+        super().__init__(
+            lambda: ir.Tensor(original.numpy(), dtype=original.dtype), original.dtype, ir.Shape(original.shape.numpy())
+        )
+        self.original = original
+
+
 def write(
     model: ir.Model, path: Path, data_name: str, on_tensor: Callable[[], None] | None = None, *, workers: int = 1
 ) -> None:
@@ -84,21 +94,44 @@ def write(
 
 
 def _write(model: ir.Model, path: Path, data_name: str, on_tensor: Callable[[], None] | None, workers: int) -> None:
-    size = sum(t.nbytes for v in model.graph.initializers.values() if (t := v.const_value) is not None)
-    if size < _SINGLE_FILE_BYTES:
+    values = [v for graph in model.graphs() for v in graph.initializers.values() if v.const_value is not None]
+    before = [tensor for value in values if (tensor := value.const_value) is not None]
+    if sum(t.nbytes for t in before) < _SINGLE_FILE_BYTES and not any(isinstance(t, Alias) for t in before):
         ir.save(ir.external_data.load_to_model(model), path)
         return
-    ir.save(
-        model,
-        path,
-        external_data=data_name,
-        size_threshold_bytes=_INLINE_BYTES,
-        alignment=_PAGE_BYTES,
-        align_threshold=_ALIGNED_BYTES,
-        callback=None if on_tensor is None else lambda tensor, info: on_tensor(),
-        max_workers=workers,
-        max_in_flight_bytes=_IN_FLIGHT_BYTES,
-    )
+    first = {id(tensor): value for value, tensor in zip(values, before, strict=True)}
+    aliases = [(v, first[id(t.original)]) for v, t in zip(values, before, strict=True) if isinstance(t, Alias)]
+    try:
+        for value, _ in aliases:
+            value.const_value = None  # is not written
+        ir.external_data.unload_from_model(
+            model,
+            path.parent,
+            data_name,
+            size_threshold_bytes=_INLINE_BYTES,
+            alignment=_PAGE_BYTES,
+            align_threshold=_ALIGNED_BYTES,
+            callback=None if on_tensor is None else lambda tensor, info: on_tensor(),
+            max_workers=workers,
+            max_in_flight_bytes=_IN_FLIGHT_BYTES,
+        )
+        for value, original in aliases:
+            value.const_value = _under(value.name, original.const_value)
+        ir.save(model, path)
+    finally:
+        for value, tensor in zip(values, before, strict=True):
+            value.const_value = tensor
+
+
+def _under(name: str | None, tensor: ir.TensorProtocol | None) -> ir.TensorProtocol:
+    """The same bytes under another name."""
+    if not isinstance(tensor, ir.ExternalTensor):  # a small one
+        assert tensor is not None
+        return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=name)
+    return ir.ExternalTensor(
+        tensor.location, tensor.offset, tensor.length, tensor.dtype,
+        shape=tensor.shape, name=name or "", base_dir=tensor.base_dir,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

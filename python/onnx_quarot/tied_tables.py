@@ -14,7 +14,10 @@ import numpy as np
 import onnx_ir as ir
 
 from .editing import GraphNames, take_over
+from .save import Alias
 from .sites import LinearSite, constant_root, drop_unused, looked_up
+
+_APART_BYTES = 1 << 20  # smaller tables do not make two files of one
 
 
 class Layout(Enum):
@@ -70,6 +73,34 @@ def share_tables(model: ir.Model, shared: Iterable[SharedWeight]) -> list[tuple[
         _replace(model.graph, names, node, by_root[root])
         done.append((node.name or "", by_root[root]))
     return done
+
+
+def read_apart(model: ir.Model, shared: Iterable[SharedWeight]) -> None:
+    """Let large tables read the columns of a product with 16-bit activations under a name of their own.
+
+    ONNX Runtime has no such product: it makes MatMulNBits of one, if nothing else reads the constant of its weight, and
+    otherwise dequantizes the whole weight in every run.
+    """
+    names = GraphNames(model.graph)
+    for weight in shared:
+        tensor = weight.codes.const_value
+        if weight.layout is not Layout.COLUMNS or tensor is None or tensor.nbytes < _APART_BYTES:
+            continue
+        tables = [use for use in weight.codes.uses() if use.node.op_type == "Gather"]
+        if tables and any(
+            _is_wide(reader.node) for use in weight.codes.uses() for reader in use.node.outputs[0].uses()
+        ):
+            apart = names.initializer(Alias(tensor), f"{weight.codes.name}_rows")
+            for use in tables:
+                use.node.replace_input_with(use.idx, apart)
+
+
+def _is_wide(product: ir.Node) -> bool:
+    """Whether a node's first input was dequantized from 16 bits."""
+    made = product.inputs[0].producer() if product.inputs and product.inputs[0] is not None else None
+    if made is None or made.op_type != "DequantizeLinear" or made.inputs[0] is None:
+        return False
+    return made.inputs[0].dtype in (ir.DataType.UINT16, ir.DataType.INT16)
 
 
 def _table_root(node: ir.Node) -> ir.Value | None:
