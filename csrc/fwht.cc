@@ -46,8 +46,8 @@ std::size_t element_size(DType dtype) {
 
 namespace {
 
-// What is left to the power of two where K is a product: enough to fill the vectors of every CPU.
-constexpr unsigned kSplitLog2Power = 4;
+// Columns that fill the vectors of every CPU. A row with a smaller power of two leaves the rest of them empty.
+constexpr unsigned kVectorLog2Columns = 4;
 
 Factors find_factors(std::size_t n) {
   std::size_t odd = n;
@@ -57,8 +57,9 @@ Factors find_factors(std::size_t n) {
   std::size_t best = 0, best_sum = 0;
   for (unsigned used = 2; used <= twos; ++used) {
     const std::vector<std::size_t> orders = order_factors(odd << used);
-    if (orders.empty() || (orders.size() > 1 && used + kSplitLog2Power > twos)) continue;
-    const std::size_t sum = std::accumulate(orders.begin(), orders.end(), std::size_t{0});
+    if (orders.empty()) continue;
+    std::size_t sum = std::accumulate(orders.begin(), orders.end(), std::size_t{0});
+    if (orders.size() > 1 && used + kVectorLog2Columns > twos) sum <<= used + kVectorLog2Columns - twos;
     if (best == 0 || sum < best_sum) {
       best = odd << used;
       best_sum = sum;

@@ -67,7 +67,9 @@ def test_order_is_a_hadamard_matrix(order: int) -> None:
     [
         (4096, [1], 4096),
         (1536, [12], 128),
-        (576, [36], 16),  # 12 and 12 would leave a power of two shorter than some vectors
+        (576, [36], 16),  # 12 and 12 would leave a power of two that fills a quarter of some vectors
+        (4480, [20, 28], 8),  # half of them, but a third of the sums
+        (29568, [44, 84], 8),
         (8960, [20, 28], 16),
         (13824, [12, 36], 32),
         (27648, [12, 12, 12], 16),
