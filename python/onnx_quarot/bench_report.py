@@ -187,7 +187,7 @@ def _check(got: Array, expected: Array, what: str, tolerance: float = 1e-5) -> N
 
 def _size_of(order: int) -> int:
     """The largest size up to 6,000, but at least 16 times it, whose matrix takes the order as it is."""
-    powers = [2**m for m in range(4, 10) if m == 4 or order * 2**m <= 6000]
+    powers = [1 << m for m in range(4, 10) if m == 4 or order << m <= 6000]
     return order * max(p for p in powers if p == 16 or _core.factorize(order * p) == (order, p.bit_length() - 1))
 
 
