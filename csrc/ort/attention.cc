@@ -24,6 +24,7 @@ constexpr std::array<const char*, kInputs> kNames = {
     "query", "key", "value", "past_key", "past_value", "seqlens_k", "total_sequence_length", "cos_cache", "sin_cache"};
 // Rows of a task: keys are transposed once for all of them.
 constexpr std::size_t kRows = 192;
+constexpr float kLog2E = 1.44269504f;  // weights are powers of two
 // Products from which threads are worth waking, about 20 us.
 constexpr std::size_t kThreadProducts = std::size_t{1} << 19;
 
@@ -252,7 +253,7 @@ class AttentionKernel {
     for (std::size_t row = 0; row < rows; ++row) {
       const std::size_t position = first + row / group;
       const float* from = features(run, 0, sequence, position, kv_head * group + row % group);
-      turn(run, from, run.past[sequence] + position, scale_, room.data() + row * size_);
+      turn(run, from, run.past[sequence] + position, kLog2E * scale_, room.data() + row * size_);
     }
     const std::size_t at = (sequence * kv_heads_ + kv_head) * run.room * size_;
     AttendJob job{};

@@ -71,6 +71,23 @@ inline float sum_of_lanes(Isa::Float value) {
   }
 }
 
+// 2^t for t up to 0, below -126 as there, and NaN for NaN: 2^n times a polynomial of degree 6 on the rest, +-1/2, whose
+// relative error is at most 2.1e-9 (minimax, 1 at 0).
+inline Isa::Float power_of_two(Isa::Float t) {
+  constexpr float magic = 12582912.0f;
+  float least = -126.0f;
+  asm("" : "+m"(least));  // gcc makes one instruction of a maximum if it knows neither side
+  t = splat(least) > t ? splat(least) : t;
+  const Isa::Float shifted = t + magic;  // the whole part in the low bits
+  const Isa::Float rest = t - (shifted - magic);
+  Isa::Float p = splat(1.5355155e-4f);
+  ONNX_QUAROT_UNROLL for (const float c :
+                          {1.3398936e-3f, 9.6184295e-3f, 5.5503324e-2f, 2.4022648e-1f, 6.931472e-1f, 1.0f}) {
+    p = Isa::multiply_add(p, rest, splat(c));
+  }
+  return p * reinterpret_cast<Isa::Float>((reinterpret_cast<Isa::Int>(shifted) << 23) + 0x3f800000);
+}
+
 inline std::size_t filled(std::size_t keys) { return (keys + kPanelColumns - 1) / kPanelColumns * kPanelColumns; }
 
 constexpr std::size_t kLine = kStepBytes / sizeof(float);
@@ -143,52 +160,90 @@ inline void add_scores(const AttendJob& job, const KeyBlock& block, std::size_t 
   }
 }
 
-// Scores of a row become weights, of which those behind `visible` are zero. Returns what earlier results are multiplied
-// by. state: [0] the largest score, [16, 32) sums of weights.
-template <std::size_t Vectors>
-inline float weigh(float* scores, std::size_t visible, bool is_first, float* state) {
+// Which lanes of vector `v` are behind `visible`.
+inline Isa::Int hidden(std::size_t v, std::size_t visible) {
   Isa::Int lane;
   for (std::size_t i = 0; i < Isa::lanes; ++i) lane[i] = static_cast<std::int32_t>(i);
-  const auto hidden = [&](std::size_t v) {
-    return lane >= splat(static_cast<std::int32_t>(visible) - static_cast<std::int32_t>(v * Isa::lanes));
-  };
+  return lane >= splat(static_cast<std::int32_t>(visible) - static_cast<std::int32_t>(v * Isa::lanes));
+}
+
+// The largest score of a row.
+template <bool Hides>
+inline float peak_of(const float* scores, std::size_t vectors, std::size_t visible) {
   constexpr float least = -3.0e38f;
   Isa::Float largest = splat(least);
-  ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < Vectors; ++v) {
+  for (std::size_t v = 0; v < vectors; ++v) {
     Isa::Float score = load<Isa::Float>(scores + v * Isa::lanes);
-    if (visible < Vectors * Isa::lanes) score = hidden(v) ? splat(least) : score;
+    if (Hides) score = hidden(v, visible) ? splat(least) : score;
     largest = score > largest ? score : largest;
   }
-  float peak = largest_lane(largest);
-  if (!is_first) peak = std::max(peak, state[0]);
-  const float kept = is_first ? 0.0f : exponential(splat(state[0] - peak))[0];
-  state[0] = peak;
-  Isa::Float sums[kVectors];
-  ONNX_QUAROT_UNROLL for (std::size_t i = 0; i < kVectors; ++i) {
-    sums[i] = is_first ? Isa::Float{} : load<Isa::Float>(state + kPanelColumns + i * Isa::lanes) * splat(kept);
+  return largest_lane(largest);
+}
+
+// Scores of a row to weights, which are added to `sums`.
+template <bool Hides>
+inline void weigh_row(float* scores, std::size_t vectors, std::size_t visible, Isa::Float peak,
+                      Isa::Float (&sums)[kVectors]) {
+  for (std::size_t v = 0; v < vectors; v += kVectors) {
+    ONNX_QUAROT_UNROLL for (std::size_t i = 0; i < kVectors; ++i) {
+      float* at = scores + (v + i) * Isa::lanes;
+      Isa::Float weight = power_of_two(load<Isa::Float>(at) - peak);
+      if (Hides) weight = hidden(v + i, visible) ? Isa::Float{} : weight;
+      store(at, weight);
+      sums[i] = sums[i] + weight;
+    }
   }
-  ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < Vectors; ++v) {
-    Isa::Float weight = exponential(load<Isa::Float>(scores + v * Isa::lanes) - splat(peak));
-    if (visible < Vectors * Isa::lanes) weight = hidden(v) ? Isa::Float{} : weight;
-    store(scores + v * Isa::lanes, weight);
-    sums[v % kVectors] = sums[v % kVectors] + weight;
+}
+
+// Scores of rows become weights, of which those behind what a row sees are zero. Returns what earlier results are
+// multiplied by. A row's state: [0] the largest score, [16, 32) sums of weights.
+template <std::size_t Rows>
+inline std::array<float, Rows> weigh(const AttendJob& job, const KeyBlock& block, std::size_t row, std::size_t vectors,
+                                     float* scores) {
+  static_assert(Rows <= Isa::lanes);
+  const bool is_first = block.first_key == 0;
+  float* states = job.state + row * kAttendState;
+  std::size_t visible[Rows];
+  float peaks[Rows], steps[Isa::lanes] = {};
+  // The largest scores of all rows first: to find one takes longer than to compute with it.
+  ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
+    const std::size_t seen = job.visible(row + r);
+    visible[r] = seen > block.first_key ? seen - block.first_key : 0;
+    const float* from = scores + r * kKeys;
+    peaks[r] = visible[r] < vectors * Isa::lanes ? peak_of<true>(from, vectors, visible[r])
+                                                 : peak_of<false>(from, vectors, visible[r]);
+    float* state = states + r * kAttendState;
+    if (!is_first) {
+      peaks[r] = std::max(peaks[r], state[0]);
+      steps[r] = state[0] - peaks[r];
+    }
+    state[0] = peaks[r];
   }
-  ONNX_QUAROT_UNROLL for (std::size_t i = 0; i < kVectors; ++i) store(state + kPanelColumns + i * Isa::lanes, sums[i]);
+  std::array<float, Rows> kept{};
+  if (!is_first) {
+    const Isa::Float factors = power_of_two(load<Isa::Float>(steps));
+    ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) kept[r] = factors[r];
+  }
+  for (std::size_t r = 0; r < Rows; ++r) {
+    float* total = states + r * kAttendState + kPanelColumns;
+    Isa::Float sums[kVectors] = {};
+    if (visible[r] < vectors * Isa::lanes) {
+      weigh_row<true>(scores + r * kKeys, vectors, visible[r], splat(peaks[r]), sums);
+    } else {
+      weigh_row<false>(scores + r * kKeys, vectors, visible[r], splat(peaks[r]), sums);
+    }
+    ONNX_QUAROT_UNROLL for (std::size_t i = 0; i < kVectors; ++i) {
+      if (!is_first) sums[i] = sums[i] + load<Isa::Float>(total + i * Isa::lanes) * splat(kept[r]);
+      store(total + i * Isa::lanes, sums[i]);
+    }
+  }
   return kept;
 }
 
-// Of `keys` scores, a multiple of 16.
-template <std::size_t Keys>
-inline float weigh_filled(std::size_t keys, float* scores, std::size_t visible, bool is_first, float* state) {
-  if constexpr (Keys > kPanelColumns) {
-    if (keys < Keys) return weigh_filled<Keys - kPanelColumns>(keys, scores, visible, is_first, state);
-  }
-  return weigh<Keys / Isa::lanes>(scores, visible, is_first, state);
-}
-
 template <std::size_t Rows, std::size_t Panels, bool Fetch>
-inline void add_values(const AttendJob& job, const KeyBlock& block, const std::array<float*, Rows>& results,
-                       const float* weights, const std::array<float, Rows>& kept, std::size_t column) {
+inline void add_values(const AttendJob& job, const KeyBlock& block, std::size_t keys,
+                       const std::array<float*, Rows>& results, const float* weights,
+                       const std::array<float, Rows>& kept, std::size_t column) {
   Isa::Float sums[Rows][Panels * kVectors];
   ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
     ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < Panels * kVectors; ++v) {
@@ -198,7 +253,7 @@ inline void add_values(const AttendJob& job, const KeyBlock& block, const std::a
   }
   const float* values = job.values + block.first_key * job.size + column;
   const float* ahead = Fetch ? block.next_keys + column * block.keys : nullptr;
-  add_product<Rows, Panels, Fetch>(weights, kKeys, values, job.size, block.keys, sums, ahead);
+  add_product<Rows, Panels, Fetch>(weights, kKeys, values, job.size, keys, sums, ahead);
   ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
     ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < Panels * kVectors; ++v) {
       store(results[r] + column + v * Isa::lanes, sums[r][v]);
@@ -207,38 +262,33 @@ inline void add_values(const AttendJob& job, const KeyBlock& block, const std::a
 }
 
 template <std::size_t Rows, bool Fetch>
-inline void add_all_values(const AttendJob& job, const KeyBlock& block, const std::array<float*, Rows>& results,
-                           const float* weights, const std::array<float, Rows>& kept) {
+inline void add_all_values(const AttendJob& job, const KeyBlock& block, std::size_t keys,
+                           const std::array<float*, Rows>& results, const float* weights,
+                           const std::array<float, Rows>& kept) {
   std::size_t column = 0;
   for (; column + wide_of(Rows) * kPanelColumns <= job.size; column += wide_of(Rows) * kPanelColumns) {
-    add_values<Rows, wide_of(Rows), Fetch>(job, block, results, weights, kept, column);
+    add_values<Rows, wide_of(Rows), Fetch>(job, block, keys, results, weights, kept, column);
   }
   for (; column < job.size; column += kPanelColumns) {
-    add_values<Rows, 1, Fetch>(job, block, results, weights, kept, column);
+    add_values<Rows, 1, Fetch>(job, block, keys, results, weights, kept, column);
   }
 }
 
 template <std::size_t Rows>
 __attribute__((noinline)) void attend_rows(const AttendJob& job, const KeyBlock& block, std::size_t row) {
   alignas(64) float weights[Rows * kKeys];
+  const std::size_t keys = std::min(block.keys, job.visible(row + Rows - 1) - block.first_key);  // none sees more
   constexpr std::size_t width = wide_of(Rows) * kPanelColumns;
   std::size_t key = 0;
-  for (; key + width <= filled(block.keys); key += width)
-    add_scores<Rows, wide_of(Rows)>(job, block, row, key, weights);
-  for (; key < filled(block.keys); key += kPanelColumns) add_scores<Rows, 1>(job, block, row, key, weights);
-  std::array<float, Rows> kept{};
+  for (; key + width <= filled(keys); key += width) add_scores<Rows, wide_of(Rows)>(job, block, row, key, weights);
+  for (; key < filled(keys); key += kPanelColumns) add_scores<Rows, 1>(job, block, row, key, weights);
+  const std::array<float, Rows> kept = weigh<Rows>(job, block, row, filled(keys) / Isa::lanes, weights);
   std::array<float*, Rows> results{};
-  for (std::size_t r = 0; r < Rows; ++r) {
-    const std::size_t seen = job.visible(row + r);
-    const std::size_t visible = std::min(kKeys, seen > block.first_key ? seen - block.first_key : 0);
-    kept[r] = weigh_filled<kKeys>(filled(block.keys), weights + r * kKeys, visible, block.first_key == 0,
-                                  job.state + (row + r) * kAttendState);
-    results[r] = job.result(row + r);
-  }
+  for (std::size_t r = 0; r < Rows; ++r) results[r] = job.result(row + r);
   if (block.next_keys != nullptr) {
-    add_all_values<Rows, true>(job, block, results, weights, kept);
+    add_all_values<Rows, true>(job, block, keys, results, weights, kept);
   } else {
-    add_all_values<Rows, false>(job, block, results, weights, kept);
+    add_all_values<Rows, false>(job, block, keys, results, weights, kept);
   }
 }
 

@@ -11,7 +11,7 @@ namespace onnx_quarot {
 constexpr std::size_t kMaxHeadSize = 256;
 constexpr std::size_t kAttendState = 32;  // floats a row to work with
 struct AttendJob {
-  const float* queries;  // [rows][size]: scaled
+  const float* queries;  // [rows][size]: scaled, and times log2(e): 2^(query . key) is a key's weight
   std::size_t rows, size, heads;
   std::size_t first_visible, keys;  // keys that the first position sees, and any can see
   const float* key_rows;
