@@ -287,6 +287,34 @@ CASES: dict[str, tuple[Nodes, dict[str, np.ndarray], bool]] = {
         {"d": rand(16, 32), "g": W32, "c": W32 - 1, "o": W32 + 1},
         True,
     ),
+    "layer norm, then a roll (windows of Swin)": (
+        [
+            node("LayerNormalization", "h g c", "n"),
+            *(node("Slice", f"n {a} {b} one", p) for a, b, p in (("one", "end", "p"), ("zero", "one", "q"))),
+            node("Concat", "p q", "m", axis=1),
+        ],
+        {"g": W32, "c": W32 - 1, "zero": np.array([0]), "one": np.array([1]), "end": np.array([9])},
+        True,
+    ),
+    "layer norm, then rows of something else": (
+        [
+            node("LayerNormalization", "h g c", "n"),
+            node("Slice", "h zero one one", "q"),
+            node("Concat", "n q", "m", axis=1),
+        ],
+        {"g": W32, "c": W32 - 1, "zero": np.array([0]), "one": np.array([1])},
+        False,
+    ),
+    "layer norm, then a pad that adds nothing": (
+        [node("LayerNormalization", "h g c", "n"), node("Pad", "n pads", "m")],
+        {"g": W32, "c": W32 - 1, "pads": np.zeros(6, np.int64)},
+        True,
+    ),
+    "layer norm, then a pad": (
+        [node("LayerNormalization", "h g c", "n"), node("Pad", "n pads", "m")],
+        {"g": W32, "c": W32 - 1, "pads": np.array([0, 1, 0, 0, 0, 0])},
+        False,
+    ),
     "fused product with the transposed weight": (
         [node("FusedMatMul", "h d", "m", domain=MS, transB=1, alpha=0.5)],
         {"d": rand(32, 32)},

@@ -105,11 +105,12 @@ def _selecting(t: Typing, node: ir.Node) -> int:
     return node.attributes.get_int("batch_dims", 0) + width
 
 
-def absorbing_readers(t: Typing, value: ir.Value, place: int = 1) -> tuple[Slot, ...]:
+def absorbing_readers(t: Typing, value: ir.Value, place: int = 1, whole: ir.Value | None = None) -> tuple[Slot, ...]:
     """The matrices that read ``value`` if every reader is one (through operators that keep the last axis), else
-    none. The features are the last axis but ``place - 1``.
+    none. The features are the last axis but ``place - 1``. ``value`` holds rows of ``whole``.
     """
     found: list[Slot] = []
+    whole = whole or value
     if value.is_graph_output() or not value.uses():
         return ()
     for use in value.uses():
@@ -122,6 +123,8 @@ def absorbing_readers(t: Typing, value: ir.Value, place: int = 1) -> tuple[Slot,
         if not further and place == use.idx + 1 and (slot := selected_slot(t, node, use.idx)) is not None:
             further = (slot,)
         if not further and use.idx == 0 and place == 1 and _keeps_last_axis(t, node):
+            further = absorbing_readers(t, node.outputs[0], whole=whole)
+        if not further and place == 1 and _joins_rows(t, node) and _rows_of(t, node.outputs[0], whole):
             further = absorbing_readers(t, node.outputs[0])
         if not further and use.idx == 0 and place == 1 and _makes_columns(t, node):
             further = absorbing_readers(t, node.outputs[0], 2)
@@ -139,6 +142,28 @@ def _makes_columns(t: Typing, node: ir.Node) -> bool:
     return node.domain == "" and t.shapes.shape[y] == (*t.shapes.shape[x], 1)
 
 
+def _joins_rows(t: Typing, node: ir.Node) -> bool:
+    """A Concat along another axis than the last."""
+    y = node.outputs[0]
+    if node.op_type != "Concat" or node.domain != "" or not t.shapes.known(y):
+        return False
+    rank = len(t.shapes.shape[y])
+    return node.attributes.get_int("axis", 0) % rank != rank - 1
+
+
+def _rows_of(t: Typing, value: ir.Value, whole: ir.Value) -> bool:
+    """Whether ``value`` consists of rows of ``whole``, in whatever order: torch.roll is two slices, put together."""
+    seen, pending = {whole}, [value]
+    while pending:
+        node = (value := pending.pop()).producer()
+        seen.add(value)
+        if node is None or not (_joins_rows(t, node) or _keeps_last_axis(t, node)):
+            return False
+        sources = node.inputs if node.op_type == "Concat" else node.inputs[:1]
+        pending += [v for v in dict.fromkeys(sources) if v is not None and v not in seen]
+    return True
+
+
 def _keeps_last_axis(t: Typing, node: ir.Node) -> bool:
     x, y = node.inputs[0], node.outputs[0]
     if x is None or node.domain != "" or not (t.shapes.known(x) and t.shapes.known(y)):
@@ -152,7 +177,17 @@ def _keeps_last_axis(t: Typing, node: ir.Node) -> bool:
         return _selecting(t, node) < len(before)
     if node.op_type == "Transpose":
         return node.attributes.get_ints("perm", [0])[-1] == len(before) - 1
+    if node.op_type == "Pad":
+        return _pads_nothing(t, node)
     return node.op_type in _KEEPS
+
+
+def _pads_nothing(t: Typing, node: ir.Node) -> bool:
+    """Padding to a multiple of something, where it is one already. What is padded takes a scale, but no bias."""
+    if len(node.inputs) < 2 or node.inputs[1] is None:
+        return not any(node.attributes.get_ints("pads", [1]))
+    pads = t.shapes.constants.get(node.inputs[1])
+    return pads is not None and not pads.any()
 
 
 @dataclass(frozen=True)
