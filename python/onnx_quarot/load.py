@@ -10,9 +10,12 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import LiftConstantsToInitializersPass
+from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
 
 from onnx_quarot.errors import ModelError, OnnxQuarotError, first_line
+
+# Domains of operators that ONNX Runtime or this package's library runs.
+_OPERATORS = frozenset(("", "ai.onnx", "ai.onnx.ml", "com.microsoft", "onnx_quarot"))
 
 
 def load(path: str | os.PathLike[str]) -> ir.Model:
@@ -37,6 +40,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         _check_versions(model)
         _check_inputs(model)
         _check_order(model)
+        inline_functions(model)
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         _resolve_external_data(model, path.parent)
         _check_sizes(model)
@@ -93,6 +97,8 @@ def _check_inputs(model: ir.Model) -> None:
                 f"model: node {node.name!a} is of operator type {names}, which is not valid text"
             ) from None
         for index in range(schema.min_input):
+            if schema.inputs[index].option == onnx.defs.OpSchema.FormalParameterOption.Optional:
+                continue  # before one that is not, as in Loop
             if index >= len(node.inputs) or node.inputs[index] is None:
                 raise ModelError(f"model: {node.op_type} {node.name!r} lacks its input {index}")
 
@@ -114,6 +120,22 @@ def _check_order(model: ir.Model) -> None:
             model.graph.sort()
         except ValueError as error:
             raise ModelError(f"model: the graph has a cycle ({_told(error)})") from error
+
+
+def inline_functions(model: ir.Model) -> None:
+    """Calls of the model's own functions become what is in them, so that what is in there can be rotated too.
+
+    Functions that stand in for operators a runtime has, this library's among them, stay what they are.
+    """
+    opsets = model.opset_imports
+
+    def written_out(function: ir.Function) -> bool:
+        if function.domain in _OPERATORS:
+            return False
+        return all(opsets.get(domain, version) == version for domain, version in function.opset_imports.items())
+
+    if any(written_out(function) for function in model.functions.values()):
+        InlinePass(written_out)(model)
 
 
 def _check_sizes(model: ir.Model) -> None:
