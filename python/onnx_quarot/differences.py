@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnx_quarot.discovery.prepare import prepare
 from onnx_quarot.errors import ModelError
 from onnx_quarot.load import load
 from onnx_quarot.plan import Placement, Plan
 from onnx_quarot.rewrite import change_basis
 from onnx_quarot.segments import run_in_segments
+from onnx_quarot.widen import widen_alike
 
 Array = np.ndarray[Any, Any]
 
@@ -85,8 +87,10 @@ def first_difference(
     Looked for from the output backwards, past tensors that agree: many in a rotated model differ rightly, and what is
     made of them agrees again.
     """
-    model = load(original)
-    there = {str(v.name) for node in load(candidate).graph for v in node.outputs}
+    model, rotated = load(original), load(candidate)
+    there = _made(model) & _made(rotated)
+    widen_alike(model, rotated)  # from here on it is the graph that the plan was made for
+    prepare(model, keys=plan.keys)
     graph_outputs = set(model.graph.outputs)
     names = [
         str(v.name)
@@ -118,6 +122,10 @@ def first_difference(
             if value in reached and verdicts.get(str(value.name)) is _Verdict.OTHER:
                 return f"{str(value.name)!r} (made by {node.op_type} {node.name!r})"
     return "the output itself"
+
+
+def _made(model: ir.Model) -> set[str]:
+    return {str(v.name) for node in model.graph for v in node.outputs}
 
 
 def _moved(nodes: list[ir.Node], plan: Plan) -> set[str]:

@@ -44,7 +44,7 @@ def has_subgraphs(node: ir.Node) -> bool:
 def take_over(old: ir.Value, new: ir.Value) -> None:
     """Let `new` stand wherever `old` stood, under its name, as an output of the graph too."""
     new.name, old.name = old.name, None
-    new.type, new.shape = old.type, new.shape if old.shape is None else old.shape
+    new.type, new.shape = old.type or new.type, new.shape if old.shape is None else old.shape
     for reader, index in tuple(old.uses()):
         reader.replace_input_with(index, new)
     node = old.producer()

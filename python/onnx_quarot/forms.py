@@ -18,7 +18,7 @@ from .fused_linear import quantize_fused, takes_blocks
 from .hessians import solve_weights
 from .observers import Range
 from .progress import Progress
-from .qdq import SiteReport, check_opset, quantize_linears
+from .qdq import SiteReport, check_opset, check_rows, quantize_linears
 from .ranges import static_ranges
 from .replay import Replay
 from .scheme import BLOCK_FORMS, Scheme, TensorSpec, parse_scheme
@@ -132,6 +132,14 @@ def check_schemes(model: ir.Model, scheme: Scheme, layers: Mapping[str, str | Sc
     """ModelError if the model's opset is too old for one of the schemes: found before any work is done."""
     for used in (scheme, *(parse_scheme(other) for other in layers.values() if other is not None)):
         check_opset(model, used)
+
+
+def check_sites(sites: Iterable[LinearSite], scheme: Scheme, overrides: Mapping[str, Scheme]) -> None:
+    """ModelError for a layer that its scheme does not take: found before any work is done."""
+    for site in sites:
+        used = overrides.get(site.node_name, scheme)
+        if used.form != "qdq" or used.weights == "gptq":
+            check_rows(site, used)
 
 
 def head_schemes(sites: Sequence[LinearSite], scheme: Scheme) -> dict[str, Scheme]:

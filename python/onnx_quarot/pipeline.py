@@ -12,8 +12,9 @@ import onnx_ir as ir
 
 from onnx_quarot.buffers import reused_memory
 from onnx_quarot.data import as_batches, input_specs
+from onnx_quarot.discovery.prepare import simplify
 from onnx_quarot.errors import ConfigError, ModelError
-from onnx_quarot.forms import check_schemes, layer_schemes, quantize_sites
+from onnx_quarot.forms import check_schemes, check_sites, layer_schemes, quantize_sites
 from onnx_quarot.genai_folder import complete_folder
 from onnx_quarot.kv_cache import CacheReport, check_cache, plan_cache, quantize_cache
 from onnx_quarot.load import blamed_on, load, model_size
@@ -29,7 +30,7 @@ from onnx_quarot.save import Staged, check_output, stage, workspace
 from onnx_quarot.scheme import Scheme, parse_scheme
 from onnx_quarot.seed_search import plain_seed, searches_seeds
 from onnx_quarot.segments import runs_wide
-from onnx_quarot.sites import linear_sites
+from onnx_quarot.sites import layers_in_subgraphs, linear_sites
 from onnx_quarot.tables import TableReport, quantize_tables
 from onnx_quarot.tied_tables import read_apart, share_tables
 from onnx_quarot.verify import Verification
@@ -154,9 +155,11 @@ def quantize(
     with clock.step("discover"):
         model = load(source)
         check_schemes(model, chosen, layers or {})
+        simpler = simplify(model)
         kinds = tuple(t for t in op_types if t != "Gather")
         specs = input_specs(model)
-        sites, _ = layer_schemes(linear_sites(model, kinds, tuple(exclude)), layers or {})
+        sites, others = layer_schemes(linear_sites(model, kinds, tuple(exclude)), layers or {})
+        check_sites(sites, chosen, others)
         wide = widen_layers(model, sites, tables="Gather" in op_types)
         centred = kv_cache is not None and kv_cache.startswith("int4")  # which works behind RoPE
         options = PlanOptions.of(wanted, block_size, plain_seed(seed), config, tied=tied, keys=centred)
@@ -170,13 +173,16 @@ def quantize(
             staged, proof = _rotated(model, Path(source), inner, folder, plan, options, clock, verify, show)
             float_path = staged.path
             model = load(float_path)
-        elif wide:
-            float_path = stage(model, folder / "wide.onnx", folder).path
+        elif wide or simpler:
+            float_path = stage(model, folder / "float.onnx", folder).path
             model = load(float_path)
         sites = linear_sites(model, kinds, tuple(exclude))
         sites, others = layer_schemes(sites, layers or {})
         if not sites:
-            raise ModelError(f"the model has no linear layer left to quantize (op types {', '.join(op_types)})")
+            raise ModelError(
+                f"the model has no linear layer left to quantize (op types {', '.join(op_types)})"
+                f"{layers_in_subgraphs(model)}"
+            )
         data = Replay(batches, folder)
         with clock.step("quantize"):
             tables: list[TableReport] = []

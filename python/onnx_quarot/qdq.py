@@ -134,6 +134,11 @@ def check_replaceable(model: ir.Model, site: LinearSite, scheme: Scheme) -> None
     """
     check_opset(model, scheme)
     check_float(site)
+    check_rows(site, scheme)
+
+
+def check_rows(site: LinearSite, scheme: Scheme) -> None:
+    """ModelError for a Gemm that transposes its activations: their rows are not a layer's inputs."""
     if site.transposes_input:
         raise ModelError(
             f"node {site.node_name!r}: a Gemm with transA=1 cannot be quantized as {scheme.name}; exclude it"

@@ -145,8 +145,10 @@ def _root_signature(job: Rebase, view: Constant) -> Any:
     return changes, scales, job.adds
 
 
-def _terminal_uses(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
-    """Every use of a constant that is not itself a view of it."""
+def _terminal_uses(value: ir.Value) -> Iterator[tuple[ir.Node | None, int]]:
+    """Every use of a constant that is not itself a view of it; as an output of the graph it has no node."""
+    if value.is_graph_output():
+        yield None, 0
     for use in value.uses():
         views = [v for v in use.node.outputs if constant(v) is not None]
         if views:

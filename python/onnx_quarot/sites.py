@@ -115,6 +115,18 @@ def linear_sites(
     return [site for site in sites if site.node_name not in dropped]
 
 
+def layers_in_subgraphs(model: ir.Model) -> str:
+    """A clause for an error about a model without linear layers: that they are in subgraphs, if so."""
+    inner = [node for node in model.graph.all_nodes() if node.graph is not model.graph and node.op_type in LINEAR_OPS]
+    count = sum(_site(node) is not None for node in inner)
+    if not count:
+        return ""
+    return (
+        f"; {count} are inside subgraphs (If, Loop, Scan), which are left alone: of a decoder that was merged from one "
+        "for the first token and one for further ones, take these two"
+    )
+
+
 def _matching(names: Sequence[str], pattern: str) -> set[str]:
     if not pattern.startswith("^"):
         return {name for name in names if fnmatch.fnmatchcase(name, pattern)}
@@ -224,6 +236,8 @@ def _site(node: ir.Node) -> LinearSite | None:
     depth, channels = shape
     if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) != 0:
         depth, channels = channels, depth
+    if depth == 0 or channels == 0:
+        return None
     return LinearSite(
         node_name=node.name or node.outputs[0].name or "",
         op_type=node.op_type,

@@ -25,6 +25,7 @@ from onnx_quarot.load import load, total_bytes
 from onnx_quarot.plan import Plan
 from onnx_quarot.segments import run_in_segments, runs_wide
 from onnx_quarot.wide_products import HALVES
+from onnx_quarot.widen import widened
 
 Array = np.ndarray[Any, Any]
 _TOLERANCE = {"float64": 1e-8, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1.5e-1}
@@ -72,8 +73,9 @@ def verify(
         halves = [half.numpy() for half in HALVES]
         feeds = {name: a.astype(np.float32) if a.dtype in halves else a for name, a in feeds.items()}
     stored = _weight_tolerance(model)
+    least = _TOLERANCE["float32"] if widened(load(candidate)) else 0.0
     given = tolerance
-    limits = [given if given is not None else max(stored, _TOLERANCE.get(str(a.dtype), 0.0)) for a in reference]
+    limits = [given if given is not None else max(stored, least, _TOLERANCE.get(str(a.dtype), 0)) for a in reference]
 
     turned = into_basis(feeds, plan)
     run: Callable[[Path, dict[str, Array], list[str]], list[Array]] = _run

@@ -22,6 +22,7 @@ from onnx_quarot.discovery.typing import Slot, Typing
 from onnx_quarot.editing import has_subgraphs
 from onnx_quarot.errors import ConfigError, ModelError
 from onnx_quarot.plan import DEFAULT_ROTATIONS, ROTATIONS, Plan
+from onnx_quarot.sites import layers_in_subgraphs
 from onnx_quarot.transform import has_order
 
 __all__ = ["discover_model", "fingerprint"]
@@ -30,7 +31,7 @@ _QUANTIZED = frozenset(
     (
         "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul", "ConvInteger", "QLinearConv",
         "MatMulNBits", "MatMulBnb4", "QMoE", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QGemm", "QAttention",
-        "DynamicQuantizeLSTM", "QLinearAdd", "GatherBlockQuantized",
+        "DynamicQuantizeLSTM", "QLinearAdd", "GatherBlockQuantized", "QLinear",
     )
 )  # fmt: skip
 
@@ -73,7 +74,10 @@ def discover_model(
                 f"the model is already quantized ({', '.join(quantized)}) and has no linear layer left in floating "
                 "point: rotate the model it was made from"
             )
-        raise ModelError("the model has no linear layer (MatMul or Gemm with a constant matrix): nothing to rotate")
+        raise ModelError(
+            "the model has no linear layer (MatMul or Gemm with a constant matrix): nothing to rotate"
+            f"{layers_in_subgraphs(model)}"
+        )
     labels, heads = _labels(typing, wanted, tied)
     if torn := labels.torn():
         typing = _typed(model, torn)

@@ -19,6 +19,7 @@ from onnx_quarot.discovery.rules.readers import absorb, slots
 from onnx_quarot.discovery.rules.registry import MICROSOFT
 from onnx_quarot.discovery.shapes import FLOATS, Shapes
 from onnx_quarot.discovery.typing import Typing
+from onnx_quarot.sites import drop_unused
 
 _BROADCASTING = frozenset(("Add", "Sub", "Mul", "Div", "Pow"))
 _FOLDABLE = _BROADCASTING | {"Neg", "Sqrt", "Reciprocal", "Exp", "Squeeze", "Unsqueeze", "Reshape", "Concat"}
@@ -31,9 +32,7 @@ def prepare(model: ir.Model, *, keys: bool = False) -> None:
     a skip norm apart where only its sum can change basis. ``keys``: take position encodings out of attention, so that
     queries and keys can be rotated (R3).
     """
-    resolve_branches(model)
-    for node in list(model.graph):
-        _fold(model, node)
+    simplify(model)
     if keys:
         unfuse_rope(model)
     shapes: Shapes | None = None
@@ -43,6 +42,15 @@ def prepare(model: ir.Model, *, keys: bool = False) -> None:
         shapes = shapes or Shapes(model)
         if not _absorbed(node, Typing(model.graph, shapes)):
             unfuse_skip_norm(model, node)
+
+
+def simplify(model: ir.Model) -> bool:
+    """Only the branches and the constants: also what is not rotated is quantized in this form. Whether it changed."""
+    before = list(model.graph)
+    resolve_branches(model)
+    for node in list(model.graph):
+        _fold(model, node)
+    return list(model.graph) != before
 
 
 def _fold(model: ir.Model, node: ir.Node) -> None:
@@ -77,7 +85,10 @@ def _fold(model: ir.Model, node: ir.Node) -> None:
     value.const_value = ir.tensor(array, name=name)
     model.graph.register_initializer(value)
     result.replace_all_uses_with(value)
+    sources = list(dict.fromkeys(v for v in node.inputs if v is not None))
     model.graph.remove(node, safe=True)
+    for source in sources:
+        drop_unused(model.graph, source)
 
 
 def _plainly_absorbed(node: ir.Node) -> bool:
