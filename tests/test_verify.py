@@ -159,6 +159,22 @@ def test_a_cache_whose_dimensions_have_no_telling_names(tmp_path: Path) -> None:
     assert report.verification.worst < 1e-4
 
 
+def test_a_trace_of_one_length_is_verified_on_the_calibration_data(tmp_path: Path) -> None:
+    """Its inputs say that any number of rows will do, its graph that there are three."""
+    weight = np.random.default_rng(1).standard_normal((16, 16)).astype(np.float32)
+    model = onnx.load(two_layers(tmp_path / "m.onnx", weight))
+    model.graph.node.insert(0, helper.make_node("Reshape", ["x", "traced"], ["z"]))
+    model.graph.node[1].input[0] = "z"
+    model.graph.initializer.append(numpy_helper.from_array(np.array([3, 16]), "traced"))
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(oq.VerificationError, match="if it takes certain sizes only, its inputs should say so"):
+        oq.rotate(tmp_path / "m.onnx", tmp_path / "r.onnx")
+    data = [{"x": np.random.default_rng(2).standard_normal((3, 16)).astype(np.float32)}]
+    report = oq.quantize(tmp_path / "m.onnx", tmp_path / "q.onnx", data, scheme="a8w8")
+    assert report.verification is not None
+    assert report.verification.worst < 1e-4
+
+
 def test_masks_of_infinity_do_not_hide_the_rest() -> None:
     a = np.array([1.0, -np.inf, 2.0])
     assert relative_error(a, np.array([1.0, -np.inf, 2.0 + 2e-7])) < 1e-6

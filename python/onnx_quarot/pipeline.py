@@ -11,7 +11,7 @@ from typing import Any
 import onnx_ir as ir
 
 from onnx_quarot.buffers import reused_memory
-from onnx_quarot.data import as_batches, input_specs
+from onnx_quarot.data import Batch, as_batches, input_specs
 from onnx_quarot.discovery.prepare import simplify
 from onnx_quarot.errors import ConfigError, ModelError
 from onnx_quarot.forms import check_schemes, check_sites, layer_schemes, quantize_sites
@@ -165,12 +165,12 @@ def quantize(
         options = PlanOptions.of(wanted, block_size, plain_seed(seed), config, tied=tied, keys=centred)
         plan = _plan(model, options, matrix_dim) if wanted or centred else None
         batches = as_batches(calibration, specs, tokenizer=tokenizer, window=window, limit=windows)
-        batches = chain([next(batches)], batches)  # data that does not fit is found before any work is done
+        first = next(batches)  # data that does not fit is found before any work is done
     with workspace(path) as folder:
         proof, float_path = None, Path(source)
         if plan is not None:
             inner = folder / "rotated.onnx"  # not the name of the result, which is staged in the same folder
-            staged, proof = _rotated(model, Path(source), inner, folder, plan, options, clock, verify, show)
+            staged, proof = _rotated(model, Path(source), inner, folder, plan, options, clock, verify, show, first)
             float_path = staged.path
             model = load(float_path)
         elif wide or simpler:
@@ -183,7 +183,7 @@ def quantize(
                 f"the model has no linear layer left to quantize (op types {', '.join(op_types)})"
                 f"{layers_in_subgraphs(model)}"
             )
-        data = Replay(batches, folder)
+        data = Replay(chain([first], batches), folder)
         with clock.step("quantize"):
             tables: list[TableReport] = []
             caches: list[CacheReport] = []
@@ -242,8 +242,9 @@ def _rotated(
     clock: Stopwatch,
     verify: bool,
     show: Progress,
+    example: Batch | None = None,
 ) -> tuple[Staged, Verification | None]:
-    """Stage the rotated model and prove that it is the same function."""
+    """Stage the rotated model and prove that it is the same function, on the example if it takes no random inputs."""
     rotating = show.task("rotating weights", len(model.graph.initializers))
     with clock.step("rotate"), rotating as task, blamed_on(source), reused_memory():
         rotate_model(model, plan)
@@ -265,7 +266,7 @@ def _rotated(
         show.task("verifying", None),
         TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch,
     ):
-        return staged, verify_model(source, staged.path, plan, unrounded=unrounded if narrow else None)
+        return staged, verify_model(source, staged.path, plan, unrounded=unrounded if narrow else None, example=example)
 
 
 def _cache_notes(caches: Sequence[CacheReport]) -> list[str]:

@@ -7,7 +7,7 @@ their inner tensors exposed, and the message names the one where the error begin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ def verify(
     *,
     tolerance: float | None = None,
     unrounded: Callable[[], Path] | None = None,
+    example: Mapping[str, Array] | None = None,
 ) -> Verification:
     """Compare two models output by output; the error is relative to the output's largest magnitude.
 
@@ -64,11 +65,12 @@ def verify(
 
     unrounded: makes the candidate with its weights of half precision in float32. Some models make much of the last bits
     of their weights: they are off by more than that, but by 0.15 at most, and are accepted if weights that were not
-    rounded differ by no more than is allowed in float32.
+    rounded differ by no more than is allowed in float32. example: inputs the model is known to take, for one that takes
+    no random ones (a trace whose lengths are in the graph, though its inputs name none).
     """
     model = load(original)
     names = [str(v.name) for v in model.graph.outputs]
-    feeds, reference = _reference(original, input_specs(model), names)
+    feeds, reference = _reference(original, input_specs(model), names, example)
     if runs_wide(model):  # caches in a new basis are not rounded either
         halves = [half.numpy() for half in HALVES]
         feeds = {name: a.astype(np.float32) if a.dtype in halves else a for name, a in feeds.items()}
@@ -128,15 +130,19 @@ def _weight_tolerance(model: ir.Model) -> float:
     return max(_TOLERANCE[name] if name in ("float16", "bfloat16") else 0.0 for name in {*types, ""})
 
 
-def _reference(original: Path, specs: list[InputSpec], names: list[str]) -> tuple[dict[str, Array], list[Array]]:
+def _reference(
+    original: Path, specs: list[InputSpec], names: list[str], example: Mapping[str, Array] | None
+) -> tuple[dict[str, Array], list[Array]]:
     """Inputs that the original accepts, and what it makes of them: with lengths by the names of dimensions, behind a
-    cache or behind an empty one (not every model takes a prompt behind a cache), or by their places.
+    cache or behind an empty one (not every model takes a prompt behind a cache), or by their places; or the example.
     """
     attempts = [random_feeds(specs)]
     if any("past" in str(d).lower() for spec in specs for d in spec.shape or ()):
         attempts.append(random_feeds(specs, past=0))
     if any(not isinstance(d, int) for spec in specs for d in spec.shape or ()):
         attempts.append(random_feeds(_by_place(specs)))
+    if example is not None:
+        attempts.append(dict(example))
     refused: VerificationError | ModelError | None = None
     for feeds in attempts:
         try:
@@ -229,6 +235,7 @@ def _run(path: Path, feeds: dict[str, Array], names: list[str]) -> list[Array]:
         result: list[Array] = runnable.run(names, feeds)
     except Exception as error:  # ONNX Runtime's own exceptions share no base class
         raise VerificationError(
-            f"model: it cannot be run on random inputs ({first_line(error)}); nothing was written"
+            f"model: it cannot be run on random inputs ({first_line(error)}); if it takes certain sizes only, its "
+            "inputs should say so (or verify=False); nothing was written"
         ) from error
     return result
