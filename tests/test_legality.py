@@ -80,6 +80,23 @@ CASES: dict[str, tuple[Nodes, dict[str, np.ndarray], bool]] = {
     "divide by a scalar": ([node("Div", "h c", "m")], {"c": np.float32(3).reshape(1)}, True),
     "divide a scalar by it": ([node("Exp", "h", "e"), node("Div", "c e", "m")], {"c": np.float32(3).reshape(1)}, False),
     "factor a feature, absorbed": ([node("Mul", "h c", "m")], {"c": W32}, True),
+    "factor a feature, then uniform ones": (
+        [node("Mul", "h c", "k"), node("Mul", "s k", "q"), node("Div", "q u", "m")],
+        {"c": W32, "s": np.float32(0.2), "u": np.full(32, 3, np.float32)},
+        True,
+    ),
+    "uniform factor, then a factor a feature behind a layer": (
+        [node("MatMul", "x d", "k"), node("Add", "k e", "q"), node("Mul", "s q", "p"), node("Mul", "p c", "r"),
+         node("Add", "h r", "m")],
+        {"d": rand(16, 32), "e": W32 - 1, "s": np.float32(0.2), "c": W32},
+        True,
+    ),
+    "factor a feature, then a factor that is no constant": (
+        [node("ReduceMax", "x ax", "s", keepdims=1), node("Sigmoid", "s", "p"), node("Tanh", "h", "u"),
+         node("Mul", "u c", "k"), node("Mul", "k p", "m")],
+        {"c": W32, "ax": i64(-1)},
+        False,
+    ),
     "factor a feature, then a nonlinearity": ([node("Mul", "h c", "k"), node("Tanh", "k", "m")], {"c": W32}, False),
     "factor and bias a feature": ([node("Mul", "h c", "k"), node("Add", "k d", "m")], {"c": W32, "d": W32 - 1}, True),
     "factor a feature behind a layer": (
@@ -256,6 +273,16 @@ CASES: dict[str, tuple[Nodes, dict[str, np.ndarray], bool]] = {
         [node("Pow", "h two", "p"), node("ReduceMean", "p ax", "v"), node("Sigmoid", "v", "sd"),
          node("Mul", "h sd", "m")],
         {"two": np.float32(3), "ax": i64(-1)},
+        False,
+    ),
+    "rms norm, then a uniform factor": (
+        [node("SimplifiedLayerNormalization", "h g", "n", axis=-1), node("Mul", "n s", "m")],
+        {"g": W32, "s": np.float32(0.2)},
+        True,
+    ),
+    "layer norm, then a uniform factor, which its bias would have to take": (
+        [node("LayerNormalization", "h g c", "n"), node("Mul", "n s", "m")],
+        {"g": W32, "c": W32 - 1, "s": np.float32(0.2)},
         False,
     ),
     "layer norm on a free stream": ([node("LayerNormalization", "h g c", "m")], {"g": W32, "c": W32 - 1}, True),

@@ -105,9 +105,12 @@ def _selecting(t: Typing, node: ir.Node) -> int:
     return node.attributes.get_int("batch_dims", 0) + width
 
 
-def absorbing_readers(t: Typing, value: ir.Value, place: int = 1, whole: ir.Value | None = None) -> tuple[Slot, ...]:
+def absorbing_readers(
+    t: Typing, value: ir.Value, place: int = 1, whole: ir.Value | None = None, biased: bool = False
+) -> tuple[Slot, ...]:
     """The matrices that read ``value`` if every reader is one (through operators that keep the last axis), else
-    none. The features are the last axis but ``place - 1``. ``value`` holds rows of ``whole``.
+    none. The features are the last axis but ``place - 1``. ``value`` holds rows of ``whole``. ``biased``: a bias is to
+    be moved behind the matrices, which a uniform factor in front of them would have to scale.
     """
     found: list[Slot] = []
     whole = whole or value
@@ -123,11 +126,13 @@ def absorbing_readers(t: Typing, value: ir.Value, place: int = 1, whole: ir.Valu
         if not further and place == use.idx + 1 and (slot := selected_slot(t, node, use.idx)) is not None:
             further = (slot,)
         if not further and use.idx == 0 and place == 1 and _keeps_last_axis(t, node):
-            further = absorbing_readers(t, node.outputs[0], whole=whole)
+            further = absorbing_readers(t, node.outputs[0], whole=whole, biased=biased)
         if not further and place == 1 and _joins_rows(t, node) and _rows_of(t, node.outputs[0], whole):
-            further = absorbing_readers(t, node.outputs[0])
+            further = absorbing_readers(t, node.outputs[0], biased=biased)
         if not further and use.idx == 0 and place == 1 and _makes_columns(t, node):
             further = absorbing_readers(t, node.outputs[0], 2)
+        if not further and place == 1 and not biased and _data_of_uniform(t, node) == use.idx:
+            further = absorbing_readers(t, node.outputs[0])
         if not further:
             return ()
         found += further
@@ -190,6 +195,17 @@ def _pads_nothing(t: Typing, node: ir.Node) -> bool:
     return pads is not None and not pads.any()
 
 
+def _data_of_uniform(t: Typing, node: ir.Node) -> int | None:
+    """Which input a node multiplies (or divides) by one and the same number for all features; None if it does not."""
+    if node.domain != "" or node.op_type not in ("Mul", "Div"):
+        return None
+    for data in (0, 1) if node.op_type == "Mul" else (0,):
+        x = node.inputs[data]
+        if x is not None and is_uniform(node.inputs[1 - data]) and constant(x) is None and t.shapes.known(x):
+            return data if t.shapes.shape.get(node.outputs[0]) == t.shapes.shape[x] else None
+    return None
+
+
 @dataclass(frozen=True)
 class Absorbed:
     """Readers that take over a factor a feature of ``out``, and a bias that is added to it on the way."""
@@ -199,9 +215,11 @@ class Absorbed:
     bias: Use | None = None
 
 
-def absorb(t: Typing, value: ir.Value) -> Absorbed | None:
-    """How a factor a feature on ``value`` can be folded: into its readers, perhaps with a bias that follows it."""
-    if readers := absorbing_readers(t, value):
+def absorb(t: Typing, value: ir.Value, biased: bool = False) -> Absorbed | None:
+    """How a factor a feature on ``value`` can be folded: into its readers, perhaps with a bias that follows it.
+    ``biased``: with one that comes before.
+    """
+    if readers := absorbing_readers(t, value, biased=biased):
         return Absorbed(value, readers)
     uses = [u for u in value.uses() if u.node.op_type not in ("Shape", "Size")]
     if len(uses) != 1 or value.is_graph_output() or not t.shapes.known(value):
@@ -214,7 +232,7 @@ def absorb(t: Typing, value: ir.Value) -> Absorbed | None:
     width = t.shapes.shape[value][-1]
     if view is None or view.shape[-1:] != (width,) or view.size != width:
         return None
-    readers = absorbing_readers(t, node.outputs[0])
+    readers = absorbing_readers(t, node.outputs[0], biased=True)
     return Absorbed(node.outputs[0], readers, bias) if readers and _take_biases(readers) else None
 
 
@@ -269,8 +287,9 @@ def writer(t: Typing, value: ir.Value) -> Writer | None:
             if bias is not None and found is not None:
                 return Writer(found.node, (*found.constants, bias))
         return None
-    inner = node.inputs[0]
-    return writer(t, inner) if inner is not None and _keeps_last_axis(t, node) else None
+    data = 0 if _keeps_last_axis(t, node) else _data_of_uniform(t, node)
+    inner = None if data is None else node.inputs[data]
+    return writer(t, inner) if inner is not None else None
 
 
 def _vector(use: Use, width: int) -> tuple[Use, int] | None:
