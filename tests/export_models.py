@@ -274,6 +274,38 @@ def whisper_decoder(scale: int) -> Any:
     return WhisperDecoder(whisper(scale)), (ids(), states), ["input_ids", "encoder_hidden_states"]
 
 
+def modernbert(scale: int) -> Any:
+    c = sizes(scale)
+    return hf.ModernBertConfig(**{k: v for k, v in c.items() if k != "num_key_value_heads"}, cls_token_id=1,
+                               sep_token_id=2, global_attn_every_n_layers=2, local_attention=8)  # fmt: skip
+
+
+def deepseek(scale: int) -> Any:
+    """Attention with latent keys and values; no experts."""
+    return hf.DeepseekV3Config(**sizes(scale, kv_heads=4), q_lora_rank=12 * scale, kv_lora_rank=16 * scale,
+                               qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=2,
+                               n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2)  # fmt: skip
+
+
+class T5Decoder(torch.nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
+        states = hf.modeling_outputs.BaseModelOutput(last_hidden_state=encoder_hidden_states)
+        return self.model(encoder_outputs=states, decoder_input_ids=input_ids, use_cache=False).logits
+
+
+def t5_decoder(scale: int) -> Any:
+    """The head is tied to the embeddings, and its input scaled."""
+    config = hf.T5Config(d_model=32 * scale, d_kv=8 * scale, d_ff=48 * scale, num_layers=2, num_heads=4,
+                         vocab_size=VOCAB, pad_token_id=0, eos_token_id=2, decoder_start_token_id=0)  # fmt: skip
+    states = torch.randn(2, 7, 32 * scale, generator=torch.Generator().manual_seed(1))
+    model = randomize(hf.T5ForConditionalGeneration._from_config(config, attn_implementation="eager"))
+    return T5Decoder(model), (ids(), states), ["input_ids", "encoder_hidden_states"]
+
+
 class ConvNet(torch.nn.Module):
     """1x1 convolutions around a 3x3 one and a depthwise one, with a residual stream and a linear head."""
 
@@ -325,9 +357,12 @@ for dynamo in (False, True):
         f"whisper_encoder_{suffix}": exported(whisper_encoder, dynamo),
         f"whisper_decoder_{suffix}": exported(whisper_decoder, dynamo),
         f"convnet_{suffix}": exported(convnet, dynamo),
+        f"modernbert_{suffix}": exported(plain(modernbert), dynamo),
     }
 MODELS |= {
     "dinov2_dynamo": exported(dinov2, dynamo=True),
+    "t5_decoder_dynamo": exported(t5_decoder, dynamo=True),
+    "deepseek_dynamo": exported(decoder(deepseek), dynamo=True),
     "falcon_dynamo": exported(decoder(falcon), dynamo=True),  # the other exporter does not take it
 }
 

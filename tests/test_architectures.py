@@ -39,7 +39,10 @@ EXPECTED = {
     "bert": (3 * LAYERS, 0),
     "vit": (LAYERS, 1),  # pixels have three channels
     "dinov2": (LAYERS + 1, 1),  # the stream is also the last LayerNorm's, whose output leaves the graph
-    "falcon": (2 * LAYERS, 0),  # queries, keys and values share a reshape: attention's output is rotated online
+    "falcon": (LAYERS, 0),
+    "modernbert": (LAYERS + 3, 0),  # into the stream (its norm is also read by a layer), and out of it
+    "t5_decoder": (LAYERS + 1, 0),  # the encoder's states
+    "deepseek": (LAYERS, 0),
     "whisper_encoder": (LAYERS + 2, 2),  # into and out of the stream; the convolutions read audio and activations
     "whisper_decoder": (LAYERS + 1, 0),  # the encoder's states, shared by all cross-attentions
     "convnet": (2, 2),

@@ -66,6 +66,16 @@ def i64(*values: int) -> np.ndarray:
     return np.array(values, np.int64)
 
 
+def attention(*select: onnx.NodeProto) -> Nodes:
+    """Heads that ``select`` takes out of "p" as "q", which see an activation, and "v", which they weigh."""
+    return [
+        node("MatMul", "h c", "k"), node("Reshape", "k s", "p"), *select, node("Tanh", "q", "t"),
+        node("Transpose", "t", "t1", perm=[0, 2, 1, 3]), node("Transpose", "t", "t2", perm=[0, 2, 3, 1]),
+        node("MatMul", "t1 t2", "d"), node("Softmax", "d", "e"), node("Transpose", "v", "v1", perm=[0, 2, 1, 3]),
+        node("MatMul", "e v1", "u"), node("Transpose", "u", "u1", perm=[0, 2, 1, 3]), node("Reshape", "u1 s2", "m"),
+    ]  # fmt: skip
+
+
 CASES: dict[str, tuple[Nodes, dict[str, np.ndarray], bool]] = {
     "add a vector": ([node("Add", "h c", "m")], {"c": W32}, True),
     "add a scalar": ([node("Add", "h c", "m")], {"c": np.float32(0.7).reshape(1)}, True),
@@ -195,6 +205,41 @@ CASES: dict[str, tuple[Nodes, dict[str, np.ndarray], bool]] = {
          node("Split", "q", "q1 q2", axis=-1, num_outputs=2), node("Concat", "q2 q1", "r", axis=-1),
          node("Tanh", "r", "t"), node("Concat", "t v", "c", axis=2), node("Reshape", "c s2", "m")],
         {"s": i64(0, 3, 4, 8), "s2": i64(0, 3, 32), "z": i64(0), "e": i64(2), "f": i64(4), "ax": i64(2)},
+        False,
+    ),
+    "heads beside heads that see an activation": (
+        attention(node("Gather", "p zero", "q", axis=2), node("Gather", "p one", "v", axis=2)),
+        {"c": rand(32, 64), "s": i64(0, 3, 2, 4, 8), "zero": np.int64(0), "one": np.int64(-1), "s2": i64(0, 3, 32)},
+        True,
+    ),
+    "the same, head by head": (
+        attention(node("Transpose", "p", "w", perm=[3, 0, 1, 2, 4]), node("Split", "w", "q5 v5", axis=0, num_outputs=2),
+                  node("Squeeze", "q5 ax", "q"), node("Squeeze", "v5 ax", "v")),
+        {"c": rand(32, 64), "s": i64(0, 3, 4, 2, 8), "ax": i64(0), "s2": i64(0, 3, 32)},
+        True,
+    ),
+    "the same, in groups of two and one, taken by GatherND": (
+        [*attention(node("Slice", "p z end ax", "q"), node("Transpose", "p", "pt", perm=[2, 0, 1, 3]),
+                    node("GatherND", "pt last", "v4"), node("Transpose", "v4", "v", perm=[1, 2, 0, 3]))[:-1],
+         node("Concat", "u1 u1", "w", axis=2), node("Reshape", "w s2", "m")],
+        {"c": rand(32, 24), "s": i64(0, 3, 3, 8), "z": i64(0), "end": i64(2), "ax": i64(2),
+         "last": i64(2).reshape(1, 1), "s2": i64(0, 3, 32)},
+        True,
+    ),
+    "the same, but all heads see a sum": (
+        [*attention(node("Gather", "p zero", "q", axis=2), node("Gather", "p one", "v", axis=2))[:-1],
+         node("ReduceSum", "p ax", "w", keepdims=0), node("Add", "u1 w", "w1"), node("Reshape", "w1 s2", "m")],
+        {"c": rand(32, 64), "s": i64(0, 3, 2, 4, 8), "zero": np.int64(0), "one": np.int64(1), "s2": i64(0, 3, 32),
+         "ax": i64(2)},
+        False,
+    ),
+    "the same, and half of every head sees another": (
+        [*attention(node("Gather", "p zero", "q", axis=2), node("Gather", "p one", "v", axis=2))[:-1],
+         node("ReduceSum", "p ax", "w", keepdims=0), node("Split", "w", "w2 w3", axis=-1, num_outputs=2),
+         node("Sigmoid", "w2", "w4"), node("Concat", "w4 w3", "w5", axis=-1), node("Add", "u1 w5", "w1"),
+         node("Reshape", "w1 s2", "m")],
+        {"c": rand(32, 64), "s": i64(0, 3, 2, 4, 8), "zero": np.int64(0), "one": np.int64(1), "s2": i64(0, 3, 32),
+         "ax": i64(2)},
         False,
     ),
     "gather positions": ([node("Gather", "h p", "m", axis=1)], {"p": i64(2, 0)}, True),

@@ -221,6 +221,8 @@ class Builder:
         """Produced values in a new basis; those that lost their mean on the way cannot be brought back."""
         bases = {}
         for value, axis, source, _ in self.labels.boundaries():
+            if value in self.t.packed:
+                continue
             if axis == self.t.rank(source) - 1 and (placements := self._placements(source, axis)):
                 bases[str(value.name)] = placements
         return bases

@@ -164,6 +164,7 @@ class Typing:
     expansions: list[Expansion] = field(default_factory=list)
     states: list[StatePair] = field(default_factory=list)
     kinds: list[tuple[Segment, str]] = field(default_factory=list)
+    packed: set[ir.Value] = field(default_factory=set)  # the last axis has a basis for every index of another
     squares: set[ir.Value] = field(default_factory=set)  # only their sum over the last axis is used
     centres: list[Use] = field(default_factory=list)  # where the mean over the last axis is subtracted
     converted: list[ir.Node] = field(default_factory=list)  # LayerNorms that become RMS norms where rotated

@@ -7,8 +7,10 @@ from math import prod
 
 import onnx_ir as ir
 
+from onnx_quarot.discovery.basis import Segment
 from onnx_quarot.discovery.constants import constant
 from onnx_quarot.discovery.rules.registry import describe, rule
+from onnx_quarot.discovery.rules.selecting import integers, keep, packed_axis, slice_bounds, unpack
 from onnx_quarot.discovery.typing import Def, StatePair, Typing, Use, defs, has_input, ports, uses
 
 
@@ -47,7 +49,7 @@ def _reshape(t: Typing, n: ir.Node) -> None:
         t.block_node(n, describe(n, "its shape is not understood"))
         return
     for xs, ys in _reshape_groups(*sizes):
-        if not xs or not ys:
+        if not xs or not ys or (len(xs) == 1 and _unpacks(t, n, xs[0], ys)):
             continue
         p, q = xs[-1], ys[-1]
         a, b = t.size(x, p), t.size(y, q)
@@ -63,6 +65,27 @@ def _reshape(t: Typing, n: ir.Node) -> None:
             t.block(x, axis, describe(n, "an outer axis is merged or split"))
         for axis in ys[:-1]:
             t.block(y, axis, describe(n, "an outer axis is merged or split"))
+
+
+def _unpacks(t: Typing, n: ir.Node, p: int, ys: list[int]) -> bool:
+    """One axis becomes several, and what follows selects along one of them, so that its parts never meet: queries, keys
+    and values have heads, but no basis, in common.
+    """
+    x, y = Use(n, 0), Def(n.outputs[0])
+    axis, last = packed_axis(t, y.value), t.rank(y) - 1
+    whole = t.segment(x, p)
+    if axis not in ys or last not in ys or whole is None or t.segment(y, last) is None:
+        return False
+    sizes = [t.size(y, a) for a in ys]
+    place = ys.index(axis)
+    pieces = [Segment(sizes[-1]) for _ in range(sizes[place])]
+    inner = [Segment.tiled(piece, prod(sizes[place + 1 : -1])) for piece in pieces]
+    whole.unify(Segment.tiled(Segment(prod(sizes[place:]), inner), prod(sizes[:place])))
+    unpack(t, y.value, axis, Segment(sizes[place] * sizes[-1], pieces))
+    t.tie_leaves(x, p, y, last)
+    for a in ys[:-1]:
+        t.block(y, a, describe(n, "an outer axis is merged or split"))
+    return True
 
 
 def _reshape_groups(x: tuple[int, ...], y: tuple[int, ...]) -> Iterator[tuple[list[int], list[int]]]:
@@ -110,8 +133,8 @@ def _tile(t: Typing, n: ir.Node) -> None:
 def _pad(t: Typing, n: ir.Node) -> None:
     """Zeros (or copies) beside the axes it pads; the others keep their basis."""
     x, y = Use(n, 0), Def(n.outputs[0])
-    pads = _integers(t, n, 1)
-    axes = _integers(t, n, 3) if has_input(n, 3) else list(range(t.rank(x)))
+    pads = integers(t, n, 1)
+    axes = integers(t, n, 3) if has_input(n, 3) else list(range(t.rank(x)))
     filled = constant(n.inputs[2]) if has_input(n, 2) else None
     zeros = not has_input(n, 2) or (filled is not None and float(filled.numpy().flat[0]) == 0.0)
     if pads is None or axes is None or (n.attributes.get_string("mode", "constant") == "constant" and not zeros):
@@ -135,7 +158,7 @@ def _gather(t: Typing, n: ir.Node) -> None:
     t.block(x, axis, describe(n, "selects along this axis"))
     for a in range(t.rank(x)):
         if a != axis:
-            t.tie(x, a, y, a if a < axis else a + inserted - 1)
+            keep(t, n, x, a, y, a if a < axis else a + inserted - 1)
     for o in range(axis, axis + inserted):
         t.block(y, o, describe(n, "selects along this axis"))
 
@@ -149,7 +172,7 @@ def _gather_nd(t: Typing, n: ir.Node) -> None:
         t.block(x, a, describe(n, "selects along this axis"))
     kept = t.rank(x) - lead
     for a in range(kept):
-        t.tie(x, lead + a, y, t.rank(y) - kept + a)
+        keep(t, n, x, lead + a, y, t.rank(y) - kept + a)
     for o in range(t.rank(y) - kept):
         t.block(y, o, describe(n, "selects along this axis"))
 
@@ -184,7 +207,7 @@ def _split(t: Typing, n: ir.Node) -> None:
     for y in defs(n):
         for a in range(t.rank(x)):
             if a != axis:
-                t.tie(x, a, y, a)
+                keep(t, n, x, a, y, a)
         if t.segment(x, axis) is not None:
             high = offset + t.size(y, axis)
             if t.segment(y, axis) is not None:
@@ -199,42 +222,19 @@ def _slice(t: Typing, n: ir.Node) -> None:
     """A run of features is a class of its own; a stride, or a cut only known at run time, blocks."""
     x, y = Use(n, 0), Def(n.outputs[0])
     rank = t.rank(x)
-    bounds = _slice_bounds(t, n, rank)
+    bounds = slice_bounds(t, n, rank)
     for a in range(rank):
         if a not in bounds:
-            t.tie(x, a, y, a)
+            keep(t, n, x, a, y, a)
             continue
         size = t.size(x, a)
         low, high, step = 0, 0, 0
         if (given := bounds[a]) is not None:
             low, high, step = slice(*given).indices(size)
         if step == 1 and high - low == size:
-            t.tie(x, a, y, a)
+            keep(t, n, x, a, y, a)
         elif step == 1 and t.segment(x, a) is not None and t.segment(y, a) is not None:
             t.tie_piece(x, a, low, high, y, a)
         else:
             t.block(x, a, describe(n, "takes features one by one, or somewhere"))
             t.block(y, a, describe(n, "takes features one by one, or somewhere"))
-
-
-def _slice_bounds(t: Typing, n: ir.Node, rank: int) -> dict[int, tuple[int, int, int] | None]:
-    """Sliced axis -> (start, end, step), None where they depend on data or on sizes known only at run time."""
-    if n.attributes.get("starts") is not None:
-        first, last = n.attributes.get_ints("starts", []), n.attributes.get_ints("ends", [])
-        axes = n.attributes.get_ints("axes", list(range(len(first))))
-        return {a % rank: (s, e, 1) for a, s, e in zip(axes, first, last, strict=True)}
-    start, end, along, step = (_integers(t, n, index) for index in range(1, 5))
-    if along is None and has_input(n, 3):
-        return dict.fromkeys(range(rank))
-    count = t.size(Use(n, 1), 0)
-    axes = [a % rank for a in (list(range(count)) if along is None else along)]
-    if start is None or end is None or (step is None and has_input(n, 4)):
-        return dict.fromkeys(axes)
-    return dict(zip(axes, zip(start, end, step or [1] * count, strict=True), strict=True))
-
-
-def _integers(t: Typing, n: ir.Node, index: int) -> list[int] | None:
-    if not has_input(n, index):
-        return None
-    known = t.shapes.constants.get(n.inputs[index])  # type: ignore[arg-type]
-    return None if known is None else [int(v) for v in known.ravel()]
