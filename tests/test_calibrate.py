@@ -175,7 +175,9 @@ def test_percentile_stays_within_the_bins_of_the_order_statistics(values: list[f
     got = observer.range()
     cut = (100 - percentile) / 2
     for bound, q, clamp in ((got.low, cut, min), (got.high, 100 - cut, max)):
-        below, above = (float(np.percentile(array, q, method=m)) for m in ("lower", "higher"))  # type: ignore[call-overload]
+        # Rounding may put a rank on either side of a whole number, between values that are far apart.
+        below = float(np.percentile(array, max(q - 1e-9, 0), method="lower"))
+        above = float(np.percentile(array, min(q + 1e-9, 100), method="higher"))
         slack = max(abs(below), abs(above)) / 128 + 1e-38
         assert clamp(below, 0) - slack <= bound <= clamp(above, 0) + slack
     assert float(array.min(initial=0)) <= got.low <= 0 <= got.high <= float(array.max(initial=0))
