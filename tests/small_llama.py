@@ -47,16 +47,17 @@ def save(path: Path, config: Config = Config(), seed: int = 0, *, external: bool
     return path
 
 
-def decoder_feeds(config: Config, rng: np.random.Generator, length: int = 9) -> dict[str, np.ndarray]:
-    """A prompt behind an empty cache."""
+def decoder_feeds(config: Config, rng: np.random.Generator, length: int = 9, past: int = 0) -> dict[str, np.ndarray]:
+    """A prompt behind a cache: an empty one, or one that holds a feature much larger than the others."""
     feeds: dict[str, np.ndarray] = {
         "input_ids": rng.integers(0, config.vocab, (1, length)),
-        "attention_mask": np.ones((1, length), np.int64),
+        "attention_mask": np.ones((1, past + length), np.int64),
     }
     for layer in range(config.layers):
         for kind in ("key", "value"):
-            empty = np.zeros((1, config.kv_heads, 0, config.head_size), np.float32)
-            feeds[f"past_key_values.{layer}.{kind}"] = empty
+            cache = rng.standard_normal((1, config.kv_heads, past, config.head_size)).astype(np.float32)
+            cache[..., 3] *= 20 if kind == "value" else 1
+            feeds[f"past_key_values.{layer}.{kind}"] = cache
     return feeds
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+import onnx_quarot as oq
 import small_llama
 import tiny_gguf
 from onnx_quarot.comparison import Comparison, log_softmax
@@ -271,3 +272,37 @@ def test_candidate_may_hold_its_cache_in_another_type(llama: tuple[tiny_gguf.Tin
     data = "hello there, this is a text " * 3 + "\n"
     found = evaluate(llama[1] / "model.onnx", folder / "half.onnx", data, tokenizer=folder, window=16)
     assert found.kl_divergence == 0
+
+
+def test_caches_that_are_given_are_brought_into_the_candidates_basis(tmp_path: Path) -> None:
+    """And its outputs, where they are compared, into the reference's."""
+    config = small_llama.Config()
+    source = small_llama.save(tmp_path / "a.onnx", config)
+    oq.rotate(source, tmp_path / "b.onnx", seed=3)
+    oq.rotate(source, tmp_path / "c.onnx", seed=4)
+    rng = np.random.default_rng(0)
+    data = [small_llama.decoder_feeds(config, rng, past=5) for _ in range(2)]
+    assert any("past" in state.past for state in oq.discover(source).states)
+    for reference, candidate in (("a", "b"), ("b", "a"), ("b", "c")):
+        found = evaluate(tmp_path / f"{reference}.onnx", tmp_path / f"{candidate}.onnx", data)
+        assert found.kl_divergence is not None
+        assert found.kl_divergence < 1e-6
+        one_token = [small_llama.decoder_feeds(config, rng, length=1, past=5)]
+        found = evaluate(tmp_path / f"{reference}.onnx", tmp_path / f"{candidate}.onnx", one_token)
+        assert set(found.cosine) > {"present.0.value", "present.1.value"}
+        assert min(found.cosine.values()) > 1 - 1e-6
+
+
+def test_calibration_behind_caches_sees_them_in_the_new_basis(tmp_path: Path) -> None:
+    """Else values of the cache, whose third feature is loud, would meet weights that expect them rotated."""
+    config = small_llama.Config()
+    source = small_llama.save(tmp_path / "a.onnx", config)
+    rng = np.random.default_rng(0)
+    data = [small_llama.decoder_feeds(config, rng, past=5) for _ in range(8)]
+    losses = []
+    for name, rotations in (("plain", ()), ("rotated", None)):
+        oq.quantize(source, tmp_path / f"{name}.onnx", data, scheme="a8w8", rotations=rotations)
+        found = evaluate(source, tmp_path / f"{name}.onnx", data)
+        assert found.kl_divergence is not None
+        losses.append(found.kl_divergence)
+    assert losses[1] < losses[0] / 3

@@ -24,6 +24,7 @@ from onnx_quarot.errors import ConfigError, DataError, ModelError, first_line
 from onnx_quarot.generate import Decoder, extends_in_place
 from onnx_quarot.load import load, model_size
 from onnx_quarot.progress import NullProgress, Progress
+from onnx_quarot.provenance import recorded
 
 Array = npt.NDArray[Any]
 ModelPath = str | os.PathLike[str]
@@ -184,11 +185,14 @@ def fitted(model: ModelPath, specs: Sequence[InputSpec], batch: Batch) -> dict[s
 class _Run:
     """One open model and what was seen of it so far."""
 
-    def __init__(self, path: ModelPath, threads: int) -> None:
+    def __init__(self, path: ModelPath, threads: int, reference: _Run | None = None) -> None:
+        """``reference``: the model that batches are made for; None for this one."""
         self.path = path
         model = load(path)
         self.specs: list[InputSpec] = input_specs(model)
+        self.bases = recorded(model)
         self.in_place = extends_in_place(model)
+        self.given = self.bases if reference is None else reference.bases
         self.session = open_session(path, threads=threads)
         self.outputs = [output.name for output in self.session.get_outputs()]
         self.loss = 0.0
@@ -197,7 +201,7 @@ class _Run:
         self.decode: list[float] = []
 
     def run(self, batch: Batch, outputs: Sequence[str]) -> list[Array]:
-        feeds = fitted(self.path, self.specs, batch)
+        feeds = fitted(self.path, self.specs, self.given.carried(batch, self.bases))
         start = time.perf_counter()
         try:
             results: list[Array] = self.session.run(list(outputs), feeds)
@@ -250,7 +254,8 @@ def _run(
     threads: int,
     progress: Progress,
 ) -> tuple[list[_Run], list[Comparison], int, str | None]:
-    runs = [_Run(path, threads) for path in paths]
+    runs = [_Run(paths[0], threads)]
+    runs += [_Run(path, threads, runs[0]) for path in paths[1:]]
     comparisons = [Comparison() for _ in paths[1:]]
     batches = as_batches(data, runs[0].specs, tokenizer=tokenizer, window=window, limit=windows)
     logits: str | None = None
@@ -318,7 +323,7 @@ def _add_outputs(runs: Sequence[_Run], comparisons: Sequence[Comparison], batch:
     expected = runs[0].run(batch, names)
     for run, comparison in zip(runs[1:], comparisons, strict=True):
         for name, a, b in zip(names, expected, run.run(batch, names), strict=True):
-            comparison.add_outputs(name, a, b)
+            comparison.add_outputs(name, runs[0].bases.undo(name, a), run.bases.undo(name, b))
 
 
 def _add_logits(runs: Sequence[_Run], comparisons: Sequence[Comparison], batch: Batch, logits: str) -> None:

@@ -14,8 +14,10 @@ from onnx_quarot.data import Batch, as_batches, input_specs
 from onnx_quarot.errors import ModelError
 from onnx_quarot.evaluation import Metrics, ModelFigures, fitted
 from onnx_quarot.layers import LayerFigures, compare_layers
+from onnx_quarot.load import load
 from onnx_quarot.op_times import op_times
 from onnx_quarot.progress import Progress
+from onnx_quarot.provenance import recorded
 from onnx_quarot.sensitivity import Sensitivities, measure_sensitivity
 
 Array = np.ndarray[Any, Any]
@@ -52,7 +54,8 @@ def evaluation_page(
         return next(as_batches(data, specs, tokenizer=tokenizer, window=length, limit=1))
 
     batch = first_batch(window)
-    feeds = (fitted(reference, specs, batch), fitted(candidate, input_specs(candidate), batch))
+    turned = recorded(load(reference)).carried(batch, recorded(load(candidate)))
+    feeds = (fitted(reference, specs, batch), fitted(candidate, input_specs(candidate), turned))
     layers = compare_layers(reference, candidate, feeds, progress=progress)
     times = [op_times(path, fed, threads=threads) for path, fed in zip((reference, candidate), feeds, strict=True)]
     found: Sensitivities | str = "Not measured, as asked."

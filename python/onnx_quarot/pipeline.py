@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from onnx_quarot.buffers import reused_memory
 from onnx_quarot.data import Batch, as_batches, input_specs
+from onnx_quarot.differences import into_basis
 from onnx_quarot.discovery.prepare import simplify
 from onnx_quarot.errors import ConfigError, ModelError
 from onnx_quarot.forms import check_schemes, check_sites, layer_schemes, quantize_sites
@@ -183,7 +184,8 @@ def quantize(
                 f"the model has no linear layer left to quantize (op types {', '.join(op_types)})"
                 f"{layers_in_subgraphs(model)}"
             )
-        data = Replay(chain([first], batches), folder)
+        fed = chain([first], batches)
+        data = Replay(fed if plan is None else (into_basis(batch, plan) for batch in fed), folder)
         with clock.step("quantize"):
             tables: list[TableReport] = []
             caches: list[CacheReport] = []

@@ -6,7 +6,7 @@ Evaluation reads it to compare inner values with the original's; people can read
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +32,21 @@ class Bases:
 
     def undo(self, name: str, x: Array) -> Array:
         """``x``, the value ``name`` of the rotated model, [..., features], in the original basis; float32."""
-        placements = self.values.get(name, ())
-        if not placements:
+        return self._turned(name, x, inverse=True)
+
+    def carried(self, batch: Mapping[str, Array], to: Bases) -> dict[str, Array]:
+        """What a model whose bases are ``to`` is to be fed where this one is fed ``batch``: other caches."""
+        fed = dict(batch)
+        if self.values != to.values or self.rotations != to.rotations:
+            for name, x in batch.items():
+                if (name in self.values or name in to.values) and x.size:
+                    fed[name] = to._turned(name, self.undo(name, x), inverse=False).astype(x.dtype)
+        return fed
+
+    def _turned(self, name: str, x: Array, *, inverse: bool) -> Array:
+        if not (placements := self.values.get(name, ())):
             return x
-        turned = change_basis(x.astype(np.float64), x.ndim - 1, placements, self.rotations, inverse=True)
+        turned = change_basis(x.astype(np.float64), x.ndim - 1, placements, self.rotations, inverse=inverse)
         return turned.astype(np.float32)
 
 

@@ -89,6 +89,7 @@ def measure_sensitivity(
     show = progress or NullProgress()
     with disposable(Path(tempfile.mkdtemp(prefix="onnx-quarot-"))) as folder:
         path, names, outputs = _write_both(reference, candidate, folder, logits, show)
+        fed = recorded(load(reference)).carried(batch, recorded(load(candidate)))
         options = ort.SessionOptions()
         # Its fusions take a weight to be in the graph of the branch; without them the same numbers are computed.
         options.add_session_config_entry("optimization.disable_specified_optimizers", "QDQSelectorActionTransformer")
@@ -98,7 +99,7 @@ def measure_sensitivity(
         def outcome(chosen: Sequence[int]) -> list[Array]:
             flags[:] = False
             flags[list(chosen)] = True
-            return run_all(session, outputs, {**batch, FLAGS: flags})
+            return run_all(session, outputs, {**fed, FLAGS: flags})
 
         judge = _Judge(outcome([]), batch, logits)
         together = judge(outcome(range(len(names))))
