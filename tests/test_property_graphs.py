@@ -21,6 +21,8 @@ from test_legality import CASES, node, save
 # Parts that map [2, 3, 32] to [2, 3, 32], in any order; the others change lengths or types on the way.
 _LENGTHS = (
     "gather positions",
+    "layer norm, then a pad",
+    "layer norm, then rows of something else",
     "mean over positions",
     "pad positions",
     "pad positions with a number",
