@@ -111,6 +111,16 @@ def of_a_loop() -> onnx.ModelProto:
     return build(nodes, {**WEIGHTS, "trips": np.array(2)})
 
 
+def of_old() -> onnx.ModelProto:
+    """Of an IR version at which every initializer had to be an input of the graph, too."""
+    model = build(layers(), WEIGHTS)
+    model.ir_version = 3
+    model.graph.input.extend(
+        helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in model.graph.initializer
+    )
+    return model
+
+
 FORMS: dict[str, Callable[[], onnx.ModelProto]] = {
     "plain": lambda: build(layers(), WEIGHTS),
     "float64": lambda: build(layers(), WEIGHTS, dtype=np.float64),
@@ -119,6 +129,7 @@ FORMS: dict[str, Callable[[], onnx.ModelProto]] = {
     "reshaped": computed(("Reshape", "w3 w4", {})),
     "functions": in_functions,
     "loop": of_a_loop,
+    "IR version 3": of_old,
     "a weight is an output": lambda: build([*layers(), node("Identity", "b", "z")], WEIGHTS, "y z"),
     "a layer without outputs": lambda: build(
         [*layers(), node("MatMul", "t e", "z")], {**WEIGHTS, "e": np.zeros((32, 0), np.float32)}, "y z"
@@ -186,6 +197,14 @@ def test_layers_in_subgraphs_are_spoken_of(tmp_path: Path) -> None:
         oq.discover(tmp_path / "m.onnx")
     with pytest.raises(ModelError, match="2 are inside subgraphs"):
         oq.quantize(tmp_path / "m.onnx", tmp_path / "q.onnx", feeds(np.float32), rotations=())
+
+
+def test_weights_that_may_be_given_are_spoken_of(tmp_path: Path) -> None:
+    model = of_old()
+    model.ir_version = 8
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(ModelError, match="4 have a matrix that is an input of the graph"):
+        oq.discover(tmp_path / "m.onnx")
 
 
 def test_our_own_integers_are_recognized(tmp_path: Path) -> None:

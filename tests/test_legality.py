@@ -359,6 +359,9 @@ CASES: dict[str, tuple[Nodes, dict[str, np.ndarray], bool]] = {
         {"d": rand(16, 32), "g": W32, "c": W32 - 1, "o": W32 + 1},
         True,
     ),
+    "resize along the rows": ([node("Resize", "h _ s", "m", mode="linear")], {"s": np.float32([1, 2, 1])}, True),
+    "resize along the features": ([node("Resize", "h _ s", "m0", mode="linear"), node("MatMul", "m0 e", "m")],
+                                  {"s": np.float32([1, 1, 2]), "e": rand(64, 32)}, False),
     "layer norm, then a roll (windows of Swin)": (
         [
             node("LayerNormalization", "h g c", "n"),

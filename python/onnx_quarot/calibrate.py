@@ -25,7 +25,7 @@ import onnxruntime as ort
 
 from . import runtime_faults
 from .errors import DataError, ModelError, first_line
-from .load import inline_functions
+from .load import to_plain_form
 from .observers import Sink
 from .partial import disposable
 from .widen import widen_bfloat16
@@ -129,7 +129,7 @@ def _session(
         raise ModelError(f"model: no file at {path}")
     with ExitStack() as stack:
         model = ir.load(path)
-        inline_functions(model)
+        to_plain_form(model)
         computed = _prune(model, names)
         yield (open_model(model, path.parent, stack, threads) if computed else None), computed
 

@@ -14,6 +14,7 @@ from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
 
 from onnx_quarot.errors import ModelError, OnnxQuarotError, first_line
 
+_SEPARATE_INITIALIZERS = 4  # the IR version that no longer lists them among the inputs
 # Domains of operators that ONNX Runtime or this package's library runs.
 _OPERATORS = frozenset(("", "ai.onnx", "ai.onnx.ml", "com.microsoft", "onnx_quarot"))
 
@@ -40,7 +41,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         _check_versions(model)
         _check_inputs(model)
         _check_order(model)
-        inline_functions(model)
+        to_plain_form(model)
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         _resolve_external_data(model, path.parent)
         _check_sizes(model)
@@ -122,7 +123,23 @@ def _check_order(model: ir.Model) -> None:
             raise ModelError(f"model: the graph has a cycle ({_told(error)})") from error
 
 
-def inline_functions(model: ir.Model) -> None:
+def to_plain_form(model: ir.Model) -> None:
+    """Initializers are constants, and the model's own functions are written out: whoever reads a model without
+    :func:`load`, but is told names of tensors by those who do, has to do this too.
+    """
+    _fix_initializers(model)
+    _inline_functions(model)
+
+
+def _fix_initializers(model: ir.Model) -> None:
+    """Before IR version 4 every initializer was an input of the graph as well, though none could be given."""
+    if model.ir_version < _SEPARATE_INITIALIZERS:
+        for value in [v for v in model.graph.inputs if v.is_initializer()]:
+            model.graph.inputs.remove(value)
+        model.ir_version = _SEPARATE_INITIALIZERS
+
+
+def _inline_functions(model: ir.Model) -> None:
     """Calls of the model's own functions become what is in them, so that what is in there can be rotated too.
 
     Functions that stand in for operators a runtime has, this library's among them, stay what they are.

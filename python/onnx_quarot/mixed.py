@@ -22,7 +22,7 @@ from .calibrate import observe, open_model, run_all
 from .editing import GraphNames
 from .errors import ConfigError
 from .judged import keep_judged_outputs, squared_error
-from .load import inline_functions
+from .load import to_plain_form
 from .observers import Range
 from .progress import Progress
 from .qparams import activation_parameters
@@ -142,7 +142,7 @@ def _output_errors(
 ) -> dict[str, float]:
     with ExitStack() as stack:
         model = ir.load(path)
-        inline_functions(model)
+        to_plain_form(model)
         outputs = keep_judged_outputs(model)
         _insert_switches(model, names, parameters, spec)
         session = open_model(model, path.parent, stack, threads)

@@ -31,7 +31,7 @@ from onnx_quarot.save import Staged, check_output, stage, workspace
 from onnx_quarot.scheme import Scheme, parse_scheme
 from onnx_quarot.seed_search import plain_seed, searches_seeds
 from onnx_quarot.segments import runs_wide
-from onnx_quarot.sites import layers_in_subgraphs, linear_sites
+from onnx_quarot.sites import linear_sites, why_no_layers
 from onnx_quarot.tables import TableReport, quantize_tables
 from onnx_quarot.tied_tables import read_apart, share_tables
 from onnx_quarot.verify import Verification
@@ -181,8 +181,7 @@ def quantize(
         sites, others = layer_schemes(sites, layers or {})
         if not sites:
             raise ModelError(
-                f"the model has no linear layer left to quantize (op types {', '.join(op_types)})"
-                f"{layers_in_subgraphs(model)}"
+                f"the model has no linear layer left to quantize (op types {', '.join(op_types)}){why_no_layers(model)}"
             )
         fed = chain([first], batches)
         data = Replay(fed if plan is None else (into_basis(batch, plan) for batch in fed), folder)

@@ -115,16 +115,23 @@ def linear_sites(
     return [site for site in sites if site.node_name not in dropped]
 
 
-def layers_in_subgraphs(model: ir.Model) -> str:
-    """A clause for an error about a model without linear layers: that they are in subgraphs, if so."""
-    inner = [node for node in model.graph.all_nodes() if node.graph is not model.graph and node.op_type in LINEAR_OPS]
-    count = sum(_site(node) is not None for node in inner)
-    if not count:
-        return ""
-    return (
-        f"; {count} are inside subgraphs (If, Loop, Scan), which are left alone: of a decoder that was merged from one "
-        "for the first token and one for further ones, take these two"
-    )
+def why_no_layers(model: ir.Model) -> str:
+    """A clause for an error about a model without linear layers: where they are, if there are any."""
+    nodes = [node for node in model.graph.all_nodes() if node.op_type in LINEAR_OPS and node.domain == ""]
+    inner = sum(node.graph is not model.graph and _site(node) is not None for node in nodes)
+    if inner:
+        return (
+            f"; {inner} are inside subgraphs (If, Loop, Scan), which are left alone: of a decoder that was merged from "
+            "one for the first token and one for further ones, take these two"
+        )
+    weights = [node.inputs[1] for node in nodes if len(node.inputs) > 1]
+    given = sum(v is not None and v.is_initializer() and v.is_graph_input() for v in weights)
+    if given:
+        return (
+            f"; {given} have a matrix that is an input of the graph too, and may be given any value: export the model "
+            "with keep_initializers_as_inputs=False"
+        )
+    return ""
 
 
 def _matching(names: Sequence[str], pattern: str) -> set[str]:

@@ -22,7 +22,7 @@ from onnx_quarot.discovery.typing import Slot, Typing
 from onnx_quarot.editing import has_subgraphs
 from onnx_quarot.errors import ConfigError, ModelError
 from onnx_quarot.plan import DEFAULT_ROTATIONS, ROTATIONS, Plan
-from onnx_quarot.sites import layers_in_subgraphs
+from onnx_quarot.sites import why_no_layers
 from onnx_quarot.transform import has_order
 
 __all__ = ["discover_model", "fingerprint"]
@@ -76,7 +76,7 @@ def discover_model(
             )
         raise ModelError(
             "the model has no linear layer (MatMul or Gemm with a constant matrix): nothing to rotate"
-            f"{layers_in_subgraphs(model)}"
+            f"{why_no_layers(model)}"
         )
     labels, heads = _labels(typing, wanted, tied)
     if torn := labels.torn():

@@ -149,6 +149,21 @@ def _pad(t: Typing, n: ir.Node) -> None:
             t.tie(x, a, y, a)
 
 
+@rule("Resize")
+def _resize(t: Typing, n: ir.Node) -> None:
+    """Interpolates along the axes that change their size, for every feature alike."""
+    x, y = Use(n, 0), Def(n.outputs[0])
+    if n.attributes.get_string("coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize":
+        t.block_node(n, describe(n, "cuts a region out"))
+        return
+    for a in range(t.rank(x)):
+        if t.size(x, a) == t.size(y, a):
+            t.tie(x, a, y, a)
+        else:
+            t.block(x, a, describe(n, "interpolates along this axis"))
+            t.block(y, a, describe(n, "interpolates along this axis"))
+
+
 @rule("Gather")
 def _gather(t: Typing, n: ir.Node) -> None:
     """Rows of a table, or a selection along another axis: the other axes keep their basis."""
