@@ -207,6 +207,21 @@ def test_weights_that_may_be_given_are_spoken_of(tmp_path: Path) -> None:
         oq.discover(tmp_path / "m.onnx")
 
 
+def test_a_head_that_reads_one_row_an_image_is_rounded_where_the_rest_is_solved(tmp_path: Path) -> None:
+    nodes = [
+        *layers()[:-1],
+        node("ReduceMean", "t", "pool", axes=[1], keepdims=0),
+        node("MatMul", "pool e", "q"),
+        node("Relu", "q", "v"),
+        node("MatMul", "v f", "y"),
+    ]
+    weights = {n: w for n, w in WEIGHTS.items() if n != "b"} | {"e": rand(32, 48), "f": rand(48, 8)}
+    onnx.save(build(nodes, weights), tmp_path / "m.onnx")
+    report = oq.quantize(tmp_path / "m.onnx", tmp_path / "q.onnx", feeds(np.float32, 1), scheme="a8w4-block")
+    assert any("1 of 4 layers were rounded without gptq: 2 rows reach 'q/MatMul'" in note for note in report.notes)
+    assert len(report.quantized) == 5
+
+
 def test_our_own_integers_are_recognized(tmp_path: Path) -> None:
     onnx.save(FORMS["plain"](), tmp_path / "m.onnx")
     oq.quantize(tmp_path / "m.onnx", tmp_path / "q.onnx", feeds(np.float32), scheme="a8w8-dynamic")

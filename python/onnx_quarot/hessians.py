@@ -29,6 +29,7 @@ from .tokens import block_of, coarse
 Array = npt.NDArray[Any]
 
 MEMORY = 768 << 20
+_FAR_MORE = 4  # times as many rows: a layer with fewer reads a pool of them, not what happened to be too little data
 
 
 class Gram:
@@ -82,8 +83,9 @@ def solve_weights(
     """Solve the weights of all `sites` whose scheme (by node name) says gptq; codes go to files in `folder`.
 
     Returned with remarks on the data. memory: bytes of Hessians held at once (one layer's may exceed it). A weight
-    shared by several layers is solved for the first one's input. Raises DataError for data that is not finite, or with
-    fewer rows than a tenth of a layer's input features.
+    shared by several layers is solved for the first one's input. Layers that saw fewer rows than a tenth of their
+    input features are left to be rounded if others see far more (a head reads one row an image). Otherwise DataError,
+    as for data that is not finite.
     """
     wanted = [site for site in sites if schemes[site.node_name].weights == "gptq"]
     by_input: dict[str, list[LinearSite]] = {}
@@ -91,6 +93,7 @@ def solve_weights(
         by_input.setdefault(site.activation, []).append(site)
     solved: dict[str, SolvedWeight] = {}
     seen: dict[str, Seen] = {}
+    few: list[tuple[int, str]] = []
     groups = list(_groups(by_input, schemes, memory))
     for number, names in enumerate(groups):
         grams = {name: _gram(by_input[name][0], schemes) for name in names}
@@ -104,7 +107,10 @@ def solve_weights(
         with progress.task(f"solving weights{part}", sum(len(by_input[name]) for name in names)) as task:
             for name in names:
                 inputs = grams.pop(name)
-                _enough(inputs, by_input[name][0])
+                if inputs.rows * 10 < by_input[name][0].depth:
+                    few += [(inputs.rows, _shortage(inputs, site)) for site in by_input[name]]
+                    task.advance(len(by_input[name]))
+                    continue
                 factor = inverse_factor(inputs.sum, schemes[by_input[name][0].node_name].damping)
                 for site in by_input[name]:
                     scheme = schemes[site.node_name]
@@ -119,7 +125,18 @@ def solve_weights(
                     np.save(path, codes)
                     solved[site.node_name] = SolvedWeight(path, scale, zero)
                     task.advance()
-    return solved, hessian_remarks(seen, {name: readers[0].depth for name, readers in by_input.items()})
+    most = max((found.rows for found in seen.values()), default=0)
+    for rows, shortage in few:
+        if rows * _FAR_MORE > most:
+            raise DataError(f"calibration: {shortage}")
+    left = {name for name, found in seen.items() if found.rows * 10 < by_input[name][0].depth}
+    remarks = hessian_remarks(
+        {name: found for name, found in seen.items() if name not in left},
+        {name: readers[0].depth for name, readers in by_input.items()},
+    )
+    if few:
+        remarks.append(f"weights of {len(few)} of {len(wanted)} layers were rounded without gptq: {few[0][1]}")
+    return solved, remarks
 
 
 def _gram(site: LinearSite, schemes: Mapping[str, Scheme]) -> Gram:
@@ -147,9 +164,8 @@ def _groups(
         yield group
 
 
-def _enough(inputs: Gram, site: LinearSite) -> None:
-    if inputs.rows * 10 < site.depth:
-        raise DataError(
-            f"calibration: {inputs.rows} rows reach {site.node_name!r}, which has {site.depth} input features; "
-            f"gptq needs at least {-(-site.depth // 10)}, and gets better up to several times the features"
-        )
+def _shortage(inputs: Gram, site: LinearSite) -> str:
+    return (
+        f"{inputs.rows} rows reach {site.node_name!r}, which has {site.depth} input features; "
+        f"gptq needs at least {-(-site.depth // 10)}, and gets better up to several times the features"
+    )
