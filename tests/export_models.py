@@ -234,6 +234,14 @@ def dinov2(scale: int) -> Any:
     return Wrapped(model, "pixel_values"), (pixels,), ["pixel_values"]
 
 
+def swin(scale: int) -> Any:
+    config = hf.SwinConfig(image_size=16, patch_size=2, embed_dim=16 * scale, depths=[1, 2], num_heads=[2, 4],
+                           window_size=2, mlp_ratio=2)  # fmt: skip
+    model = randomize(hf.SwinForImageClassification._from_config(config, attn_implementation="eager"))
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    return Wrapped(model, "pixel_values"), (pixels,), ["pixel_values"]
+
+
 def falcon(scale: int) -> Any:
     return hf.FalconConfig(hidden_size=32 * scale, ffn_hidden_size=48 * scale, num_hidden_layers=2,
                            num_attention_heads=4, multi_query=True, parallel_attn=True, bias=False, vocab_size=VOCAB,
@@ -363,6 +371,7 @@ MODELS |= {
     "dinov2_dynamo": exported(dinov2, dynamo=True),
     "t5_decoder_dynamo": exported(t5_decoder, dynamo=True),
     "deepseek_dynamo": exported(decoder(deepseek), dynamo=True),
+    "swin_dynamo": exported(swin, dynamo=True),
     "falcon_dynamo": exported(decoder(falcon), dynamo=True),  # the other exporter does not take it
 }
 
