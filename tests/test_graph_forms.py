@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import onnx_quarot as oq
-from onnx_quarot.errors import ModelError
+from onnx_quarot.errors import DataError, ModelError
 from onnx_quarot.load import load
 
 Array = np.ndarray[Any, Any]
@@ -220,6 +220,23 @@ def test_a_head_that_reads_one_row_an_image_is_rounded_where_the_rest_is_solved(
     report = oq.quantize(tmp_path / "m.onnx", tmp_path / "q.onnx", feeds(np.float32, 1), scheme="a8w4-block")
     assert any("1 of 4 layers were rounded without gptq: 2 rows reach 'q/MatMul'" in note for note in report.notes)
     assert len(report.quantized) == 5
+
+
+def test_a_layer_that_reads_zeros_is_rounded_where_the_rest_is_solved(tmp_path: Path) -> None:
+    """The queries of DETR's decoder start as zeros."""
+    nodes = [node("Mul", "x zero", "z"), node("MatMul", "z e", "q"), *layers()[:-1], node("Add", "t q", "v")]
+    weights = WEIGHTS | {"zero": np.array(0, np.float32), "e": rand(16, 32)}
+    onnx.save(build([*nodes, node("MatMul", "v b", "y")], weights), tmp_path / "m.onnx")
+    for rotations in (None, ()):
+        report = oq.quantize(
+            tmp_path / "m.onnx", tmp_path / "q.onnx", feeds(np.float32), scheme="a8w4-block", rotations=rotations
+        )
+        assert any("1 of 4 layers were rounded without gptq: the inputs of 'q/MatMul'" in note for note in report.notes)
+        assert len(report.quantized) == 5
+    nodes = [node("Mul", "x zero", "z"), node("MatMul", "z e", "q"), node("Relu", "q", "r"), node("MatMul", "r b", "y")]
+    onnx.save(build(nodes, {n: weights[n] for n in ("zero", "e", "b")}), tmp_path / "m.onnx")
+    with pytest.raises(DataError, match="gptq has nothing to go by"):
+        oq.quantize(tmp_path / "m.onnx", tmp_path / "q.onnx", feeds(np.float32), scheme="a8w4-block")
 
 
 def test_our_own_integers_are_recognized(tmp_path: Path) -> None:

@@ -84,8 +84,8 @@ def solve_weights(
 
     Returned with remarks on the data. memory: bytes of Hessians held at once (one layer's may exceed it). A weight
     shared by several layers is solved for the first one's input. Layers that saw fewer rows than a tenth of their
-    input features are left to be rounded if others see far more (a head reads one row an image). Otherwise DataError,
-    as for data that is not finite.
+    input features are left to be rounded if others see far more (a head reads one row an image), as are those that saw
+    zeros alone (the first layer of DETR's decoder). DataError otherwise, and for data that is not finite.
     """
     wanted = [site for site in sites if schemes[site.node_name].weights == "gptq"]
     by_input: dict[str, list[LinearSite]] = {}
@@ -94,6 +94,7 @@ def solve_weights(
     solved: dict[str, SolvedWeight] = {}
     seen: dict[str, Seen] = {}
     few: list[tuple[int, str]] = []
+    nothing: list[str] = []
     groups = list(_groups(by_input, schemes, memory))
     for number, names in enumerate(groups):
         grams = {name: _gram(by_input[name][0], schemes) for name in names}
@@ -109,6 +110,10 @@ def solve_weights(
                 inputs = grams.pop(name)
                 if inputs.rows * 10 < by_input[name][0].depth:
                     few += [(inputs.rows, _shortage(inputs, site)) for site in by_input[name]]
+                    task.advance(len(by_input[name]))
+                    continue
+                if not inputs.sum.any():
+                    nothing += [site.node_name for site in by_input[name]]
                     task.advance(len(by_input[name]))
                     continue
                 factor = inverse_factor(inputs.sum, schemes[by_input[name][0].node_name].damping)
@@ -129,6 +134,8 @@ def solve_weights(
     for rows, shortage in few:
         if rows * _FAR_MORE > most:
             raise DataError(f"calibration: {shortage}")
+    if nothing and not solved:
+        raise DataError(f"calibration: the inputs of {nothing[0]!r} are zero throughout; gptq has nothing to go by")
     left = {name for name, found in seen.items() if found.rows * 10 < by_input[name][0].depth}
     remarks = hessian_remarks(
         {name: found for name, found in seen.items() if name not in left},
@@ -136,6 +143,11 @@ def solve_weights(
     )
     if few:
         remarks.append(f"weights of {len(few)} of {len(wanted)} layers were rounded without gptq: {few[0][1]}")
+    if nothing:
+        remarks.append(
+            f"weights of {len(nothing)} of {len(wanted)} layers were rounded without gptq: "
+            f"the inputs of {nothing[0]!r} are zero throughout"
+        )
     return solved, remarks
 
 
