@@ -98,8 +98,7 @@ def linear_sites(
     A site is recognised by structure: the second operand is a constant of rank 2, directly or through
     Transpose, Cast or Identity, and the first is not constant. op_types: which operators to take, of MatMul
     and Gemm. exclude: node names to leave out, exact, as fnmatch patterns, or as regular expressions, which
-    begin with ^; each must match some site, else ConfigError. Layers inside If, Loop and model-local functions
-    are not looked at.
+    begin with ^; each must match some site, else ConfigError. Layers inside If, Loop and Scan are not looked at.
     """
     for op_type in op_types:
         if op_type not in LINEAR_OPS:
