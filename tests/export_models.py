@@ -295,6 +295,11 @@ def deepseek(scale: int) -> Any:
                                n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2)  # fmt: skip
 
 
+def lfm2(scale: int) -> Any:
+    """A layer of short convolutions, which masks the norm in front of it, and one of attention."""
+    return hf.Lfm2Config(**sizes(scale), block_auto_adjust_ff_dim=False, layer_types=["conv", "full_attention"])
+
+
 class T5Decoder(torch.nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -372,6 +377,7 @@ MODELS |= {
     "t5_decoder_dynamo": exported(t5_decoder, dynamo=True),
     "deepseek_dynamo": exported(decoder(deepseek), dynamo=True),
     "swin_dynamo": exported(swin, dynamo=True),
+    "lfm2_dynamo": exported(decoder(lfm2), dynamo=True),
     "falcon_dynamo": exported(decoder(falcon), dynamo=True),  # the other exporter does not take it
 }
 

@@ -46,6 +46,7 @@ EXPECTED = {
     # Patches are merged by a LayerNorm of four rows together: a stage in front of that is rotated at its norms (3), the
     # stage behind it for nothing, shifted windows or not. Then three MLPs, the end of the stream, and the head.
     "swin": (3 + (1 + LAYERS) + 2, 1),
+    "lfm2": (LAYERS + 1, 0),  # behind the gated convolution
     "whisper_encoder": (LAYERS + 2, 2),  # into and out of the stream; the convolutions read audio and activations
     "whisper_decoder": (LAYERS + 1, 0),  # the encoder's states, shared by all cross-attentions
     "convnet": (2, 2),

@@ -101,12 +101,6 @@ CASES: dict[str, tuple[Nodes, dict[str, np.ndarray], bool]] = {
         {"d": rand(16, 32), "e": W32 - 1, "s": np.float32(0.2), "c": W32},
         True,
     ),
-    "factor a feature, then a factor that is no constant": (
-        [node("ReduceMax", "x ax", "s", keepdims=1), node("Sigmoid", "s", "p"), node("Tanh", "h", "u"),
-         node("Mul", "u c", "k"), node("Mul", "k p", "m")],
-        {"c": W32, "ax": i64(-1)},
-        False,
-    ),
     "factor a feature, then a nonlinearity": ([node("Mul", "h c", "k"), node("Tanh", "k", "m")], {"c": W32}, False),
     "factor and bias a feature": ([node("Mul", "h c", "k"), node("Add", "k d", "m")], {"c": W32, "d": W32 - 1}, True),
     "factor a feature behind a layer": (
@@ -323,6 +317,23 @@ CASES: dict[str, tuple[Nodes, dict[str, np.ndarray], bool]] = {
     "rms norm, then a uniform factor": (
         [node("SimplifiedLayerNormalization", "h g", "n", axis=-1), node("Mul", "n s", "m")],
         {"g": W32, "s": np.float32(0.2)},
+        True,
+    ),
+    "rms norm, then a factor a row": (
+        [node("ReduceMax", "x ax", "r", keepdims=1), node("SimplifiedLayerNormalization", "h g", "n", axis=-1),
+         node("Mul", "n r", "m")],
+        {"g": W32, "ax": i64(-1)},
+        True,
+    ),
+    "layer norm, then a factor a row": (
+        [node("ReduceMax", "x ax", "r", keepdims=1), node("LayerNormalization", "h g c", "n"), node("Div", "n r", "m")],
+        {"g": W32, "c": W32 - 1, "ax": i64(-1)},
+        False,
+    ),
+    "factor a row, then a factor a feature behind a layer": (
+        [node("ReduceMax", "x ax", "q", keepdims=1), node("MatMul", "x d", "k"), node("Mul", "k q", "p"),
+         node("Mul", "p c", "r"), node("Add", "h r", "m")],
+        {"d": rand(16, 32), "c": W32, "ax": i64(-1)},
         True,
     ),
     "layer norm, then a uniform factor, which its bias would have to take": (

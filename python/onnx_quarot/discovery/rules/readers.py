@@ -110,7 +110,7 @@ def absorbing_readers(
 ) -> tuple[Slot, ...]:
     """The matrices that read ``value`` if every reader is one (through operators that keep the last axis), else
     none. The features are the last axis but ``place - 1``. ``value`` holds rows of ``whole``. ``biased``: a bias is to
-    be moved behind the matrices, which a uniform factor in front of them would have to scale.
+    be moved behind the matrices, which a factor of a row in front of them would have to scale.
     """
     found: list[Slot] = []
     whole = whole or value
@@ -131,7 +131,7 @@ def absorbing_readers(
             further = absorbing_readers(t, node.outputs[0], biased=biased)
         if not further and use.idx == 0 and place == 1 and _makes_columns(t, node):
             further = absorbing_readers(t, node.outputs[0], 2)
-        if not further and place == 1 and not biased and _data_of_uniform(t, node) == use.idx:
+        if not further and place == 1 and not biased and _data_of_factor(t, node) == use.idx:
             further = absorbing_readers(t, node.outputs[0])
         if not further:
             return ()
@@ -195,15 +195,25 @@ def _pads_nothing(t: Typing, node: ir.Node) -> bool:
     return pads is not None and not pads.any()
 
 
-def _data_of_uniform(t: Typing, node: ir.Node) -> int | None:
-    """Which input a node multiplies (or divides) by one and the same number for all features; None if it does not."""
+def _data_of_factor(t: Typing, node: ir.Node) -> int | None:
+    """Which input a node multiplies (or divides) by the same number for all features of a row; None if it does not."""
     if node.domain != "" or node.op_type not in ("Mul", "Div"):
         return None
     for data in (0, 1) if node.op_type == "Mul" else (0,):
-        x = node.inputs[data]
-        if x is not None and is_uniform(node.inputs[1 - data]) and constant(x) is None and t.shapes.known(x):
+        x, factor = node.inputs[data], node.inputs[1 - data]
+        if x is None or constant(x) is not None or not t.shapes.known(x):
+            continue
+        if is_uniform(factor) or (factor is not None and _one_a_row(t, factor)):
             return data if t.shapes.shape.get(node.outputs[0]) == t.shapes.shape[x] else None
     return None
+
+
+def _one_a_row(t: Typing, value: ir.Value) -> bool:
+    """Whether a tensor is broadcast over the last axis, as a mask of positions is."""
+    shape = t.shapes.shape.get(value)
+    return (
+        shape is not None and t.shapes.known(value) and (not shape or (shape[-1] == 1 and t.shapes.static[value][-1]))
+    )
 
 
 @dataclass(frozen=True)
@@ -287,7 +297,7 @@ def writer(t: Typing, value: ir.Value) -> Writer | None:
             if bias is not None and found is not None:
                 return Writer(found.node, (*found.constants, bias))
         return None
-    data = 0 if _keeps_last_axis(t, node) else _data_of_uniform(t, node)
+    data = 0 if _keeps_last_axis(t, node) else _data_of_factor(t, node)
     inner = None if data is None else node.inputs[data]
     return writer(t, inner) if inner is not None else None
 
