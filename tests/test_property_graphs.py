@@ -28,6 +28,7 @@ _LENGTHS = (
     "pad positions with a number",
     "pad with a constant position",
     "reshape that keeps the features",
+    "resize along the rows",
     "tile positions",
 )
 _NEW_OPSET = ("rms norm over two axes",)
