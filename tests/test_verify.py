@@ -175,6 +175,19 @@ def test_a_trace_of_one_length_is_verified_on_the_calibration_data(tmp_path: Pat
     assert report.verification.worst < 1e-4
 
 
+def test_inputs_of_unknown_rank_are_verified_on_the_calibration_data(tmp_path: Path) -> None:
+    model = onnx.load(two_layers(tmp_path / "m.onnx", np.random.default_rng(1).standard_normal((16, 16)).astype("f")))
+    model.graph.input[0].type.tensor_type.ClearField("shape")
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(oq.VerificationError, match=r"'x' has no shape.*give it one in the file, or quantize"):
+        oq.rotate(tmp_path / "m.onnx", tmp_path / "r.onnx")
+    assert not (tmp_path / "r.onnx").exists()
+    data = [{"x": np.random.default_rng(2).standard_normal((3, 16)).astype(np.float32)}]
+    report = oq.quantize(tmp_path / "m.onnx", tmp_path / "q.onnx", data, scheme="a8w8")
+    assert report.verification is not None
+    assert report.verification.worst < 1e-4
+
+
 def test_masks_of_infinity_do_not_hide_the_rest() -> None:
     a = np.array([1.0, -np.inf, 2.0])
     assert relative_error(a, np.array([1.0, -np.inf, 2.0 + 2e-7])) < 1e-6

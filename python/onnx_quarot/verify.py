@@ -66,7 +66,7 @@ def verify(
     unrounded: makes the candidate with its weights of half precision in float32. Some models make much of the last bits
     of their weights: they are off by more than that, but by 0.15 at most, and are accepted if weights that were not
     rounded differ by no more than is allowed in float32. example: inputs the model is known to take, for one that takes
-    no random ones (a trace whose lengths are in the graph, though its inputs name none).
+    no random ones (a trace whose lengths are in the graph though its inputs name none, or inputs without a shape).
     """
     model = load(original)
     names = [str(v.name) for v in model.graph.outputs]
@@ -134,18 +134,20 @@ def _reference(
     original: Path, specs: list[InputSpec], names: list[str], example: Mapping[str, Array] | None
 ) -> tuple[dict[str, Array], list[Array]]:
     """Inputs that the original accepts, and what it makes of them: with lengths by the names of dimensions, behind a
-    cache or behind an empty one (not every model takes a prompt behind a cache), or by their places; or the example.
+    cache or behind an empty one (not every model takes a prompt behind a cache), or by their places; or the example,
+    which is also what inputs of unknown rank are fed.
     """
-    attempts = [random_feeds(specs)]
+    attempts: list[Callable[[], dict[str, Array]]] = [lambda: random_feeds(specs)]
     if any("past" in str(d).lower() for spec in specs for d in spec.shape or ()):
-        attempts.append(random_feeds(specs, past=0))
+        attempts.append(lambda: random_feeds(specs, past=0))
     if any(not isinstance(d, int) for spec in specs for d in spec.shape or ()):
-        attempts.append(random_feeds(_by_place(specs)))
+        attempts.append(lambda: random_feeds(_by_place(specs)))
     if example is not None:
-        attempts.append(dict(example))
+        attempts.append(lambda: dict(example))
     refused: VerificationError | ModelError | None = None
-    for feeds in attempts:
+    for make in attempts:
         try:
+            feeds = make()
             return feeds, _run(original, feeds, names)
         except (VerificationError, ModelError) as error:
             refused = refused or error
@@ -187,7 +189,10 @@ def random_feeds(specs: Iterable[InputSpec], seed: int = 0, past: int = _LENGTHS
 
 def _feed(spec: InputSpec, rng: np.random.Generator, past: int) -> Array:
     if spec.shape is None:
-        raise VerificationError(f"model: input {spec.name!r} has no shape; verification needs one (or verify=False)")
+        raise VerificationError(
+            f"model: input {spec.name!r} has no shape, so nothing random can be fed to verify the result; give it one "
+            "in the file, or quantize with calibration data, which is fed instead (or verify=False)"
+        )
     shape = tuple(d if isinstance(d, int) else _length(str(d), past) for d in spec.shape)
     if math.prod(shape) > _MOST_ELEMENTS:
         raise VerificationError(
