@@ -36,12 +36,12 @@ def save(path: Path, condition: list[onnx.NodeProto], shape: list[object] | None
         node("MatMul", ["i", "b"], ["m"]),
         node("Add", ["m", "z"], ["y"]),
     ]
-    shape = shape or ["batch", "length", 8]
+    shape = shape or ["batch", "length", 16]
     inputs = [
         helper.make_tensor_value_info("x", TensorProto.FLOAT, shape),
         helper.make_tensor_value_info("z", TensorProto.FLOAT, ["batch", "others", 1]),
     ]
-    weights = {name: rng.standard_normal((8, 8)).astype(np.float32) for name in "ab"}
+    weights = {name: rng.standard_normal((16, 16)).astype(np.float32) for name in "ab"}
     weights |= {name: np.array(value, np.int64) for name, value in SIZES.items()}
     constants = [numpy_helper.from_array(w, n) for n, w in weights.items()]
     outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
@@ -108,7 +108,7 @@ def test_decided(case: str, tmp_path: Path) -> None:
     plan = oq.rotate(path, tmp_path / "r.onnx").plan
     assert plan is not None
     assert not any("subgraphs" in note for note in plan.notes)
-    feeds = {"x": np.random.default_rng(1).standard_normal((2, 3, 8)).astype(np.float32)}
+    feeds = {"x": np.random.default_rng(1).standard_normal((2, 3, 16)).astype(np.float32)}
     feeds["z"] = feeds["x"][:, :, :1]
     before, after = (ort.InferenceSession(p).run(None, feeds)[0] for p in (path, tmp_path / "r.onnx"))
     np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-4 * np.abs(before).max())

@@ -597,3 +597,39 @@ def test_nodes_out_of_order_are_sorted(tmp_path: Path) -> None:
     model = load(save(tmp_path / "m.onnx", nodes, [3, 16], a=rand(16, 32), b=rand(32, 8)))
     assert [n.name for n in model.graph] == ["h", "y"]
     assert isinstance(model, ir.Model)
+
+
+@pytest.mark.parametrize(
+    ("width", "expected", "reason"),
+    [(16, "online", None), (4, "none", "4 features are too few"), (18, "none", "18 features have no Hadamard matrix")],
+)
+def test_layers_of_few_features_are_not_worth_a_transform(
+    width: int, expected: str, reason: str | None, tmp_path: Path
+) -> None:
+    """Such as those that mix the heads of attention: as many rows as scores, a feature a head."""
+    nodes = [node("MatMul", "x a", "h"), node("Tanh", "h", "t"), node("MatMul", "t b", "y")]
+    plan = decide(save(tmp_path / "m.onnx", nodes, [3, 32], a=rand(32, width), b=rand(width, 8)))
+    site = next(s for s in plan.sites if s.name == "y")
+    assert site.how == expected
+    assert site.reason is None if reason is None else site.reason is not None and site.reason.startswith(reason)
+
+
+def test_layers_of_few_features_are_rotated_where_it_is_free(tmp_path: Path) -> None:
+    nodes = [node("MatMul", "x a", "h"), node("MatMul", "h b", "y")]
+    plan = decide(save(tmp_path / "m.onnx", nodes, [3, 32], a=rand(32, 8), b=rand(8, 8)))
+    assert how(plan, "y") == "offline"
+
+
+@pytest.mark.parametrize("features", [8, 18])
+def test_heads_that_are_not_rotated_one_by_one_are_rotated_together(features: int, tmp_path: Path) -> None:
+    width = 4 * features
+    nodes = [
+        *[node("MatMul", "x a", "h"), node("Reshape", "h s", "p"), node("Tanh", "p", "t"), node("MatMul", "t c", "k")],
+        *[node("Tanh", "k", "u"), node("Reshape", "u f", "m"), node("MatMul", "m b", "y")],
+    ]
+    weights = {"a": rand(16, width), "c": rand(features, features), "b": rand(width, 8)}
+    weights |= {"s": i64(3, 4, features), "f": i64(3, width)}
+    plan = decide(save(tmp_path / "m.onnx", nodes, [3, 16], **weights))
+    assert [how(plan, name) for name in ("k", "y")] == ["none", "online"]
+    site = next(s for s in plan.sites if s.name == "y")
+    assert plan.rotations[str(site.rotation)].size == width

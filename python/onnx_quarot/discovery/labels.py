@@ -23,8 +23,9 @@ from onnx_quarot.discovery.typing import Def, Out, Port, Slot, Typing, Use
 
 Variable = tuple[Port, int, Segment]
 _REWARD = 1 << 40  # of a rotated linear layer or key cache: any number of online transforms in front of it is worth it
-_TOKEN = 1  # of keys that are not cached: less than any online transform, so only where it is free
+_TOKEN = 1  # of keys that are not cached, of narrow layers: less than a transform costs, so only where it is free
 _MIN_LEAF = 4  # a rotation of fewer features spreads nothing
+_MIN_ONLINE = 16  # one of fewer spreads too little for a transform, which takes about as long as so small a layer
 
 
 class Labels:
@@ -89,6 +90,8 @@ class Labels:
                 return f"{reason}; {place}" if place else reason
         if place:
             return place
+        if (few := next((leaf.length for leaf in leaves if not _pays(leaf.length)), None)) is not None:
+            return f"{few} features are too few for an online rotation"
         return "no online rotation is possible here"
 
     def boundaries(self) -> Iterator[tuple[ir.Value, int, Def, list[Use | Out]]]:
@@ -110,10 +113,11 @@ class Labels:
             return frozenset()
         for read in t.reads:
             slot, port = read.slot, read.port
-            if read.axis != t.rank(port) - 1 or not t.size(port, read.axis) >= _MIN_LEAF or not is_matmul(slot.node):
+            width = t.size(port, read.axis)
+            if read.axis != t.rank(port) - 1 or not _pays(width) or not is_matmul(slot.node):
                 continue
             pieces = set(self.leaves(port.value, read.axis))
-            small = len(pieces) > 1 or min(p.length for p in pieces) < _MIN_LEAF
+            small = len(pieces) > 1 or not _pays(next(iter(pieces)).length)
             alone = len(Use(slot.node, slot.weight).value.uses()) == 1
             if small and alone and not self.any_rotated(port, read.axis):
                 found.append(slot)
@@ -173,6 +177,8 @@ class Labels:
     def _unavailable(self, leaf: Segment) -> str | None:
         if leaf.length < _MIN_LEAF:
             return f"only {leaf.length} features travel together"
+        if leaf.length % _MIN_LEAF:
+            return f"{leaf.length} features have no Hadamard matrix, nor have blocks of {_MIN_LEAF} or more of them"
         kind = self.kind(leaf)
         if kind not in self._enabled and kind != "R4":
             return f"{kind} was not asked for"
@@ -219,8 +225,8 @@ class Labels:
         for root in self._reasons:
             add(node(self._sets.find(root)), "sink", None)
         for read in self.typing.reads:
-            for variable in self._of(read.port, read.axis).values():
-                add("source", node(self._sets.find(variable)), _REWARD)
+            for leaf, variable in self._of(read.port, read.axis).items():
+                add("source", node(self._sets.find(variable)), _REWARD if _pays(leaf.length) else _TOKEN)
         for slot in self.typing.apart:
             for variable in self._of(Use(slot.node, slot.weight), slot.axis).values():
                 add("source", node(self._sets.find(variable)), _REWARD)
@@ -245,3 +251,8 @@ class Labels:
         residual.remove_edges_from([(a, b) for a, b, d in residual.edges(data=True) if d["flow"] >= d["capacity"]])
         reached = set(nx.single_source_shortest_path_length(residual, "source"))
         return {key for key, number in numbers.items() if number in reached}
+
+
+def _pays(features: int) -> bool:
+    """Whether a transform of so many features is worth having: neither few, nor in very small blocks."""
+    return features >= _MIN_ONLINE and features % _MIN_LEAF == 0
