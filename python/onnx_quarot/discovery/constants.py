@@ -76,6 +76,16 @@ def constant(value: ir.Value | None) -> Constant | None:
     return inner
 
 
+def read_once(value: ir.Value | None) -> bool:
+    """Whether a constant, or what it is a view of, is read in one place only."""
+    while value is not None and not value.is_graph_output() and len(value.uses()) == 1:
+        node = value.producer()
+        if node is None:
+            return True
+        value = node.inputs[0]
+    return False
+
+
 def uniform(value: Constant) -> bool:
     """All elements equal (and few enough to check)."""
     array = value.small()

@@ -6,6 +6,8 @@ Done in place before discovery and again before rewriting, with the same outcome
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,12 +15,13 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
 from onnx_quarot.discovery.branches import resolve_branches
-from onnx_quarot.discovery.constants import constant, uniform
+from onnx_quarot.discovery.constants import Constant, constant, read_once, root_tensor, tensor_shape, uniform
 from onnx_quarot.discovery.rope import unfuse_rope
 from onnx_quarot.discovery.rules.readers import absorb, is_zero, slots
 from onnx_quarot.discovery.rules.registry import MICROSOFT
 from onnx_quarot.discovery.shapes import FLOATS, Shapes
 from onnx_quarot.discovery.typing import Typing
+from onnx_quarot.load import unmap
 from onnx_quarot.sites import drop_unused
 
 _BROADCASTING = frozenset(("Add", "Sub", "Mul", "Div", "Pow"))
@@ -28,7 +31,7 @@ _SKIP_NORMS = {"SkipSimplifiedLayerNormalization": (None, 3), "SkipLayerNormaliz
 
 
 def prepare(model: ir.Model, *, keys: bool = False) -> None:
-    """Take the branches that are always taken, compute small constant expressions (scales of the form 1 + w), and take
+    """Take the branches that are always taken, compute constant expressions (scales of the form 1 + w), and take
     a skip norm apart where only its sum can change basis. ``keys``: take position encodings out of attention, so that
     queries and keys can be rotated (R3).
     """
@@ -56,39 +59,71 @@ def simplify(model: ir.Model) -> bool:
 def _fold(model: ir.Model, node: ir.Node) -> None:
     if node.domain != "" or node.op_type not in _FOLDABLE or len(node.outputs) != 1:
         return
-    views = [constant(v) for v in node.inputs]
-    if any(v is None or v.size > _MAX_ELEMENTS for v in views):
-        return
+    views = [v for v in map(constant, node.inputs) if v is not None]
     result = node.outputs[0]
-    if result.is_graph_output() or views[0] is None or views[0].dtype not in FLOATS:
+    if len(views) < len(node.inputs) or result.is_graph_output() or views[0].dtype not in FLOATS:
         return
-    if node.op_type in _BROADCASTING:
-        sizes = np.broadcast_shapes(*(v.shape for v in views if v is not None))
-        if math.prod(sizes) > _MAX_ELEMENTS:  # a column and a row are a matrix
-            return
-    inputs = {f"i{i}": v.numpy() for i, v in enumerate(views) if v is not None}
-    if any(a.dtype.name == "bfloat16" for a in inputs.values()):
+    if any(v.dtype == ir.DataType.BFLOAT16 for v in views):
         return
-    make = onnx.helper
-    proto = make.make_node(node.op_type, list(inputs), ["o"])
-    proto.attribute.extend(ir.to_proto(a) for a in node.attributes.values())
-    infos = [make.make_tensor_value_info(k, make.np_dtype_to_tensor_dtype(a.dtype), None) for k, a in inputs.items()]
-    graph = make.make_graph([proto], "node", infos, [onnx.ValueInfoProto(name="o")])
-    opsets = [make.make_opsetid("", model.graph.opset_imports.get("", 21))]
-    (array,) = ReferenceEvaluator(make.make_model(graph, opset_imports=opsets)).run(None, inputs)
-    array = np.asarray(array)
-    if array.size > _MAX_ELEMENTS:
+    tensor = _computed(model, node, views)
+    if tensor is None:
         return
     name = result.name
     result.name = None
-    value = ir.Value(name=name, type=ir.TensorType(ir.DataType.from_numpy(array.dtype)), shape=ir.Shape(array.shape))
-    value.const_value = ir.tensor(array, name=name)
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor_shape(tensor)))
+    value.const_value = tensor
+    tensor.name = name
     model.graph.register_initializer(value)
     result.replace_all_uses_with(value)
     sources = list(dict.fromkeys(v for v in node.inputs if v is not None))
     model.graph.remove(node, safe=True)
     for source in sources:
         drop_unused(model.graph, source)
+
+
+def _computed(model: ir.Model, node: ir.Node, views: Sequence[Constant]) -> ir.TensorProtocol | None:
+    """What a node makes of constants; None if it should be left to the runtime.
+
+    Weights are computed when they are read, and only where they take no more room than what they replace: a column and
+    a row make a matrix, and a matrix that is read elsewhere too would become two.
+    """
+    numbers = {i: v for i, v in enumerate(views) if v.dtype in FLOATS}
+    roots = {v.root for i, v in numbers.items() if read_once(node.inputs[i])}
+    small = (sum if node.op_type == "Concat" else max)(v.size for v in views) <= _MAX_ELEMENTS
+    spread = np.broadcast_shapes(*(v.shape for v in views)) if node.op_type in _BROADCASTING else ()
+    if small and math.prod(spread) > _MAX_ELEMENTS:
+        return None
+    make = onnx.helper
+    proto = make.make_node(node.op_type, [f"i{i}" for i in range(len(views))], ["o"])
+    proto.attribute.extend(ir.to_proto(a) for a in node.attributes.values())
+    fed = [make.make_tensor_value_info(f"i{i}", int(v.dtype), v.shape) for i, v in numbers.items()]
+    held = [onnx.numpy_helper.from_array(_values(v), f"i{i}") for i, v in enumerate(views) if i not in numbers]
+    graph = make.make_graph([proto], "node", fed, [onnx.ValueInfoProto(name="o")], held)
+    opsets = [make.make_opsetid("", model.graph.opset_imports.get("", 21))]
+    program = make.make_model(graph, opset_imports=opsets)
+
+    def evaluate() -> ir.TensorProtocol:
+        (array,) = ReferenceEvaluator(program).run(None, {f"i{i}": _values(v) for i, v in numbers.items()})
+        array = np.asarray(array)
+        if not array.flags.owndata:  # a Reshape is a view of the file
+            array = array.copy()
+        for root in roots:
+            unmap(root_tensor(root))
+        return ir.tensor(array)
+
+    if small:
+        tensor = evaluate()
+        return tensor if math.prod(tensor_shape(tensor)) <= _MAX_ELEMENTS else None
+    kind = onnx.shape_inference.infer_shapes(program, data_prop=True).graph.output[0].type.tensor_type
+    dtype, shape = ir.DataType(kind.elem_type), [d.dim_value for d in kind.shape.dim]
+    room = sum(root_tensor(root).nbytes for root in roots)
+    if not kind.HasField("shape") or 0 in shape or math.prod(shape) * dtype.itemsize > room:
+        return None
+    return ir.LazyTensor(evaluate, dtype, ir.Shape(shape))
+
+
+def _values(view: Constant) -> np.ndarray[Any, Any]:
+    return view.numpy().astype(view.dtype.numpy(), copy=False)
 
 
 def _plainly_absorbed(node: ir.Node) -> bool:
