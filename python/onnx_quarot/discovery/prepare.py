@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
+from onnx_quarot.discovery.batch_norm import fold_batch_norms
 from onnx_quarot.discovery.branches import resolve_branches
 from onnx_quarot.discovery.constants import Constant, constant, read_once, root_tensor, tensor_shape, uniform
 from onnx_quarot.discovery.rope import unfuse_rope
@@ -36,6 +37,7 @@ def prepare(model: ir.Model, *, keys: bool = False) -> None:
     queries and keys can be rotated (R3).
     """
     simplify(model)
+    fold_batch_norms(model, behind=True)
     if keys:
         unfuse_rope(model)
     shapes: Shapes | None = None
@@ -51,6 +53,7 @@ def simplify(model: ir.Model) -> bool:
     """Only the branches and the constants: also what is not rotated is quantized in this form. Whether it changed."""
     before = list(model.graph)
     resolve_branches(model)
+    fold_batch_norms(model)
     for node in list(model.graph):
         _fold(model, node)
     return list(model.graph) != before
