@@ -184,6 +184,18 @@ def test_a_reshape_of_nothing_keeps_its_basis() -> None:
     assert discover_model(model, rotations=ROTATIONS).summary()["rotated_offline"] == 0
 
 
+def test_a_trace_of_one_length_says_what_would_help() -> None:
+    nodes = [helper.make_node("Reshape", ["x", "traced"], ["r"]), helper.make_node("MatMul", ["r", "w"], ["y"])]
+    model = graph(nodes, w=rand(16, 16), traced=np.array([2, 9, -1]))
+    model.graph.inputs[0].shape = ir.Shape(["batch", "length", 16])
+    (site,) = discover_model(model, rotations=ROTATIONS).sites
+    assert site.reason is not None
+    assert "fixed shapes of the graph's inputs" in site.reason
+    model.graph.inputs[0].shape = ir.Shape([2, 9, 16])
+    (site,) = discover_model(model, rotations=ROTATIONS).sites
+    assert site.how == "online"
+
+
 def test_two_layers_in_a_row_share_a_free_rotation() -> None:
     nodes = [helper.make_node("MatMul", ["x", "a"], ["h"]), helper.make_node("MatMul", ["h", "b"], ["y"])]
     plan = discover_model(graph(nodes, a=rand(16, 32), b=rand(32, 8)), rotations=ROTATIONS)

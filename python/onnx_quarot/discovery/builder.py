@@ -186,8 +186,11 @@ class Builder:
             how = "none" if not placements else "online" if spent else "offline"
             reason = None if placements else self.labels.why(read.port, read.axis)
             sites.append(self._site(read.slot, how, placements[0].rotation if placements else None, reason))
+        why = "the width of its input is unknown or not fixed"
+        if any(v.shape is None or not v.shape.is_static() for v in self.model.graph.inputs):
+            why += "; stating fixed shapes of the graph's inputs may settle it"  # a trace that only takes one length
         for slot in self.t.unknown:
-            sites.append(self._site(slot, "none", None, "the width of its input is unknown or not fixed"))
+            sites.append(self._site(slot, "none", None, why))
         return tuple(sorted(sites, key=lambda site: site.node))
 
     def _site(self, slot: Slot, how: str, rotation: str | None, reason: str | None) -> Site:
