@@ -207,8 +207,7 @@ inline std::array<float, Rows> weigh(const AttendJob& job, const KeyBlock& block
   float peaks[Rows], steps[Isa::lanes] = {};
   // The largest scores of all rows first: to find one takes longer than to compute with it.
   ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
-    const std::size_t seen = job.visible(row + r);
-    visible[r] = seen > block.first_key ? seen - block.first_key : 0;
+    visible[r] = job.visible(row + r) - block.first_key;
     const float* from = scores + r * kKeys;
     peaks[r] = visible[r] < vectors * Isa::lanes ? peak_of<true>(from, vectors, visible[r])
                                                  : peak_of<false>(from, vectors, visible[r]);

@@ -93,7 +93,7 @@ def solve_weights(
         by_input.setdefault(site.activation, []).append(site)
     solved: dict[str, SolvedWeight] = {}
     seen: dict[str, Seen] = {}
-    few: list[tuple[int, str]] = []
+    few: list[str] = []
     nothing: list[str] = []
     groups = list(_groups(by_input, schemes, memory))
     for number, names in enumerate(groups):
@@ -108,12 +108,9 @@ def solve_weights(
         with progress.task(f"solving weights{part}", sum(len(by_input[name]) for name in names)) as task:
             for name in names:
                 inputs = grams.pop(name)
-                if inputs.rows * 10 < by_input[name][0].depth:
-                    few += [(inputs.rows, _shortage(inputs, site)) for site in by_input[name]]
-                    task.advance(len(by_input[name]))
-                    continue
-                if not inputs.sum.any():
-                    nothing += [site.node_name for site in by_input[name]]
+                too_few = inputs.rows * 10 < by_input[name][0].depth
+                if too_few or not inputs.sum.any():
+                    (few if too_few else nothing).append(name)
                     task.advance(len(by_input[name]))
                     continue
                 factor = inverse_factor(inputs.sum, schemes[by_input[name][0].node_name].damping)
@@ -131,23 +128,20 @@ def solve_weights(
                     solved[site.node_name] = SolvedWeight(path, scale, zero)
                     task.advance()
     most = max((found.rows for found in seen.values()), default=0)
-    for rows, shortage in few:
-        if rows * _FAR_MORE > most:
-            raise DataError(f"calibration: {shortage}")
+    reasons = {name: _shortage(seen[name].rows, by_input[name][0]) for name in few}
+    for name, reason in reasons.items():
+        if seen[name].rows * _FAR_MORE > most:
+            raise DataError(f"calibration: {reason}")
+    reasons |= {name: f"the inputs of {by_input[name][0].node_name!r} are zero throughout" for name in nothing}
     if nothing and not solved:
-        raise DataError(f"calibration: the inputs of {nothing[0]!r} are zero throughout; gptq has nothing to go by")
-    left = {name for name, found in seen.items() if found.rows * 10 < by_input[name][0].depth}
+        raise DataError(f"calibration: {reasons[nothing[0]]}; gptq has nothing to go by")
     remarks = hessian_remarks(
-        {name: found for name, found in seen.items() if name not in left},
+        {name: found for name, found in seen.items() if name not in few},
         {name: readers[0].depth for name, readers in by_input.items()},
     )
-    if few:
-        remarks.append(f"weights of {len(few)} of {len(wanted)} layers were rounded without gptq: {few[0][1]}")
-    if nothing:
-        remarks.append(
-            f"weights of {len(nothing)} of {len(wanted)} layers were rounded without gptq: "
-            f"the inputs of {nothing[0]!r} are zero throughout"
-        )
+    for names in filter(None, (few, nothing)):
+        count = sum(len(by_input[name]) for name in names)
+        remarks.append(f"weights of {count} of {len(wanted)} layers were rounded without gptq: {reasons[names[0]]}")
     return solved, remarks
 
 
@@ -176,8 +170,8 @@ def _groups(
         yield group
 
 
-def _shortage(inputs: Gram, site: LinearSite) -> str:
+def _shortage(rows: int, site: LinearSite) -> str:
     return (
-        f"{inputs.rows} rows reach {site.node_name!r}, which has {site.depth} input features; "
+        f"{rows} rows reach {site.node_name!r}, which has {site.depth} input features; "
         f"gptq needs at least {-(-site.depth // 10)}, and gets better up to several times the features"
     )

@@ -74,9 +74,8 @@ def model_facts(path: str | Path) -> dict[str, Any]:
 
 
 def _once(ir: Any, tensors: list[Any]) -> list[Any]:
-    """Of those that are the same bytes of a file, the first."""
-    places = [(t.path, t.offset) if isinstance(t, ir.ExternalTensor) else id(t) for t in tensors]
-    return list(dict(zip(reversed(places), reversed(tensors), strict=True)).values())
+    """Of those that are the same bytes of a file, one."""
+    return list({(t.path, t.offset) if isinstance(t, ir.ExternalTensor) else id(t): t for t in tensors}.values())
 
 
 def _weight_types(ir: Any) -> set[Any]:

@@ -100,9 +100,10 @@ def _write(model: ir.Model, path: Path, data_name: str, on_tensor: Callable[[], 
         ir.save(ir.external_data.load_to_model(model), path)
         return
     first = {id(tensor): value for value, tensor in zip(values, before, strict=True)}
-    aliases = [(v, first[id(t.original)]) for v, t in zip(values, before, strict=True) if isinstance(t, Alias)]
+    aliases = {v: first[id(t.original)] for v, t in zip(values, before, strict=True)
+               if isinstance(t, Alias) and t.nbytes > _INLINE_BYTES}  # fmt: skip
     try:
-        for value, _ in aliases:
+        for value in aliases:
             value.const_value = None  # is not written
         ir.external_data.unload_from_model(
             model,
@@ -115,23 +116,17 @@ def _write(model: ir.Model, path: Path, data_name: str, on_tensor: Callable[[], 
             max_workers=workers,
             max_in_flight_bytes=_IN_FLIGHT_BYTES,
         )
-        for value, original in aliases:
-            value.const_value = _under(value.name, original.const_value)
+        for value, original in aliases.items():
+            stored = original.const_value
+            assert isinstance(stored, ir.ExternalTensor)
+            value.const_value = ir.ExternalTensor(
+                stored.location, stored.offset, stored.length, stored.dtype,
+                shape=stored.shape, name=value.name or "", base_dir=stored.base_dir,
+            )  # fmt: skip
         ir.save(model, path)
     finally:
         for value, tensor in zip(values, before, strict=True):
             value.const_value = tensor
-
-
-def _under(name: str | None, tensor: ir.TensorProtocol | None) -> ir.TensorProtocol:
-    """The same bytes under another name."""
-    if not isinstance(tensor, ir.ExternalTensor):  # a small one
-        assert tensor is not None
-        return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=name)
-    return ir.ExternalTensor(
-        tensor.location, tensor.offset, tensor.length, tensor.dtype,
-        shape=tensor.shape, name=name or "", base_dir=tensor.base_dir,
-    )  # fmt: skip
 
 
 @dataclass(frozen=True)
