@@ -12,13 +12,13 @@ import onnx_ir as ir
 
 from onnx_quarot.discovery.constants import constant, read_once, root_tensor
 from onnx_quarot.discovery.rules.readers import absorb, takes_bias, writer
-from onnx_quarot.discovery.shapes import Shapes
+from onnx_quarot.discovery.shapes import FLOATS, Shapes
 from onnx_quarot.discovery.typing import Typing, has_output
 from onnx_quarot.editing import GraphNames, take_over
 from onnx_quarot.sites import drop_unused
 
 Array = np.ndarray[Any, Any]
-_TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE})  # that constants are computed in
+_TYPES = FLOATS - {ir.DataType.BFLOAT16}  # that constants are computed in
 
 
 def fold_batch_norms(model: ir.Model, *, behind: bool = False) -> None:

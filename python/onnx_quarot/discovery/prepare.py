@@ -18,7 +18,7 @@ from onnx_quarot.discovery.batch_norm import fold_batch_norms
 from onnx_quarot.discovery.branches import resolve_branches
 from onnx_quarot.discovery.constants import Constant, constant, read_once, root_tensor, tensor_shape, uniform
 from onnx_quarot.discovery.rope import unfuse_rope
-from onnx_quarot.discovery.rules.readers import absorb, is_zero, slots
+from onnx_quarot.discovery.rules.readers import absorb, has_bias, slots
 from onnx_quarot.discovery.rules.registry import MICROSOFT
 from onnx_quarot.discovery.shapes import FLOATS, Shapes
 from onnx_quarot.discovery.typing import Typing
@@ -143,9 +143,7 @@ def _absorbed(node: ir.Node, t: Typing) -> bool:
     y = node.outputs[0]
     if not t.shapes.known(y) or not node.outputs[0].uses():
         return True  # nothing is known about it: leave it as it is
-    bias = _SKIP_NORMS[node.op_type][0]
-    biased = bias is not None and len(node.inputs) > bias and not is_zero(node.inputs[bias])
-    found = absorb(t, y, biased=biased)
+    found = absorb(t, y, biased=has_bias(node, _SKIP_NORMS[node.op_type][0]))
     return found is not None and found.bias is None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from onnx_quarot.discovery.constants import constant
-from onnx_quarot.discovery.rules.readers import absorb, is_uniform, is_zero, takes_bias
+from onnx_quarot.discovery.rules.readers import absorb, has_bias, is_uniform, takes_bias
 from onnx_quarot.discovery.rules.registry import MICROSOFT, describe, rule
 from onnx_quarot.discovery.typing import Def, Kind, Port, Scale, Typing, Use, has_input, has_output
 
@@ -33,9 +33,9 @@ def _norm(t: Typing, n: ir.Node, inputs: list[Use], scale: int, bias: int | None
             t.block(port, last, describe(n, why))
     else:
         t.tie(inputs[0], last, y, last, Kind.CENTRE if centres else Kind.NORM)
-        found = absorb(t, y.value, biased=_biased(n, bias))
+        found = absorb(t, y.value, biased=has_bias(n, bias))
         if found is not None and not _trivial(n, scale, bias):
-            given = Use(n, bias) if bias is not None and _biased(n, bias) else None
+            given = Use(n, bias) if bias is not None and has_bias(n, bias) else None
             t.scales.append(Scale(Use(n, scale), y, found.readers, given, None))
         if centres:
             t.converted.append(n)
@@ -44,11 +44,7 @@ def _norm(t: Typing, n: ir.Node, inputs: list[Use], scale: int, bias: int | None
 
 
 def _trivial(n: ir.Node, scale: int, bias: int | None) -> bool:
-    return is_uniform(n.inputs[scale]) and (bias is None or is_zero(n.inputs[bias]))
-
-
-def _biased(n: ir.Node, bias: int | None) -> bool:
-    return bias is not None and not is_zero(n.inputs[bias])
+    return is_uniform(n.inputs[scale]) and not has_bias(n, bias)
 
 
 def _refusal(t: Typing, n: ir.Node, last: int, scale: int, bias: int | None) -> str | None:
@@ -64,10 +60,10 @@ def _refusal(t: Typing, n: ir.Node, last: int, scale: int, bias: int | None) -> 
         return "its statistics are used"
     if _trivial(n, scale, bias):
         return None
-    found = absorb(t, n.outputs[0], biased=_biased(n, bias))
+    found = absorb(t, n.outputs[0], biased=has_bias(n, bias))
     if found is None or found.bias is not None:
         return "its scale is not uniform and not every reader absorbs it"
-    if _biased(n, bias) and not all(takes_bias(r) for r in found.readers):
+    if has_bias(n, bias) and not all(takes_bias(r) for r in found.readers):
         return "its bias is not zero and not every reader absorbs it"
     return None
 

@@ -314,6 +314,11 @@ def is_uniform(value: ir.Value | None) -> bool:
     return view is not None and uniform(view)
 
 
+def has_bias(node: ir.Node, bias: int | None) -> bool:
+    """Whether a norm has a bias, its input `bias`, that is not zero."""
+    return bias is not None and len(node.inputs) > bias and not is_zero(node.inputs[bias])
+
+
 def is_zero(value: ir.Value | None) -> bool:
     """A constant of zeros, or nothing at all."""
     if value is None:
