@@ -84,13 +84,15 @@ const Kernels& choose_from_environment() {
 #if defined(__x86_64__)
 namespace {
 
-// The vendor and the family, as cpuid's leaves 0 and 1 say.
-bool is_zen_1_to_4() {
+// Which of AMD's Zen 1 (or 2), 3 and 4 this is, by vendor, family and model, as cpuid's leaves 0 and 1 say; 0: none.
+unsigned zen_generation() {
   unsigned a = 0, b = 0, c = 0, d = 0;
-  if (__get_cpuid(0, &a, &b, &c, &d) == 0 || b != signature_AMD_ebx || c != signature_AMD_ecx) return false;
-  if (__get_cpuid(1, &a, &b, &c, &d) == 0) return false;
-  const unsigned base = a >> 8 & 0xfu, extended = a >> 20 & 0xffu;
-  return base == 0xfu && (extended == 0x8u || extended == 0xau);  // families 17h and 19h
+  if (__get_cpuid(0, &a, &b, &c, &d) == 0 || b != signature_AMD_ebx || c != signature_AMD_ecx) return 0;
+  if (__get_cpuid(1, &a, &b, &c, &d) == 0 || (a >> 8 & 0xfu) != 0xfu) return 0;
+  const unsigned family = 0xfu + (a >> 20 & 0xffu), model = (a >> 12 & 0xf0u) | (a >> 4 & 0xfu);
+  if (family == 0x17u) return 1;
+  if (family != 0x19u) return 0;
+  return model < 0x10u || (model >= 0x20u && model < 0x60u) ? 3 : 4;
 }
 
 }  // namespace
@@ -107,7 +109,9 @@ CpuFeatures detect_cpu() {
   __asm__ volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return features;
   constexpr unsigned ymm = 0x6, zmm = 0xe6;
-  features.plain_differences = is_zen_1_to_4();
+  const unsigned zen = zen_generation();
+  features.plain_differences = zen != 0;
+  features.several_streams = zen != 0 && zen < 4;
   features.avx2 = (saved & ymm) == ymm && fma && f16c && (b & bit_AVX2) != 0;
   const unsigned wanted = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
   features.avx512 = features.avx2 && (saved & zmm) == zmm && (b & wanted) == wanted;

@@ -7,6 +7,7 @@ namespace onnx_quarot {
 struct CpuFeatures {
   bool avx2 = false;               // AVX2, FMA, F16C, and 256-bit registers saved by the system
   bool plain_differences = false;  // multiply-adds and stores hinder each other, as on AMD's Zen 1 to 4
+  bool several_streams = false;    // memory gives most to several streams at a time, as on AMD's Zen 1 to 3
   bool avx512 = false;             // AVX-512 F, BW, DQ, VL, and 512-bit registers saved by the system
   bool avx512vnni = false;         // and its dot products of bytes
   bool avx512bf16 = false;         // and its conversions to bfloat16

@@ -6,7 +6,8 @@
 //   most_rows                    that panels are multiplied by at a time, in the second cache: they bound the sums kept
 //                                between blocks of the depth
 //   row_panels8, row_panels4     panels that a single row reads side by side where
-//   side_by_side8, side_by_side4 (a panel's bytes) says so
+//   side_by_side8, side_by_side4 (a job) says so
+//   row_tile4                    of row_panels4, how many are multiplied at a time, by turns, unless upper_halves
 //   fetches_row                  whether a single row asks for weights ahead
 //   upper_halves                 whether dot4 takes bytes that hold a feature in their upper half alone
 //   quick_sums                   whether sums wait for additions alone, not for products

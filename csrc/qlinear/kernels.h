@@ -54,8 +54,9 @@ struct MultiplyJob {
   std::size_t bias_stride;          // 0: every row has the same
   float* y;                         // first row, first panel's first column
   std::size_t y_stride;
-  std::size_t columns;  // in all panels together; the last panel may be narrower than 16
-  std::size_t reach;    // the same, with the panels behind them that may be fetched ahead
+  std::size_t columns;   // in all panels together; the last panel may be narrower than 16
+  std::size_t reach;     // the same, with the panels behind them that may be fetched ahead
+  bool several_streams;  // see CpuFeatures
 };
 
 struct QLinearKernels {

@@ -32,14 +32,62 @@ inline Isa::Int load_zeros(const std::uint8_t* panels, std::size_t blocks, std::
   return Isa::wide_bytes(block + vector * Isa::lanes % 8) >> places & 15;
 }
 
+// Adds steps of the depth to a tile's sums, each of them in several parts: few would wait for one another. The pointers
+// move on; one of the starts stands for three rows.
+template <std::size_t Rows, std::size_t Panels, bool Ahead, std::size_t Chains>
+__attribute__((always_inline)) inline void add_steps(const MultiplyJob& job, std::size_t steps,
+                                                     const std::uint8_t*& weights,
+                                                     const std::uint8_t* (&starts)[(Rows + 2) / 3],
+                                                     const std::uint8_t*& ahead,
+                                                     Isa::Int (&sums)[Chains][Rows][kVectors * Panels]) {
+  constexpr std::size_t vectors = kVectors * Panels;
+  for (std::size_t step = 0; step < steps; step += 8) {
+    Isa::Part parts[Chains][Rows][vectors];
+    ONNX_QUAROT_UNROLL for (std::size_t c = 0; c < Chains; ++c) {
+      ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
+        ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) parts[c][r][v] = Isa::part(sums[c][r][v]);
+      }
+    }
+    ONNX_QUAROT_UNROLL for (std::size_t pair = 0; pair < 4; ++pair) {
+      ONNX_QUAROT_UNROLL for (std::size_t half = 0; half < 2; ++half) {
+        Isa::Part(&part)[Rows][vectors] = parts[(pair * 2 + half) % Chains];
+        Isa::Weights operands[vectors];
+        ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
+          operands[v] = Isa::nibbles(weights + v / kVectors * job.panel_bytes, v % kVectors, half);
+        }
+        ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
+          const Isa::Values operand = Isa::values(starts[r / 3] + r % 3 * job.row_bytes + pair * 8 + 4 * half);
+          ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
+            part[r][v] = Isa::dot4(part[r][v], operands[v], operand);
+          }
+        }
+      }
+      if constexpr (Ahead) {
+        __builtin_prefetch(ahead, 0, 2);
+        ahead += kStepBytes;
+      }
+      weights += kStepBytes;
+    }
+    ONNX_QUAROT_UNROLL for (std::size_t t = 0; t < (Rows + 2) / 3; ++t) starts[t] += 32;
+    ONNX_QUAROT_UNROLL for (std::size_t c = 0; c < Chains; ++c) {
+      ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
+        ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
+          sums[c][r][v] = Isa::flush(sums[c][r][v], parts[c][r][v]);
+        }
+      }
+    }
+  }
+}
+
+constexpr std::size_t chains4(std::size_t sums) { return Isa::quick_sums || sums >= 8 ? 1 : sums >= 4 ? 2 : 4; }
+
 // 4 bits: sums of a block become floats at its end. Register files that are too small spill the floats, which are
-// touched once a block. BlockSteps: the job's, where it pays to know them beforehand, else 0.
-template <std::size_t Rows, std::size_t Panels, bool Zeros, bool Ahead, std::size_t BlockSteps = 0>
+// touched once a block.
+template <std::size_t Rows, std::size_t Panels, bool Zeros, bool Ahead>
 __attribute__((noinline)) void tile4(const MultiplyJob& job, std::size_t first_row, std::size_t column,
                                      const std::uint8_t* ahead) {
   constexpr std::size_t vectors = kVectors * Panels;
-  const std::size_t block_steps = BlockSteps != 0 ? BlockSteps : job.block_steps;
-  const std::size_t blocks = job.steps / block_steps;
+  const std::size_t blocks = job.steps / job.block_steps;
   const std::uint8_t* weights = job.weights + column / kPanelColumns * job.panel_bytes;
   const float* scales = job.scales + column * blocks;
   const std::uint8_t* zero_points = Zeros ? job.zero_points + column / 2 * blocks : nullptr;
@@ -49,8 +97,7 @@ __attribute__((noinline)) void tile4(const MultiplyJob& job, std::size_t first_r
     starts[t] = static_cast<const std::uint8_t*>(job.values) + (first_row + 3 * t) * job.row_bytes;
   }
   const std::int32_t* corrections = job.corrections + first_row * blocks;
-  // Few sums would wait for one another: each gets several parts.
-  constexpr std::size_t chains = Isa::quick_sums || Rows * vectors >= 8 ? 1 : Rows * vectors >= 4 ? 2 : 4;
+  constexpr std::size_t chains = chains4(Rows * vectors);
   Isa::Float totals[Rows][vectors] = {};
   for (std::size_t block = 0; block < blocks; ++block) {
     Isa::Int sums[chains][Rows][vectors] = {};
@@ -60,42 +107,7 @@ __attribute__((noinline)) void tile4(const MultiplyJob& job, std::size_t first_r
         sums[0][r][v] = start_of<Zeros>(corrections[r * blocks + block], zeros);
       }
     }
-    for (std::size_t step = 0; step < block_steps; step += 8) {
-      Isa::Part parts[chains][Rows][vectors];
-      ONNX_QUAROT_UNROLL for (std::size_t c = 0; c < chains; ++c) {
-        ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
-          ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) parts[c][r][v] = Isa::part(sums[c][r][v]);
-        }
-      }
-      ONNX_QUAROT_UNROLL for (std::size_t pair = 0; pair < 4; ++pair) {
-        ONNX_QUAROT_UNROLL for (std::size_t half = 0; half < 2; ++half) {
-          Isa::Part(&part)[Rows][vectors] = parts[(pair * 2 + half) % chains];
-          Isa::Weights operands[vectors];
-          ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
-            operands[v] = Isa::nibbles(weights + v / kVectors * job.panel_bytes, v % kVectors, half);
-          }
-          ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
-            const Isa::Values operand = Isa::values(starts[r / 3] + r % 3 * job.row_bytes + pair * 8 + 4 * half);
-            ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
-              part[r][v] = Isa::dot4(part[r][v], operands[v], operand);
-            }
-          }
-        }
-        if constexpr (Ahead) {
-          __builtin_prefetch(ahead, 0, 2);
-          ahead += kStepBytes;
-        }
-        weights += kStepBytes;
-      }
-      ONNX_QUAROT_UNROLL for (std::size_t t = 0; t < triples; ++t) starts[t] += 32;
-      ONNX_QUAROT_UNROLL for (std::size_t c = 0; c < chains; ++c) {
-        ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
-          ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
-            sums[c][r][v] = Isa::flush(sums[c][r][v], parts[c][r][v]);
-          }
-        }
-      }
-    }
+    add_steps<Rows, Panels, Ahead>(job, job.block_steps, weights, starts, ahead, sums);
     ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
       const auto scale = load<Isa::Float>(scales + of_vector(v, blocks));
       ONNX_QUAROT_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
@@ -131,6 +143,41 @@ void panels4(const MultiplyJob& job, std::size_t column) {
       tile4_of<Isa::rows4, Panels, Zeros, false>(rows, job, row, column, nullptr);
     }
   }
+}
+
+// One row times more panels side by side than there are registers for: they take turns, block by block.
+template <std::size_t BlockSteps, std::size_t Panels, bool Zeros>
+__attribute__((noinline)) void row4_turns(const MultiplyJob& job, std::size_t column) {
+  constexpr std::size_t together = Isa::row_tile4, turns = Panels / together;
+  constexpr std::size_t vectors = kVectors * together, chains = chains4(vectors);
+  const std::size_t blocks = job.steps / BlockSteps;
+  const std::uint8_t* panel = job.weights + column / kPanelColumns * job.panel_bytes;
+  const auto* row = static_cast<const std::uint8_t*>(job.values);
+  const float* scales = job.scales + column * blocks;
+  const std::uint8_t* zero_points = Zeros ? job.zero_points + column / 2 * blocks : nullptr;
+  Isa::Float totals[turns][1][vectors] = {};
+  for (std::size_t block = 0; block < blocks; ++block) {
+    ONNX_QUAROT_UNROLL for (std::size_t turn = 0; turn < turns; ++turn) {
+      Isa::Int sums[chains][1][vectors] = {};
+      ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
+        const Isa::Int zeros = load_zeros<Zeros>(zero_points, blocks, turn * vectors + v);
+        sums[0][0][v] = start_of<Zeros>(job.corrections[block], zeros);
+      }
+      const std::uint8_t *weights = panel + turn * together * job.panel_bytes, *starts[1] = {row}, *ahead = nullptr;
+      add_steps<1, together, false>(job, BlockSteps, weights, starts, ahead, sums);
+      ONNX_QUAROT_UNROLL for (std::size_t v = 0; v < vectors; ++v) {
+        ONNX_QUAROT_UNROLL for (std::size_t c = 1; c < chains; ++c) sums[0][0][v] += sums[c][0][v];
+        const auto scale = load<Isa::Float>(scales + of_vector(turn * vectors + v, blocks));
+        totals[turn][0][v] = totals[turn][0][v] + to_float(sums[0][0][v]) * scale;
+      }
+    }
+    panel += BlockSteps * (kStepBytes / 2);
+    row += BlockSteps * kStepValues;
+    scales += kPanelColumns;
+    if constexpr (Zeros) zero_points += kZeroBytes;
+  }
+  finish<false, 1, Panels>(job, 0, column,
+                           [&](std::size_t, std::size_t v) { return totals[v / vectors][0][v % vectors]; });
 }
 
 // One row, for products that take the upper halves of bytes where they are, 16 times too large.
@@ -180,15 +227,17 @@ void row4(const MultiplyJob& job) {
   const auto some = [&](auto panels, std::size_t column) {
     if constexpr (Isa::upper_halves) {
       row4_panels<BlockSteps, panels, Zeros>(job, column);
+    } else if constexpr (panels > Isa::row_tile4) {
+      row4_turns<BlockSteps, panels, Zeros>(job, column);
     } else {
-      tile4<1, panels, Zeros, false, BlockSteps>(job, 0, column, nullptr);
+      tile4<1, panels, Zeros, false>(job, 0, column, nullptr);
     }
   };
   std::size_t column = 0;
   if constexpr (Isa::row_panels4 > 1) {
     constexpr std::integral_constant<std::size_t, Isa::row_panels4> several;
     constexpr std::size_t width = several * kPanelColumns;
-    const std::size_t end = Isa::side_by_side4(job.panel_bytes) ? job.columns / width * width : 0;
+    const std::size_t end = Isa::side_by_side4(job) ? job.columns / width * width : 0;
     for (; column < end; column += width) some(several, column);
   }
   constexpr std::integral_constant<std::size_t, 1> one;

@@ -187,7 +187,7 @@ void row8(const MultiplyJob& job) {
   std::size_t column = 0;
   if constexpr (Isa::row_panels8 > 1) {
     constexpr std::size_t width = Isa::row_panels8 * kPanelColumns;
-    const std::size_t end = Isa::side_by_side8(job.panel_bytes) ? job.columns / width * width : 0;
+    const std::size_t end = Isa::side_by_side8(job) ? job.columns / width * width : 0;
     for (; column < end; column += width) row8_panels<Isa::row_panels8>(job, column);
   }
   for (; column < job.columns; column += kPanelColumns) row8_panels<1>(job, column);

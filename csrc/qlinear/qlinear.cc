@@ -115,6 +115,7 @@ float norm_factor(const QLinearKernels& kernels, const float* values, std::size_
 
 void multiply(const QuantizedRows& rows, std::size_t first, std::size_t end, const PackedWeights& weights,
               const QLinearOutput& output, std::size_t first_panel, std::size_t end_panel) {
+  static const bool several_streams = detect_cpu().several_streams;  // cpuid takes microseconds on a virtual machine
   const QLinearShape& shape = rows.shape_;
   const auto run = [&](std::size_t row, std::size_t row_end, std::size_t panel, std::size_t panel_end, float* y,
                        std::size_t stride) {
@@ -137,6 +138,7 @@ void multiply(const QuantizedRows& rows, std::size_t first, std::size_t end, con
     job.y_stride = stride;
     job.columns = std::min(panel_end * kPanelColumns, shape.columns) - column;
     job.reach = shape.columns - column;
+    job.several_streams = several_streams;
     (shape.bits == 4 ? rows.kernels_->multiply4 : rows.kernels_->multiply8)(job);
   };
   if (!output.gated) {

@@ -245,6 +245,17 @@ int main(int count, char** arguments) {
       check({32768, 20, 4, 128, zero_points}, rows, Fill::extreme, random);
     }
   }
+  // A single row reads long panels side by side on every CPU, and those left over one after the other.
+  for (const std::size_t depth : {4096u, 8230u}) {
+    for (const std::size_t columns : {64u, 150u}) {
+      check({depth, columns, 8, 0}, 1, Fill::random, random);
+      for (const std::size_t block : {32u, 64u, 128u}) {
+        for (const bool zero_points : {false, true}) {
+          check({depth, columns, 4, block, zero_points}, 1, Fill::random, random);
+        }
+      }
+    }
+  }
   check({131072, 3, 8, 0}, 1, Fill::extreme, random);
   // Where two products are added in 16 bits: whatever they are of.
   for (const std::size_t rows : {1u, 2u}) check({kPairs, 9, 8, 0}, rows, Fill::pairs, random);
