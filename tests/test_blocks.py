@@ -30,7 +30,7 @@ def test_the_kernel_computes_what_the_stored_weights_say(tmp_path: Path, spec: T
     model, sites = forms_model.load(path)
     exact, simulated = forms_model.load(path)
     for site in simulated:
-        codes, scale, zero = (t.numpy() for t in BlockWeight(site, spec, block, None).plain_tensors())
+        codes, scale, zero = (t.numpy() for t in BlockWeight(WeightSource(site), spec, block, None).plain_tensors())
         s, z = (np.repeat(a.astype(np.float32), block, 0)[: site.depth] for a in (scale, zero))
         value = ((codes.astype(np.float32) - z) * s) / site.alpha
         array = value.T if site.channel_axis == 0 else value
@@ -66,7 +66,9 @@ def test_solved_codes_are_stored_as_they_are(tmp_path: Path) -> None:
         codes = rng.integers(first, last + 1, (96, 128)).astype(kind)
         np.save(tmp_path / "codes.npy", codes)
         zero = rng.integers(0, 16, (2, 128)) if first == 0 else np.zeros((2, 128), int)
-        weight = BlockWeight(site, spec, 64, SolvedWeight(tmp_path / "codes.npy", rng.random((2, 128)), zero))
+        weight = BlockWeight(
+            WeightSource(site), spec, 64, SolvedWeight(tmp_path / "codes.npy", rng.random((2, 128)), zero)
+        )
         np.testing.assert_array_equal(weight.plain_tensors()[0].numpy().astype(kind), codes)
         packed = weight.codes_tensor().numpy()
         unpacked = np.stack([packed & 15, packed >> 4], -1).reshape(128, 128)

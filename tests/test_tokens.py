@@ -11,6 +11,7 @@ import onnx_quarot as oq
 from onnx_quarot.blocks import BlockWeight
 from onnx_quarot.errors import ConfigError, ModelError
 from onnx_quarot.scheme import Scheme, TensorSpec, parse_scheme
+from onnx_quarot.sites import WeightSource
 from onnx_quarot.tokens import check_tokens, coarse, quantize_tokens
 
 A4W4 = replace(parse_scheme("a4w4"), weights="rtn")
@@ -26,7 +27,9 @@ def simulated(path: Path, scheme: Scheme) -> np.ndarray:
     steps = [lambda y: np.maximum(y, 0), lambda y: np.tanh(y + 2 * bias), lambda y: y]
     for site, after in zip(sites, steps, strict=True):
         block = scheme.block or site.depth
-        codes, scale, zero = (t.numpy() for t in BlockWeight(site, scheme.weight, block, None).plain_tensors())
+        codes, scale, zero = (
+            t.numpy() for t in BlockWeight(WeightSource(site), scheme.weight, block, None).plain_tensors()
+        )
         s, z = (np.repeat(a.astype(np.float32), block, 0) for a in (scale, zero))
         x = after(rounded(x, scheme.activation, block) @ ((codes.astype(np.float32) - z) * s))
     return x

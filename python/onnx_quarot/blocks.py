@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -38,18 +39,31 @@ class StoredBlocks:
     zeros: ir.Value | None
 
 
+class Rows(Protocol):
+    """A matrix [depth, channels] by name, read when it is needed."""
+
+    name: str
+    depth: int
+    channels: int
+
+    def read(self) -> Array:
+        """[depth, channels], floats; it may be mapped memory."""
+
+    def close(self) -> None:
+        """Unmap what was mapped; reading again maps it again."""
+
+
 class BlockWeight:
     """A weight [depth, channels] in blocks of `block` input features, evaluated when it is written.
 
     Scales and zero points are kept once known, codes are not. A last block that is not full is filled with zeros.
     """
 
-    def __init__(self, site: LinearSite, spec: TensorSpec, block: int, solved: SolvedWeight | None) -> None:
-        self.site, self.spec, self.block, self._solved = site, spec, block, solved
-        self.blocks = -(-site.depth // block)
+    def __init__(self, source: Rows, spec: TensorSpec, block: int, solved: SolvedWeight | None) -> None:
+        self.source, self.spec, self.block, self._solved = source, spec, block, solved
+        self.blocks = -(-source.depth // block)
         self.offset = 0 if spec.bounds[0] >= 0 else 2 ** (spec.bits - 1)
         self.default_zero = 2 ** (spec.bits - 1)
-        self._source = WeightSource(site)
         self._lock = threading.Lock()
         self._fit: tuple[Array, Array] | None = None
         if solved is not None:
@@ -62,21 +76,21 @@ class BlockWeight:
 
     def codes_tensor(self) -> ir.LazyTensor:
         """uint8 [channels, blocks, block * bits / 8]."""
-        shape = [self.site.channels, self.blocks, self.block * self.spec.bits // 8]
+        shape = [self.source.channels, self.blocks, self.block * self.spec.bits // 8]
         return lazy(self._packed, ir.DataType.UINT8, shape, "")
 
     def scales_tensor(self) -> ir.LazyTensor:
         """float32 [channels, blocks]."""
-        return lazy(lambda: self._fitted()[0], ir.DataType.FLOAT, [self.site.channels, self.blocks], "")
+        return lazy(lambda: self._fitted()[0], ir.DataType.FLOAT, [self.source.channels, self.blocks], "")
 
     def zeros_tensor(self) -> ir.LazyTensor:
         """uint8 [channels, ceil(blocks * bits / 8)]."""
-        shape = [self.site.channels, -(-self.blocks * self.spec.bits // 8)]
+        shape = [self.source.channels, -(-self.blocks * self.spec.bits // 8)]
         return lazy(lambda: pack(self._fitted()[1], self.spec.bits), ir.DataType.UINT8, shape, "")
 
     def plain_tensors(self) -> tuple[ir.LazyTensor, ir.LazyTensor, ir.LazyTensor]:
         """Codes [depth, channels], scales and zero points [blocks, channels], for DequantizeLinear along axis 0."""
-        shape, grid = [self.site.depth, self.site.channels], [self.blocks, self.site.channels]
+        shape, grid = [self.source.depth, self.source.channels], [self.blocks, self.source.channels]
         dtype = self.spec.dtype
 
         def zeros() -> Array:
@@ -93,16 +107,16 @@ class BlockWeight:
         with self._lock:
             if self._fit is None:
                 try:
-                    self._fit = self._search(self._source.read())
+                    self._fit = self._search(self.source.read())
                 finally:
-                    self._source.close()
+                    self.source.close()
             return self._fit
 
     def _search(self, weight: Array) -> tuple[Array, Array]:
         if not np.isfinite(weight.max(initial=0.0) - weight.min(initial=0.0)):
-            raise ModelError(f"weight {self.site.weight!r} holds a value that is not finite")
-        scales = np.empty((self.site.channels, self.blocks), np.float32)
-        zeros = np.empty((self.site.channels, self.blocks), np.int32)
+            raise ModelError(f"weight {self.source.name!r} holds a value that is not finite")
+        scales = np.empty((self.source.channels, self.blocks), np.float32)
+        zeros = np.empty((self.source.channels, self.blocks), np.int32)
         for part in self._parts():
             rows = self._rows(weight, part)
             scale, zero = fit_rows(rows.reshape(-1, self.block), self.spec)
@@ -110,16 +124,16 @@ class BlockWeight:
         return scales, zeros + self.offset
 
     def _packed(self) -> Array:
-        packed = np.empty((self.site.channels, self.blocks, self.block * self.spec.bits // 8), np.uint8)
+        packed = np.empty((self.source.channels, self.blocks, self.block * self.spec.bits // 8), np.uint8)
         scales, zeros = self._fitted()
         try:
-            source = self._source.read() if self._solved is None else self._solved.read()
+            source = self.source.read() if self._solved is None else self._solved.read()
             for part in self._parts():
                 codes = self._codes(source, part, scales[part][:, :, None], zeros[part][:, :, None])
                 packed[part] = pack(codes.reshape(-1, self.block), self.spec.bits).reshape(len(codes), self.blocks, -1)
         finally:
             source = np.empty(0)  # mapped memory must not be referred to when it is let go
-            self._source.close()
+            self.source.close()
         return packed
 
     def _codes(self, source: Array, part: slice, scale: Array, zero: Array) -> Array:
@@ -130,31 +144,31 @@ class BlockWeight:
             codes: Array = np.clip(np.rint(rows / scale) + zero, first + self.offset, last + self.offset)
             return codes
         rows += self.offset
-        filled = self.blocks * self.block - self.site.depth
+        filled = self.blocks * self.block - self.source.depth
         if filled:  # what fills the last block has to mean zero
             rows[:, -1, self.block - filled :] = zero[:, -1]
         return rows
 
     def _plain(self) -> Array:
-        codes = np.empty((self.site.depth, self.site.channels), self.spec.numpy_dtype)
+        codes = np.empty((self.source.depth, self.source.channels), self.spec.numpy_dtype)
         scales, zeros = self._fitted()
         try:
-            source = self._source.read() if self._solved is None else self._solved.read()
+            source = self.source.read() if self._solved is None else self._solved.read()
             for part in self._parts():
                 rows = self._codes(source, part, scales[part][:, :, None], zeros[part][:, :, None]) - self.offset
-                codes[:, part] = rows.reshape(len(rows), -1)[:, : self.site.depth].T
+                codes[:, part] = rows.reshape(len(rows), -1)[:, : self.source.depth].T
         finally:
             source = np.empty(0)
-            self._source.close()
+            self.source.close()
         return codes
 
     def _parts(self) -> Sequence[slice]:
         step = max(1, _CHUNK_ELEMENTS // (self.blocks * self.block))
-        return [slice(start, start + step) for start in range(0, self.site.channels, step)]
+        return [slice(start, start + step) for start in range(0, self.source.channels, step)]
 
     def _rows(self, weight: Array, part: slice) -> Array:
         rows = weight[:, part].T.astype(np.float32)
-        filled = self.blocks * self.block - self.site.depth
+        filled = self.blocks * self.block - self.source.depth
         if filled:
             rows = np.pad(rows, ((0, 0), (0, filled)))
         blocks: Array = rows.reshape(len(rows), self.blocks, self.block)
@@ -197,7 +211,7 @@ def quantize_blocks(
         assert scheme.block is not None
         key = (*site.weight_key(), scheme.weight, scheme.block)
         if key not in stored:
-            weight = BlockWeight(site, scheme.weight, scheme.block, solved.get(site.node_name))
+            weight = BlockWeight(WeightSource(site), scheme.weight, scheme.block, solved.get(site.node_name))
             stored[key] = StoredBlocks(
                 weight,
                 names.initializer(weight.codes_tensor(), f"{site.weight}_quantized"),

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TypeVar
 
 import onnx_ir as ir
 
@@ -13,6 +14,7 @@ from .blocks import quantize_blocks
 from .custom_op import DOMAIN
 from .dynamic import quantize_dynamic
 from .errors import ConfigError
+from .experts import ExpertSite, quantize_experts
 from .fused_attention import fuse_attention
 from .fused_linear import quantize_fused, takes_blocks
 from .hessians import solve_weights
@@ -25,6 +27,8 @@ from .scheme import BLOCK_FORMS, Scheme, TensorSpec, parse_scheme
 from .sites import LinearSite
 from .tied_tables import SharedWeight, tied_roots
 from .tokens import check_tokens, quantize_tokens
+
+Site = TypeVar("Site", LinearSite, LinearSite | ExpertSite)
 
 # What a head may be followed by: none of these mixes features.
 _ELEMENTWISE = ("Add", "Cast", "Clip", "Div", "Identity", "Mul", "Sub", "Tanh")
@@ -48,15 +52,18 @@ def quantize_sites(
     folder: Path,
     progress: Progress,
     *,
+    experts: Sequence[ExpertSite] = (),
     mixed: bool | float = False,
     overrides: Mapping[str, Scheme] | None = None,
 ) -> Quantized:
-    """Quantize `sites` of `model` in place. model_path: the same model as a file, in float, to be run on `data`.
+    """Quantize `sites` and `experts` of `model` in place. model_path: the same model as a file, in float, to be run on
+    `data`.
 
-    overrides: another scheme for some sites, by node name. mixed: see :mod:`ranges`. folder: for what is kept until
+    overrides: another scheme for some of them, by node name. mixed: see :mod:`ranges`. folder: for what is kept until
     the model has been written. Errors as of the parts: nothing is changed before all is known.
     """
-    given = dict(overrides or {})
+    wanted = overrides or {}
+    given = {site.node_name: wanted[site.node_name] for site in sites if site.node_name in wanted}
     library = _uses_library(model, [scheme, *given.values()])
     heads = head_schemes(sites, scheme)
     schemes = {site.node_name: scheme for site in sites}
@@ -93,6 +100,9 @@ def quantize_sites(
             done, weights = quantize_tokens(model, part, schemes, solved, ranks), []
         reports += done
         shared += weights
+    done, remarks = quantize_experts(model, experts, {e.node_name: wanted.get(e.node_name, scheme) for e in experts})
+    reports += done
+    notes += remarks
     if library:
         fuse_attention(model)
     return Quantized(reports, notes, shared)
@@ -104,14 +114,14 @@ def _uses_library(model: ir.Model, schemes: Iterable[Scheme]) -> bool:
 
 
 def layer_schemes(
-    sites: Sequence[LinearSite], layers: Mapping[str, str | Scheme | None]
-) -> tuple[list[LinearSite], dict[str, Scheme]]:
-    """The sites that are quantized at all, and those with a scheme of their own.
+    sites: Sequence[Site], layers: Mapping[str, str | Scheme | None]
+) -> tuple[list[Site], dict[str, Scheme]]:
+    """The sites that are quantized at all, and those with a scheme of their own; of linear layers and of experts.
 
     layers: schemes by node name, pattern of node names, or operator type; of several that fit a site, an exact name
     counts first, then the order given. None leaves a site in floating point. ConfigError for a key that fits no site.
     """
-    left: list[LinearSite] = []
+    left: list[Site] = []
     chosen: dict[str, Scheme] = {}
     fitting: set[str] = set()
     for site in sites:

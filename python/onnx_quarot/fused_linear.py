@@ -194,7 +194,7 @@ def _store(
 
 def _part(site: LinearSite, scheme: Scheme, block: int | None, solved: SolvedWeight | None) -> _Part:
     if block is not None:
-        weight = BlockWeight(site, scheme.weight, block, solved)
+        weight = BlockWeight(WeightSource(site), scheme.weight, block, solved)
         codes, factors, zeros = weight.plain_tensors()
 
         def filled() -> Array:

@@ -21,6 +21,7 @@ QUANTIZED_OPS = (
     "DequantizeLinear",
     "MatMulNBits",
     "QLinear",
+    "QMoE",
     "DynamicQuantizeMatMul",
     "MatMulInteger",
 )

@@ -15,6 +15,7 @@ from onnx_quarot.data import Batch, as_batches, input_specs
 from onnx_quarot.differences import into_basis
 from onnx_quarot.discovery.prepare import simplify
 from onnx_quarot.errors import ConfigError, ModelError
+from onnx_quarot.experts import ExpertSite, expert_sites
 from onnx_quarot.forms import check_schemes, check_sites, layer_schemes, quantize_sites
 from onnx_quarot.genai_folder import complete_folder
 from onnx_quarot.kv_cache import CacheReport, check_cache, plan_cache, quantize_cache
@@ -31,7 +32,7 @@ from onnx_quarot.save import Staged, check_output, stage, workspace
 from onnx_quarot.scheme import Scheme, parse_scheme
 from onnx_quarot.seed_search import plain_seed, searches_seeds
 from onnx_quarot.segments import runs_wide
-from onnx_quarot.sites import linear_sites, why_no_layers
+from onnx_quarot.sites import LinearSite, linear_sites, matching, why_no_layers
 from onnx_quarot.tables import TableReport, quantize_tables
 from onnx_quarot.tied_tables import read_apart, share_tables
 from onnx_quarot.verify import Verification
@@ -117,7 +118,7 @@ def quantize(
     tokenizer: str | Path | None = None,
     window: int = 512,
     windows: int | None = None,
-    op_types: Sequence[str] = ("MatMul", "Gemm", "Gather"),
+    op_types: Sequence[str] = ("MatMul", "Gemm", "MoE", "Gather"),
     exclude: Sequence[str] = (),
     layers: Mapping[str, str | Scheme | None] | None = None,
     config: str | Path | None = None,
@@ -138,8 +139,8 @@ def quantize(
     scale, for schemes that have blocks; None for the scheme's own. kv_cache: ``int8`` or ``int4`` (a scale a channel),
     or either with ``-tensor`` (a scale a tensor), for models whose attention is GroupQueryAttention. tied: an embedding
     table that is also the head's weight stays one matrix; False (or ``config``) makes it two, which saves one or two
-    online transforms of a row a token. op_types: what is quantized; Gather stands for tables of embeddings, of which
-    only the weights become integers.
+    online transforms of a row a token. op_types: what is quantized; MoE stands for mixtures of experts, which become
+    QMoE, Gather for tables of embeddings, of which only the weights become integers.
     exclude: names of nodes (or patterns, or regular expressions that begin with ^) that stay in floating point. layers:
     other schemes, or None for floating point, by node name, pattern or operator type, the first that fits. rotations:
     R1, R2 and R4 unless given, and R3 with a cache of 4 bits, for which R2 and R3 are made to measure; () means none,
@@ -157,9 +158,8 @@ def quantize(
         model = load(source)
         check_schemes(model, chosen, layers or {})
         simpler = simplify(model)
-        kinds = tuple(t for t in op_types if t != "Gather")
         specs = input_specs(model)
-        sites, others = layer_schemes(linear_sites(model, kinds, tuple(exclude)), layers or {})
+        sites, _, others = _layers(model, op_types, exclude, layers or {})
         check_sites(sites, chosen, others)
         wide = widen_layers(model, sites, tables="Gather" in op_types)
         centred = kv_cache is not None and kv_cache.startswith("int4")  # which works behind RoPE
@@ -177,8 +177,7 @@ def quantize(
         elif wide or simpler:
             float_path = stage(model, folder / "float.onnx", folder).path
             model = load(float_path)
-        sites = linear_sites(model, kinds, tuple(exclude))
-        sites, others = layer_schemes(sites, layers or {})
+        sites, experts, others = _layers(model, op_types, exclude, layers or {})
         if not sites:
             raise ModelError(
                 f"the model has no linear layer left to quantize (op types {', '.join(op_types)}){why_no_layers(model)}"
@@ -193,7 +192,9 @@ def quantize(
                 if found.fold_values(model):  # which later calibration has to see
                     float_path = stage(model, folder / "values.onnx", folder).path
                 caches = quantize_cache(model, found)
-            done = quantize_sites(model, float_path, sites, chosen, data, folder, show, mixed=mixed, overrides=others)
+            done = quantize_sites(
+                model, float_path, sites, chosen, data, folder, show, experts=experts, mixed=mixed, overrides=others
+            )
             if "Gather" in op_types:
                 share_tables(model, done.shared)
                 tables = quantize_tables(model, skip=[weight.scales for weight in done.shared])
@@ -204,6 +205,25 @@ def quantize(
     name = chosen.name + (" mixed" if mixed else "") + ("" if kv_cache is None else f", {kv_cache} cache")
     notes = (*unused, *done.notes, *_cache_notes(caches), *_folder_note(companions))
     return _report(source, path, name, plan, proof, clock, tuple(done.reports), tuple(tables), notes)
+
+
+def _layers(
+    model: ir.Model, op_types: Sequence[str], exclude: Sequence[str], layers: Mapping[str, str | Scheme | None]
+) -> tuple[list[LinearSite], list[ExpertSite], dict[str, Scheme]]:
+    """The linear layers and the mixtures of experts to quantize, and those with a scheme of their own."""
+    experts = expert_sites(model) if "MoE" in op_types else []
+    names = [site.node_name for site in experts]
+    kinds = tuple(kind for kind in op_types if kind not in ("MoE", "Gather"))
+    sites = linear_sites(model, kinds, tuple(exclude), names)
+    excluded = {name for pattern in exclude for name in matching(names, pattern)}
+    experts = [site for site in experts if site.node_name not in excluded]
+    every: list[LinearSite | ExpertSite] = [*sites, *experts]
+    left, others = layer_schemes(every, layers)
+    return (
+        [site for site in left if isinstance(site, LinearSite)],
+        [site for site in left if isinstance(site, ExpertSite)],
+        others,
+    )
 
 
 def _wanted(

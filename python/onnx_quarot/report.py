@@ -94,7 +94,16 @@ class Report:
         yield "model", self.source
         yield "written", self.output
         if self.scheme is not None:
-            yield "scheme", f"{self.scheme}: {len(self.quantized)} linear layers, {len(self.tables)} tables"
+            mixtures = sum(part.op_type == "QMoE" for part in self.quantized)
+            parts = {
+                "linear layers": len(self.quantized) - mixtures,
+                "mixtures of experts": mixtures,
+                "tables": len(self.tables),
+            }
+            shown = ", ".join(
+                f"{count} {name}" for name, count in parts.items() if count or name != "mixtures of experts"
+            )
+            yield "scheme", f"{self.scheme}: {shown}"
         if self.plan is None:
             yield "rotations", "none"
         else:

@@ -91,23 +91,24 @@ class LinearSite:
 
 
 def linear_sites(
-    model: ir.Model, op_types: Sequence[str] = LINEAR_OPS, exclude: Sequence[str] = ()
+    model: ir.Model, op_types: Sequence[str] = LINEAR_OPS, exclude: Sequence[str] = (), others: Sequence[str] = ()
 ) -> list[LinearSite]:
     """All linear layers of the main graph in graph order.
 
     A site is recognised by structure: the second operand is a constant of rank 2, directly or through
     Transpose, Cast or Identity, and the first is not constant. op_types: which operators to take, of MatMul
     and Gemm. exclude: node names to leave out, exact, as fnmatch patterns, or as regular expressions, which
-    begin with ^; each must match some site, else ConfigError. Layers inside If, Loop and Scan are not looked at.
+    begin with ^; each must match some site, or one of the names `others`, else ConfigError. Layers inside If, Loop and
+    Scan are not looked at.
     """
     for op_type in op_types:
         if op_type not in LINEAR_OPS:
             raise ConfigError(f"op_types: {op_type!r} is not supported; use some of {', '.join(LINEAR_OPS)}")
     sites = [site for node in model.graph if node.op_type in op_types and (site := _site(node)) is not None]
     dropped: set[str] = set()
+    names = [*(site.node_name for site in sites), *others]
     for pattern in exclude:
-        names = [site.node_name for site in sites]
-        matched = {name for name in names if name == pattern} or _matching(names, pattern)
+        matched = matching(names, pattern)
         if not matched:
             raise ConfigError(f"exclude: {pattern!r} matches no linear layer of the model ({len(sites)} found)")
         dropped |= matched
@@ -133,7 +134,10 @@ def why_no_layers(model: ir.Model) -> str:
     return ""
 
 
-def _matching(names: Sequence[str], pattern: str) -> set[str]:
+def matching(names: Sequence[str], pattern: str) -> set[str]:
+    """The names that an entry of `exclude` means: itself if it is one of them, else those that fit it."""
+    if pattern in names:
+        return {pattern}
     if not pattern.startswith("^"):
         return {name for name in names if fnmatch.fnmatchcase(name, pattern)}
     try:
@@ -201,6 +205,7 @@ class WeightSource:
     def __init__(self, site: LinearSite) -> None:
         tensor = constant_tensor(site.root)
         assert tensor is not None
+        self.name, self.depth, self.channels = site.weight, site.depth, site.channels
         self._tensor, self._view = tensor, site.view
         self._transposed, self._alpha = site.channel_axis == 0, site.alpha
 

@@ -21,7 +21,7 @@ from .errors import ConfigError, ModelError
 from .qdq import SiteReport, check_replaceable
 from .qparams import Array, SolvedWeight
 from .scheme import Scheme, TensorSpec
-from .sites import LinearSite
+from .sites import LinearSite, WeightSource
 from .stand_in import stand_in
 
 _TINY = np.finfo(np.float32).tiny
@@ -187,7 +187,7 @@ def _weight(
     block: int,
     solved: SolvedWeight | None,
 ) -> ir.Value:
-    tensors = BlockWeight(site, scheme.weight, block, solved).plain_tensors()
+    tensors = BlockWeight(WeightSource(site), scheme.weight, block, solved).plain_tensors()
     parts = ("quantized", "scale", "zero_point")
     inputs = [names.initializer(t, f"{site.weight}_{part}") for t, part in zip(tensors, parts, strict=True)]
     name = names.unique(f"{site.weight}_DequantizeLinear")
