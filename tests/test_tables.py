@@ -97,3 +97,48 @@ def test_a_spec_that_does_not_suit() -> None:
     loaded = ir.from_proto(make([GATHER], {"table": TABLE}, "rows"))
     with pytest.raises(ConfigError, match="does not suit a table"):
         quantize_tables(loaded, TensorSpec(signed=False, symmetric=False))
+
+
+STACK = np.random.default_rng(1).standard_normal((6, 8, 16)).astype(np.float32)
+PICKED = np.array([[1, 4, 5], [0, 1, 1]])
+PICK = helper.make_node("GatherND", ["stack", "deep"], ["rows"], name="pick")
+DEEPER = helper.make_node("Unsqueeze", ["ids", "last"], ["deep"])
+
+
+def picked(*nodes: onnx.NodeProto, **more: Any) -> onnx.ModelProto:
+    """Experts of three tokens in two sequences."""
+    made = make([*nodes], {"stack": STACK, "last": np.array([-1]), **more}, "y")
+    made.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 3
+    return made
+
+
+@pytest.mark.parametrize("vector", [False, True])
+@pytest.mark.parametrize("lookup", ["Gather", "GatherND"])
+def test_matrices_of_experts_that_tokens_pick(lookup: str, vector: bool) -> None:
+    """Results of products with matrices are scaled, those of a vector have no axis of rows' values left."""
+    nodes = [helper.make_node("Gather", ["stack", "ids"], ["rows"])] if lookup == "Gather" else [DEEPER, PICK]
+    x = np.random.default_rng(2).standard_normal(16 if vector else (2, 3, 16, 1)).astype(np.float32)
+    model = picked(*nodes, helper.make_node("MatMul", ["rows", "x"], ["y"]), x=x)
+    loaded = ir.from_proto(onnx.shape_inference.infer_shapes(model))
+    (report,) = quantize_tables(loaded, min_elements=1)
+    assert (report.rows, report.width, report.quantized_bytes) == (48, 16, STACK.size)
+    result = ir.to_proto(loaded)
+    order = [node.op_type for node in result.graph.node]
+    assert (order.index("Mul") < order.index("MatMul")) == vector
+    steps = np.abs(STACK).max(-1, keepdims=True) / 127
+    integers = np.rint(STACK / steps) * steps
+    onnx.checker.check_model(result, full_check=True)
+    session = ort.InferenceSession(result.SerializeToString(), providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {"ids": PICKED})
+    np.testing.assert_allclose(got, STACK[PICKED] @ x, atol=16 * np.abs(STACK).max() / 127)
+    # Ranges of least squared error differ a little from these.
+    assert np.abs(got - integers[PICKED] @ x).mean() < 0.05
+
+
+@pytest.mark.parametrize("depth", [None, 3])
+def test_matrices_picked_by_an_index_of_unknown_or_whole_depth_stay(depth: int | None) -> None:
+    end = helper.make_node("ReduceMax", ["rows"], ["y"], keepdims=0)
+    model = picked(PICK, end)
+    del model.graph.input[:]
+    model.graph.input.append(helper.make_tensor_value_info("deep", TensorProto.INT64, ["n", depth or "d"]))
+    assert quantize_tables(ir.from_proto(model), min_elements=1) == []

@@ -140,7 +140,8 @@ def quantize(
     or either with ``-tensor`` (a scale a tensor), for models whose attention is GroupQueryAttention. tied: an embedding
     table that is also the head's weight stays one matrix; False (or ``config``) makes it two, which saves one or two
     online transforms of a row a token. op_types: what is quantized; MoE stands for mixtures of experts, which become
-    QMoE, Gather for tables of embeddings, of which only the weights become integers.
+    QMoE, Gather for tables of embeddings, and of experts' matrices that tokens pick, of which only the weights become
+    integers.
     exclude: names of nodes (or patterns, or regular expressions that begin with ^) that stay in floating point. layers:
     other schemes, or None for floating point, by node name, pattern or operator type, the first that fits. rotations:
     R1, R2 and R4 unless given, and R3 with a cache of 4 bits, for which R2 and R3 are made to measure; () means none,
