@@ -124,11 +124,12 @@ def _check_order(model: ir.Model) -> None:
 
 
 def to_plain_form(model: ir.Model) -> None:
-    """Initializers are constants, and the model's own functions are written out: whoever reads a model without
-    :func:`load`, but is told names of tensors by those who do, has to do this too.
+    """Initializers are constants, each with one name, and the model's own functions are written out: whoever reads a
+    model without :func:`load`, but is told names of tensors by those who do, has to do this too.
     """
     _fix_initializers(model)
     _inline_functions(model)
+    _drop_copies(model)
 
 
 def _fix_initializers(model: ir.Model) -> None:
@@ -153,6 +154,21 @@ def _inline_functions(model: ir.Model) -> None:
 
     if any(written_out(function) for function in model.functions.values()):
         InlinePass(written_out)(model)
+
+
+def _drop_copies(model: ir.Model) -> None:
+    """Copies of initializers are read as the initializers they are of.
+
+    torch's exporter gives layers that share their weights a name each for the same matrix. With one name it is one
+    matrix to everybody, which changes basis for all layers at once.
+    """
+    for node in list(model.graph):
+        if node.op_type != "Identity" or node.domain != "" or node.outputs[0].is_graph_output():
+            continue
+        source = node.inputs[0]
+        if source is not None and source.is_initializer() and not source.is_graph_input():
+            node.outputs[0].replace_all_uses_with(source)
+            model.graph.remove(node, safe=True)
 
 
 def _check_sizes(model: ir.Model) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -102,7 +102,7 @@ class _Weights:
         return self.names.initializer(recipe.lazy(zeros, self._stored(weight.dtype), (width,)), name)
 
     def _rewrite_root(self, root: ir.Value, jobs: list[tuple[Rebase, Constant]], folded: _Folded) -> None:
-        signatures = {_root_signature(job, view) for job, view in jobs}
+        signatures = {self._root_signature(job, view) for job, view in jobs}
         covered = {(self.nodes[job.node], job.input) for job, _ in jobs}
         if len(signatures) == 1 and None not in signatures and covered == set(_terminal_uses(root)):
             job, view = jobs[0]
@@ -113,13 +113,30 @@ class _Weights:
             return
         clones: dict[Any, ir.Value] = {}
         for job, view in jobs:
-            key = (job.changes, job.scales, job.expand, job.adds, view.permutation, view.dtype)
+            key = (job.changes, *self._folds(job, range(len(view.shape))), job.expand, view.permutation, view.dtype)
             if key not in clones:
                 recipe = _Recipe(job, self.plan.rotations, folded, None)
                 source = root_tensor(root)
                 tensor = recipe.lazy(source, self._stored(view.dtype), view.shape, view.permutation)
                 clones[key] = self.names.initializer(tensor, f"{root.name}.{len(clones)}")
             self.nodes[job.node].replace_input_with(job.input, clones[key])
+
+    def _root_signature(self, job: Rebase, view: Constant) -> Any:
+        """What a job does to the stored tensor, in whatever view; None if it cannot be done in place."""
+        if job.expand is not None or view.dtype != root_tensor(view.root).dtype:
+            return None
+        if job.adds and view.is_view:
+            return None
+        changes = frozenset((view.permutation[c.axis], c.placements, c.centre) for c in job.changes)
+        return changes, *self._folds(job, view.permutation)
+
+    def _folds(self, job: Rebase, axes: Sequence[int]) -> tuple[frozenset[Any], frozenset[Any]]:
+        """What becomes part of the constant: the same for two uses that take over the same constants, as layers do that
+        share their weights and their norms.
+        """
+        scales = Counter((axes[axis], _view(self.nodes, source)) for axis, source in job.scales)
+        adds = Counter((_view(self.nodes, a.vector), _view(self.nodes, a.matrix), a.axis, a.factor) for a in job.adds)
+        return frozenset(scales.items()), frozenset(adds.items())
 
     def _set_ones(self) -> None:
         """Scales that were folded away become ones, one tensor a size and type."""
@@ -132,17 +149,6 @@ class _Weights:
                 tensor = ir.tensor(np.ones(view.shape, view.dtype.numpy()))
                 made[key] = self.names.initializer(tensor, f"norm.ones.{'x'.join(map(str, view.shape))}")
             self.nodes[number].replace_input_with(index, made[key])
-
-
-def _root_signature(job: Rebase, view: Constant) -> Any:
-    """What a job does to the stored tensor, whatever view it is seen through; None if it cannot be done in place."""
-    if job.expand is not None or view.dtype != root_tensor(view.root).dtype:
-        return None
-    if job.adds and view.is_view:
-        return None
-    changes = frozenset((view.permutation[c.axis], c.placements, c.centre) for c in job.changes)
-    scales = tuple(sorted((view.permutation[axis], source) for axis, source in job.scales))
-    return changes, scales, job.adds
 
 
 def _terminal_uses(value: ir.Value) -> Iterator[tuple[ir.Node | None, int]]:

@@ -23,6 +23,7 @@ from onnx_quarot.discovery.typing import Def, Out, Port, Slot, Typing, Use
 
 Variable = tuple[Port, int, Segment]
 _REWARD = 1 << 40  # of a rotated linear layer or key cache: any number of online transforms in front of it is worth it
+_COPY = 1 << 30  # of a weight that layers share: dearer than online transforms, cheaper than leaving a layer alone
 _TOKEN = 1  # of keys that are not cached, of narrow layers: less than a transform costs, so only where it is free
 _MIN_LEAF = 4  # a rotation of fewer features spreads nothing
 _MIN_ONLINE = 16  # one of fewer spreads too little for a transform, which takes about as long as so small a layer
@@ -205,6 +206,14 @@ class Labels:
                     rewards[self._sets.find(variable)] = _REWARD
         return rewards
 
+    def _shared(self) -> dict[ir.Value, list[Use]]:
+        """Weights of several linear layers: they stay one matrix if all of them read it in the same basis."""
+        uses: dict[ir.Value, list[Use]] = {}
+        for read in self.typing.reads:
+            use = Use(read.slot.node, read.slot.weight)
+            uses.setdefault(use.value, []).append(use)
+        return {value: found for value, found in uses.items() if len(found) > 1}
+
     def _cut(self) -> set[object]:
         graph = nx.DiGraph()
         numbers: dict[object, int] = {}
@@ -247,6 +256,14 @@ class Labels:
                     add(every, consumer, None)
                 add(some, producer, cost)
                 add(producer, every, cost)
+        for value, uses in self._shared().items():
+            for axis in range(self.typing.rank(uses[0])):
+                for leaf in set(self.leaves(value, axis)):
+                    one = node(("one matrix", value, axis, leaf))
+                    for use in uses:
+                        number = node(self._sets.find((use, axis, leaf)))
+                        add(number, one, _COPY)
+                        add(one, number, _COPY)
         residual = preflow_push(graph, "source", "sink")
         residual.remove_edges_from([(a, b) for a, b, d in residual.edges(data=True) if d["flow"] >= d["capacity"]])
         reached = set(nx.single_source_shortest_path_length(residual, "source"))
