@@ -171,3 +171,21 @@ def test_a_mapped_file_is_let_go_also_by_an_error_that_holds_a_view_of_it(tmp_pa
     unmap(tensor)
     assert np.array_equal(view, before)
     assert np.array_equal(tensor.numpy(), before)
+
+
+def test_lengths_below_zero_are_not_fixed(tmp_path: Path) -> None:
+    """PaddlePaddle writes -1 for what others name."""
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "a"], ["h"]), helper.make_node("MatMul", ["h", "b"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [-1, 32])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [-1, 8])],
+        [numpy_helper.from_array(np.ones(shape, np.float32), n) for n, shape in (("a", (32, 64)), ("b", (64, 8)))],
+    )
+    source, target = tmp_path / "m.onnx", tmp_path / "r.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), source)
+    report = oq.rotate(source, target)
+    assert report.plan is not None
+    assert len(report.plan.rotations) > 0
+    x = np.ones((3, 32), np.float32)
+    np.testing.assert_allclose(*(oq.session(p).run(None, {"x": x})[0] for p in (source, target)), rtol=1e-4)

@@ -41,6 +41,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         _check_versions(model)
         _check_inputs(model)
         _check_order(model)
+        _open_dimensions(model)
         to_plain_form(model)
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         _resolve_external_data(model, path.parent)
@@ -121,6 +122,13 @@ def _check_order(model: ir.Model) -> None:
             model.graph.sort()
         except ValueError as error:
             raise ModelError(f"model: the graph has a cycle ({_told(error)})") from error
+
+
+def _open_dimensions(model: ir.Model) -> None:
+    """A length below zero is PaddlePaddle's way to write one that is not fixed; ONNX Runtime takes it for that too."""
+    for value in (*model.graph.inputs, *model.graph.outputs, *(v for node in model.graph for v in node.outputs)):
+        if value.shape is not None and any(isinstance(dim, int) and dim < 0 for dim in value.shape):
+            value.shape = ir.Shape([None if isinstance(dim, int) and dim < 0 else dim for dim in value.shape])
 
 
 def to_plain_form(model: ir.Model) -> None:
