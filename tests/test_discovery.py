@@ -12,6 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import small_llama
+from onnx_quarot.data import input_specs
 from onnx_quarot.discovery import discover_model
 from onnx_quarot.discovery.shapes import Shapes
 from onnx_quarot.errors import ConfigError, ModelError
@@ -253,3 +254,40 @@ def test_a_norm_scale_is_folded_only_if_every_reader_absorbs_it() -> None:
     assert decide(helper.make_node("Relu", ["n"], ["other"])) == ("online", 0)
     # A uniform scale commutes: nothing to fold, and readers may be anything as long as they get their basis back.
     assert decide(g=np.full(32, 1.5)) == ("offline", 0)
+
+
+def test_images_that_are_halved_and_joined_again_have_divisible_sides(tmp_path: Path) -> None:
+    """With sides of 3 and 7 the pyramid of a detector joins maps of unequal sizes: that says nothing of the model."""
+    nodes = [
+        helper.make_node("Conv", ["x", "a"], ["c1"], kernel_shape=[3, 3], strides=[4, 4], pads=[1] * 4),
+        helper.make_node("Conv", ["c1", "b"], ["c2"], kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4),
+        helper.make_node("Resize", ["c2", "", "scales"], ["up"], mode="nearest"),
+        helper.make_node("Concat", ["up", "c1"], ["joined"], axis=1),
+        helper.make_node("Shape", ["joined"], ["s"]),
+        helper.make_node("Gather", ["s", "zero"], ["batch"]),
+        helper.make_node("Concat", ["batch", "rest"], ["shape"], axis=0),
+        helper.make_node("Reshape", ["joined", "shape"], ["flat"]),
+        helper.make_node("Transpose", ["flat"], ["rows"], perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["rows", "w"], ["y"]),
+    ]
+    rng = np.random.default_rng(0)
+    floats = {"a": (16, 3, 3, 3), "b": (16, 16, 3, 3), "w": (32, 8)}
+    constants = [
+        numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), n) for n, shape in floats.items()
+    ]
+    constants.append(numpy_helper.from_array(np.array([1, 1, 2, 2], np.float32), "scales"))
+    constants += [numpy_helper.from_array(np.array(v, np.int64), n) for n, v in (("zero", [0]), ("rest", [32, -1]))]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3, "height", "width"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        constants,
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
+    model = load(tmp_path / "m.onnx")
+    shapes = Shapes(model)
+    value = next(v for n in model.graph for v in n.outputs if v.name == "joined")
+    assert shapes.static[value] == (False, True, False, False)
+    assert input_specs(model)[0].shape == ("batch", 3, "height", "width")
+    assert {s.name: s.how for s in discover_model(model, rotations=ROTATIONS).sites}["y"] == "offline"

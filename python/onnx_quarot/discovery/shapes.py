@@ -31,6 +31,14 @@ _MAX_GROWN_ELEMENTS = 1 << 20  # of their results: a few numbers can ask for any
 _TRACKED_FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE})
 # Small ones first: a length beyond a model's table of positions would be cut.
 _PRIMES = ((3, 7, 13, 19, 29, 37, 43, 53, 61, 71, 79, 89), (5, 11, 17, 23, 31, 41, 47, 59, 67, 73, 83, 97))
+# Images and sounds are halved many times, and where what was halved and what was doubled again meet, a length that is
+# not divisible disagrees with itself. Small lengths come first: a text line's height is 1 in the end.
+_DIVISIBLE = 64
+_CONVOLUTIONS = frozenset(("Conv", "ConvInteger", "ConvTranspose", "QLinearConv", "MaxPool", "AveragePool", "LpPool"))
+_PASSING = frozenset((
+    "Add", "Cast", "Clip", "Concat", "Div", "Identity", "Mul", "Pad", "Pow", "QuantizeLinear", "DequantizeLinear",
+    "Reshape", "Resize", "Slice", "SpaceToDepth", "Split", "Squeeze", "Sub", "Transpose", "Unsqueeze",
+))  # fmt: skip
 
 
 class Shapes:
@@ -43,11 +51,14 @@ class Shapes:
 
     def __init__(self, model: ir.Model, guesses: Sequence[Guess] | None = None) -> None:
         best: tuple[_State, _State] | None = None
-        for guess in guesses or (_as_named, _one_length, _past_and_length):
+        attempts = [(guess, 1) for guess in guesses or (_as_named, _one_length, _past_and_length)]
+        if guesses is None and any(map(_is_convolved, model.graph.inputs)):
+            attempts.append((_as_named, _DIVISIBLE))
+        for guess, divisor in attempts:
             merged = _Symbols()
-            first, second = (_walk(model, primes, merged, guess) for primes in _PRIMES)
+            first, second = (_walk(model, primes, merged, guess, divisor) for primes in _PRIMES)
             if merged.bound:  # perhaps found in the second walk only
-                first = _walk(model, _PRIMES[0], merged, guess)
+                first = _walk(model, _PRIMES[0], merged, guess, divisor)
             walks = first, second
             if best is None or len(walks[1].inferred) > len(best[1].inferred):
                 best = walks
@@ -125,18 +136,18 @@ class _State:
         self.values: dict[ir.Value, Array] = {}
 
 
-def _walk(model: ir.Model, primes: Sequence[int], merged: _Symbols, guess: Guess) -> _State:
+def _walk(model: ir.Model, primes: Sequence[int], merged: _Symbols, guess: Guess, divisor: int) -> _State:
     """One concrete walk; repeated as often as two symbols turn out to name the same dimension."""
     while True:
         try:
-            return _Walk(model, primes, merged, guess).run()
+            return _Walk(model, primes, merged, guess, divisor).run()
         except _Conflict:
             continue
 
 
 class _Walk:
-    def __init__(self, model: ir.Model, primes: Sequence[int], merged: _Symbols, guess: Guess) -> None:
-        self.guess = guess
+    def __init__(self, model: ir.Model, primes: Sequence[int], merged: _Symbols, guess: Guess, divisor: int) -> None:
+        self.guess, self._divisor = guess, divisor
         self.graph = model.graph
         self.opsets = dict(model.graph.opset_imports)
         self.opsets.setdefault("", 21)
@@ -144,12 +155,18 @@ class _Walk:
         self.state = _State()
         self._primes = _prime_stream(primes)
         self._symbols: dict[object, int] = {}
+        self._convolved: set[object] = set()
         self._partial: dict[ir.Value, tuple[int | None, ...]] = {}
 
     def run(self) -> _State:
         st = self.state
         for value in self.graph.inputs:
             if value.shape is not None and value.dtype is not None:
+                if self._divisor > 1 and _is_convolved(value):
+                    names = (
+                        self._parts(d, value, i) for i, d in enumerate(value.shape) if i and not isinstance(d, int)
+                    )
+                    self._convolved.update(self.merged.find(name) for parts in names for name in parts)
                 st.shape[value] = tuple(self._dimension(d, value, i) for i, d in enumerate(value.shape))
                 st.dtype[value] = value.dtype
         self._constants(self.graph)
@@ -213,16 +230,19 @@ class _Walk:
     def _dimension(self, dim: object, value: ir.Value, axis: int) -> int:
         if isinstance(dim, int):
             return dim
-        name = str(dim) if getattr(dim, "value", dim) is not None else f"{value.name}:{axis}"
-        parts = self.guess(value, axis, name) if value.is_graph_input() else _as_named(value, -1, name)
+        parts = self._parts(dim, value, axis)
         return sum(int(part) if part.isdecimal() else self._symbol(part) for part in parts)
+
+    def _parts(self, dim: object, value: ir.Value, axis: int) -> tuple[str, ...]:
+        name = str(dim) if getattr(dim, "value", dim) is not None else f"{value.name}:{axis}"
+        return self.guess(value, axis, name) if value.is_graph_input() else _as_named(value, -1, name)
 
     def _symbol(self, name: str) -> int:
         key = self.merged.find(name)
         if key in self.merged.bound:
             return self.merged.bound[key]
         if key not in self._symbols:
-            self._symbols[key] = next(self._primes)
+            self._symbols[key] = next(self._primes) * (self._divisor if key in self._convolved else 1)
         return self._symbols[key]
 
     def _node(self, node: ir.Node) -> None:
@@ -367,6 +387,19 @@ class _Walk:
                     if joins and x in by_prime and all(y % prime for prime in by_prime):
                         self.merged.bound[by_prime[x]] = y
                         raise _Conflict
+
+
+def _is_convolved(value: ir.Value) -> bool:
+    """Whether an input is an image or a sound: what a convolution or a pooling reads, with little done to it before."""
+    pending, seen = [value], {value}
+    while pending:
+        for node, _ in pending.pop().uses():
+            if node.domain == "" and node.op_type in _CONVOLUTIONS:
+                return True
+            if node.domain == "" and node.op_type in _PASSING:
+                pending += [v for v in node.outputs if v not in seen]
+                seen.update(node.outputs)
+    return False
 
 
 def _may_be_a_size(dtype: ir.DataType, elements: int) -> bool:
