@@ -200,3 +200,36 @@ def test_an_input_of_absurd_size_is_named() -> None:
     spec = InputSpec(name="x", dtype=np.dtype(np.float32), shape=(1 << 40, 1 << 30))
     with pytest.raises(oq.VerificationError, match=r"input 'x' has shape \[1099511627776, 1073741824\]"):
         verify_module.random_feeds([spec])
+
+
+def test_a_model_that_takes_no_short_inputs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """An image that is halved and doubled again meets itself only if its sides can be halved; a sound has to be as long
+    as its padding. What was tried in vain says nothing.
+    """
+    rng = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("Conv", ["x", "a"], ["k"], kernel_shape=[3, 3], pads=[1] * 4),
+        helper.make_node("MaxPool", ["k"], ["p"], kernel_shape=[16, 16], strides=[16, 16]),
+        helper.make_node("Resize", ["p", "", "scales"], ["q"], mode="nearest"),
+        helper.make_node("Add", ["k", "q"], ["s"]),
+        helper.make_node("Transpose", ["s"], ["t"], perm=[0, 2, 3, 1]),
+        helper.make_node("MatMul", ["t", "c"], ["y"]),
+    ]
+    constants = {
+        "a": rng.standard_normal((32, 3, 3, 3)),
+        "c": rng.standard_normal((32, 8)),
+        "scales": np.array([1, 1, 16, 16]),
+    }
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, "height", "width"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(w.astype(np.float32), name) for name, w in constants.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
+    report = oq.rotate(tmp_path / "m.onnx", tmp_path / "r.onnx")
+    assert report.plan is not None
+    assert [site.how for site in report.plan.sites] != ["none", "none"]
+    assert report.verification is not None
+    assert "onnxruntime" not in capfd.readouterr().err

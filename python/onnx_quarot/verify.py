@@ -33,6 +33,7 @@ _ROUNDED = 0.15  # what rounding of weights may make of any output, once the res
 _WHOLE_BYTES = 1 << 30  # models with more weights than this run piece by piece
 _MOST_ELEMENTS = 1 << 28  # of an input: random values of it take 2 GiB
 _LENGTHS = {"batch": 1, "sequence": 8, "past": 4}
+_LONG = 256  # for images that are halved up to eight times, and sounds that are cut into overlapping pieces
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def _reference(
 ) -> tuple[dict[str, Array], list[Array]]:
     """Inputs that the original accepts, and what it makes of them: with lengths by the names of dimensions, behind a
     cache or behind an empty one (not every model takes a prompt behind a cache), or by their places; or the example,
-    which is also what inputs of unknown rank are fed.
+    which is also what inputs of unknown rank are fed; or longer ones.
     """
     attempts: list[Callable[[], dict[str, Array]]] = [lambda: random_feeds(specs)]
     if any("past" in str(d).lower() for spec in specs for d in spec.shape or ()):
@@ -144,6 +145,8 @@ def _reference(
         attempts.append(lambda: random_feeds(_by_place(specs)))
     if example is not None:
         attempts.append(lambda: dict(example))
+    elif any(not isinstance(d, int) for spec in specs for d in (spec.shape or ())[1:]):
+        attempts.append(lambda: random_feeds(map(_one_at_a_time, specs), sequence=_LONG))
     refused: VerificationError | ModelError | None = None
     for make in attempts:
         try:
@@ -177,23 +180,34 @@ def _by_place(specs: list[InputSpec]) -> list[InputSpec]:
     return [replace(s, shape=s.shape and tuple(named(s, axis, d) for axis, d in enumerate(s.shape))) for s in specs]
 
 
-def random_feeds(specs: Iterable[InputSpec], seed: int = 0, past: int = _LENGTHS["past"]) -> dict[str, Array]:
+def _one_at_a_time(spec: InputSpec) -> InputSpec:
+    """With a batch, whatever its name, of one: long inputs are large."""
+    first = (spec.shape or ())[:1]
+    return spec if all(isinstance(d, int) for d in first) else replace(spec, shape=("batch", *(spec.shape or ())[1:]))
+
+
+def random_feeds(
+    specs: Iterable[InputSpec],
+    seed: int = 0,
+    past: int = _LENGTHS["past"],
+    sequence: int = _LENGTHS["sequence"],
+) -> dict[str, Array]:
     """Inputs that exercise the whole graph: a short prompt behind a cache that is not empty.
 
     Symbolic dimensions get a small size each; one that is named after the total or past length of a sequence gets a
     consistent one. Integer inputs that select rows of a table stay inside it.
     """
     rng = np.random.default_rng(seed)
-    return {spec.name: _feed(spec, rng, past) for spec in specs}
+    return {spec.name: _feed(spec, rng, past, sequence) for spec in specs}
 
 
-def _feed(spec: InputSpec, rng: np.random.Generator, past: int) -> Array:
+def _feed(spec: InputSpec, rng: np.random.Generator, past: int, sequence: int) -> Array:
     if spec.shape is None:
         raise VerificationError(
             f"model: input {spec.name!r} has no shape, so nothing random can be fed to verify the result; give it one "
             "in the file, or quantize with calibration data, which is fed instead (or verify=False)"
         )
-    shape = tuple(d if isinstance(d, int) else _length(str(d), past) for d in spec.shape)
+    shape = tuple(d if isinstance(d, int) else _length(str(d), past, sequence) for d in spec.shape)
     if math.prod(shape) > _MOST_ELEMENTS:
         raise VerificationError(
             f"model: input {spec.name!r} has shape {list(shape)}, which is more than verification feeds: at most "
@@ -209,15 +223,15 @@ def _feed(spec: InputSpec, rng: np.random.Generator, past: int) -> Array:
     return rng.standard_normal(shape).astype(dtype)
 
 
-def _length(symbol: str, past: int) -> int:
+def _length(symbol: str, past: int, sequence: int) -> int:
     low = symbol.lower()
     if "total" in low or ("past" in low and "+" in low):
-        return past + _LENGTHS["sequence"]
+        return past + sequence
     if "past" in low:
         return past
     if "batch" in low:
         return _LENGTHS["batch"]
-    return _LENGTHS["sequence"]
+    return sequence
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -232,7 +246,7 @@ def _run(path: Path, feeds: dict[str, Array], names: list[str]) -> list[Array]:
     if _runs_in_pieces(path):
         return run_in_segments(path, feeds, names)
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors are raised, with the same words
     # Exactness is asked of the graph as written, and packing every weight would double the memory.
     options.add_session_config_entry("session.disable_prepacking", "1")
     runnable = session(path, session_options=options)
