@@ -17,6 +17,7 @@ from onnx_quarot.discovery import discover_model
 from onnx_quarot.discovery.shapes import Shapes
 from onnx_quarot.errors import ConfigError, ModelError
 from onnx_quarot.load import load
+from onnx_quarot.pipeline import quantize
 from onnx_quarot.plan import Plan
 
 ROTATIONS = ("R1", "R2", "R4")
@@ -291,3 +292,20 @@ def test_images_that_are_halved_and_joined_again_have_divisible_sides(tmp_path: 
     assert shapes.static[value] == (False, True, False, False)
     assert input_specs(model)[0].shape == ("batch", 3, "height", "width")
     assert {s.name: s.how for s in discover_model(model, rotations=ROTATIONS).sites}["y"] == "offline"
+
+
+def test_a_convolutional_network_is_told_that_it_has_no_linear_layers(tmp_path: Path) -> None:
+    """Before it is rotated and verified, which takes long; the weights are named that are there."""
+    weight = numpy_helper.from_array(np.ones((8, 3, 3, 3), np.float32), "w")
+    graph = helper.make_graph(
+        [helper.make_node("Conv", ["x", "w"], ["h"]), helper.make_node("Conv", ["h", "v"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 16, 16])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [weight, numpy_helper.from_array(np.ones((4, 8, 3, 3), np.float32), "v")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
+    data = [{"x": np.ones((1, 3, 16, 16), np.float32)}]
+    for rotations in (None, ()):
+        with pytest.raises(ModelError, match="its weights are those of 2 Conv, which stay in floating point"):
+            quantize(tmp_path / "m.onnx", tmp_path / "q.onnx", data, rotations=rotations)

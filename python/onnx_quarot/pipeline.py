@@ -166,6 +166,10 @@ def quantize(
         centred = kv_cache is not None and kv_cache.startswith("int4")  # which works behind RoPE
         options = PlanOptions.of(wanted, block_size, plain_seed(seed), config, tied=tied, keys=centred)
         plan = _plan(model, options, matrix_dim) if wanted or centred else None
+        if not sites:
+            raise ModelError(
+                f"the model has no linear layer left to quantize (op types {', '.join(op_types)}){why_no_layers(model)}"
+            )
         batches = as_batches(calibration, specs, tokenizer=tokenizer, window=window, limit=windows)
         first = next(batches)  # data that does not fit is found before any work is done
     with workspace(path) as folder:
@@ -179,10 +183,6 @@ def quantize(
             float_path = stage(model, folder / "float.onnx", folder).path
             model = load(float_path)
         sites, experts, others = _layers(model, op_types, exclude, layers or {})
-        if not sites:
-            raise ModelError(
-                f"the model has no linear layer left to quantize (op types {', '.join(op_types)}){why_no_layers(model)}"
-            )
         fed = chain([first], batches)
         data = Replay(fed if plan is None else (into_basis(batch, plan) for batch in fed), folder)
         with clock.step("quantize"):

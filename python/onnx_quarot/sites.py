@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ Array = npt.NDArray[Any]
 
 LINEAR_OPS = ("MatMul", "Gemm")
 _VIEW_OPS = ("Transpose", "Cast", "Identity")
+_OTHER_LAYERS = ("Conv", "ConvTranspose", "GRU", "LSTM", "RNN")
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,9 @@ def why_no_layers(model: ir.Model) -> str:
             f"; {given} have a matrix that is an input of the graph too, and may be given any value: export the model "
             "with keep_initializers_as_inputs=False"
         )
-    return ""
+    others = Counter(node.op_type for node in model.graph.all_nodes() if node.domain == "")
+    found = [f"{others[op_type]} {op_type}" for op_type in _OTHER_LAYERS if others[op_type]]
+    return f"; its weights are those of {' and '.join(found)}, which stay in floating point" if found else ""
 
 
 def matching(names: Sequence[str], pattern: str) -> set[str]:
