@@ -20,7 +20,7 @@ from .fused_linear import quantize_fused, takes_blocks
 from .hessians import solve_weights
 from .observers import Range
 from .progress import Progress
-from .qdq import SiteReport, check_opset, check_rows, quantize_linears
+from .qdq import SiteReport, check_rows, quantize_linears
 from .ranges import static_ranges
 from .replay import Replay
 from .scheme import BLOCK_FORMS, Scheme, TensorSpec, parse_scheme
@@ -138,10 +138,10 @@ def layer_schemes(
     return left, chosen
 
 
-def check_schemes(model: ir.Model, scheme: Scheme, layers: Mapping[str, str | Scheme | None]) -> None:
-    """ModelError if the model's opset is too old for one of the schemes: found before any work is done."""
-    for used in (scheme, *(parse_scheme(other) for other in layers.values() if other is not None)):
-        check_opset(model, used)
+def needed_opset(scheme: Scheme, layers: Mapping[str, str | Scheme | None]) -> int:
+    """The least opset that has the operators of all the schemes."""
+    others = [parse_scheme(other) for other in layers.values() if other is not None]
+    return max(used.min_opset for used in (scheme, *others))
 
 
 def check_sites(sites: Iterable[LinearSite], scheme: Scheme, overrides: Mapping[str, Scheme]) -> None:

@@ -16,10 +16,11 @@ from onnx_quarot.differences import into_basis
 from onnx_quarot.discovery.prepare import simplify
 from onnx_quarot.errors import ConfigError, ModelError
 from onnx_quarot.experts import ExpertSite, expert_sites
-from onnx_quarot.forms import check_schemes, check_sites, layer_schemes, quantize_sites
+from onnx_quarot.forms import check_sites, layer_schemes, needed_opset, quantize_sites
 from onnx_quarot.genai_folder import complete_folder
 from onnx_quarot.kv_cache import CacheReport, check_cache, plan_cache, quantize_cache
 from onnx_quarot.load import blamed_on, load, model_size
+from onnx_quarot.opset import at_opset
 from onnx_quarot.plan import DEFAULT_ROTATIONS, Plan
 from onnx_quarot.plan_options import PlanOptions
 from onnx_quarot.products import reproducible
@@ -157,7 +158,9 @@ def quantize(
     wanted, fitted, unused = _wanted(rotations, kv_cache)
     with clock.step("discover"):
         model = load(source)
-        check_schemes(model, chosen, layers or {})
+        given, needed = model.opset_imports.get("", 0), needed_opset(chosen, layers or {})
+        older = given < needed
+        model = at_opset(model, needed)
         simpler = simplify(model)
         specs = input_specs(model)
         sites, _, others = _layers(model, op_types, exclude, layers or {})
@@ -179,7 +182,7 @@ def quantize(
             staged, proof = _rotated(model, Path(source), inner, folder, plan, options, clock, verify, show, first)
             float_path = staged.path
             model = load(float_path)
-        elif wide or simpler:
+        elif wide or simpler or older:
             float_path = stage(model, folder / "float.onnx", folder).path
             model = load(float_path)
         sites, experts, others = _layers(model, op_types, exclude, layers or {})
@@ -204,7 +207,8 @@ def quantize(
             stage(model, path, folder).publish()
             companions = complete_folder(Path(source), path)
     name = chosen.name + (" mixed" if mixed else "") + ("" if kv_cache is None else f", {kv_cache} cache")
-    notes = (*unused, *done.notes, *_cache_notes(caches), *_folder_note(companions))
+    converted = (f"converted from opset {given} to {needed}, which {chosen.name} needs",) if older else ()
+    notes = (*unused, *converted, *done.notes, *_cache_notes(caches), *_folder_note(companions))
     return _report(source, path, name, plan, proof, clock, tuple(done.reports), tuple(tables), notes)
 
 
@@ -278,7 +282,7 @@ def _rotated(
         return staged, None
 
     def unrounded() -> Path:
-        exact = load(source)
+        exact = at_opset(load(source), model.opset_imports.get("", 0))
         rotate_model(exact, plan, unrounded=True)
         return stage(exact, target.with_name(f"unrounded.{target.name}"), Path(scratch)).path
 

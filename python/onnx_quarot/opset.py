@@ -1,0 +1,50 @@
+"""Old models in a newer opset, so that the operators of a scheme exist in it."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx import version_converter
+from onnx.helper import find_min_ir_version_for, make_opsetid
+from onnx_ir.passes.common import LiftConstantsToInitializersPass
+
+from onnx_quarot.errors import ModelError, first_line
+
+_SMALL = 1 << 12  # bytes of a constant that a conversion may have to know, such as axes that become an input
+
+
+def at_opset(model: ir.Model, version: int) -> ir.Model:
+    """The model in opset ``version``, as ONNX's converter makes it; the model itself if it is not older.
+
+    Names of nodes and tensors stay, and so do the weights: they are not part of what is converted, and are neither read
+    nor copied. Else the model is used up. Raises ModelError if the converter refuses it.
+    """
+    opset = model.opset_imports.get("", 0)
+    if opset >= version:
+        return model
+    held = {
+        name: tensor
+        for name, value in model.graph.initializers.items()
+        if (tensor := value.const_value) is not None
+        and not value.is_graph_input()
+        and (tensor.nbytes > _SMALL or isinstance(tensor, ir.ExternalTensor))
+    }
+    for name, tensor in held.items():
+        value = model.graph.initializers.pop(name)
+        value.dtype, value.shape = tensor.dtype, ir.Shape(tensor.shape.numpy())
+        model.graph.inputs.append(value)
+    try:
+        converted = ir.from_proto(version_converter.convert_version(ir.to_proto(model), version))
+    except Exception as error:  # the converter's exceptions share no base class
+        raise ModelError(
+            f"model: opset {opset} is too old, opset {version} is needed, and onnx.version_converter does not convert "
+            f"the model ({first_line(error)}); export it with opset {version} or later"
+        ) from error
+    for value in [v for v in converted.graph.inputs if v.name in held]:
+        converted.graph.inputs.remove(value)
+        value.const_value = held[str(value.name)]
+        converted.graph.register_initializer(value)
+    for key, function in model.functions.items():
+        converted.functions.setdefault(key, function)
+    converted.ir_version = max(converted.ir_version, find_min_ir_version_for([make_opsetid("", version)]))
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(converted)
+    return converted
