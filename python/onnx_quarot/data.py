@@ -39,13 +39,15 @@ class InputSpec:
     """What a model's input accepts.
 
     A dimension is a number, a symbol, or None (unknown); shape None is any rank. rows: of the smallest table that its
-    integers choose from, for token ids the vocabulary; None if there is none.
+    integers choose from, for token ids the vocabulary; None if there is none. window: of a cache that holds the last
+    tokens alone, in a buffer whose length is the caller's to choose, the least that length may be; None for others.
     """
 
     name: str
     shape: tuple[Dim, ...] | None
     dtype: np.dtype[Any]
     rows: int | None = None
+    window: int | None = None
 
     def fixed(self, axis: int) -> int | None:
         """The size of an axis if the model fixes it."""
@@ -73,7 +75,7 @@ def input_specs(model: ir.Model | str | os.PathLike[str]) -> list[InputSpec]:
             if value.shape is None
             else tuple(fixed.get((value, axis), _dim(d)) for axis, d in enumerate(value.shape))
         )
-        specs.append(InputSpec(name, shape, np.dtype(value.dtype.numpy()), _table_rows(value)))
+        specs.append(InputSpec(name, shape, np.dtype(value.dtype.numpy()), _table_rows(value), _window(value)))
     return specs
 
 
@@ -90,6 +92,14 @@ def _table_rows(value: ir.Value) -> int | None:
                 pending += [v for v in node.outputs if v not in seen]
                 seen.update(node.outputs)
     return min(rows, default=None)
+
+
+def _window(value: ir.Value) -> int | None:
+    """The window of an attention that keeps no more of its cache (ONNX Runtime's sliding_window_cache)."""
+    for node, _ in value.uses():
+        if node.op_type == "GroupQueryAttention" and node.attributes.get_int("sliding_window_cache", 0) != 0:
+            return node.attributes.get_int("local_window_size", -1)
+    return None
 
 
 def _implied_sizes(model: ir.Model) -> dict[tuple[ir.Value, int], int]:
@@ -163,8 +173,8 @@ def token_batches(ids: Sequence[int], inputs: Sequence[InputSpec], window: int =
     The tail that does not fill a window is dropped, unless it is all there is. A sequence length or a batch
     size that the model fixes is honoured. Understood inputs are the usual ones of encoders and decoders:
     input_ids, attention_mask, position_ids, token_type_ids, cache_position; any other input of rank 3 or more
-    is taken for a cache of past keys or values and fed empty. DataError names an input that cannot be filled
-    from text.
+    is taken for a cache of past keys or values and fed empty (one of a window alone as long as that). DataError names
+    an input that cannot be filled from text.
     """
     by_name = {spec.name: spec for spec in inputs}
     ids_spec = by_name.get("input_ids")
@@ -306,8 +316,10 @@ def _text_input(spec: InputSpec, ids: Array) -> Array:
     if spec.shape is not None and len(spec.shape) >= 3:
         # A cache is [batch, heads, past length, head size] or a reordering of it: the first open axis is the
         # batch, the other open ones are lengths.
+        length = spec.window or 0
         shape = [
-            dim if isinstance(dim, int) else (ids.shape[0] if axis == 0 else 0) for axis, dim in enumerate(spec.shape)
+            dim if isinstance(dim, int) else (ids.shape[0] if axis == 0 else length)
+            for axis, dim in enumerate(spec.shape)
         ]
         return np.zeros(shape, spec.dtype)
     raise DataError(f"data: input {spec.name!r} cannot be filled from text; give batches as dicts or as an .npz file")

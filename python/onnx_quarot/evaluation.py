@@ -171,7 +171,7 @@ def fitted(model: ModelPath, specs: Sequence[InputSpec], batch: Batch) -> dict[s
             raise DataError(f"{os.fspath(model)} has an input {spec.name!r} which the reference lacks")
         array = batch[spec.name]
         if array.dtype != spec.dtype:
-            if array.size != 0 or spec.shape is None or len(spec.shape) != array.ndim:
+            if array.any() or spec.shape is None or len(spec.shape) != array.ndim:
                 raise DataError(
                     f"{os.fspath(model)}: input {spec.name!r} takes {spec.dtype}, the data has {array.dtype}"
                 )

@@ -183,7 +183,8 @@ class Decoder:
 
     def _empty(self, spec: InputSpec, batch: int) -> ort.OrtValue:
         assert spec.shape is not None
-        dims = [dim if isinstance(dim, int) else self._capacity or 0 for dim in spec.shape]
+        length = max(self._capacity or 0, spec.window or 0)
+        dims = [dim if isinstance(dim, int) else length for dim in spec.shape]
         dims[0] = batch
         return ort.OrtValue.ortvalue_from_numpy(np.zeros(dims, spec.dtype))
 

@@ -189,15 +189,18 @@ def _one_at_a_time(spec: InputSpec) -> InputSpec:
 def random_feeds(
     specs: Iterable[InputSpec],
     seed: int = 0,
-    past: int = _LENGTHS["past"],
+    past: int | None = None,
     sequence: int = _LENGTHS["sequence"],
 ) -> dict[str, Array]:
     """Inputs that exercise the whole graph: a short prompt behind a cache that is not empty.
 
     Symbolic dimensions get a small size each; one that is named after the total or past length of a sequence gets a
-    consistent one. Integer inputs that select rows of a table stay inside it.
+    consistent one. Integer inputs that select rows of a table stay inside it. Caches of a window are full in the end,
+    unless `past` says how long caches are: nothing defines what attention leaves behind their last token.
     """
-    rng = np.random.default_rng(seed)
+    rng, specs = np.random.default_rng(seed), list(specs)
+    if past is None:
+        past = max(_LENGTHS["past"], *(spec.window - sequence for spec in specs if spec.window is not None), 0)
     return {spec.name: _feed(spec, rng, past, sequence) for spec in specs}
 
 
@@ -207,7 +210,11 @@ def _feed(spec: InputSpec, rng: np.random.Generator, past: int, sequence: int) -
             f"model: input {spec.name!r} has no shape, so nothing random can be fed to verify the result; give it one "
             "in the file, or quantize with calibration data, which is fed instead (or verify=False)"
         )
-    shape = tuple(d if isinstance(d, int) else _length(str(d), past, sequence) for d in spec.shape)
+    least = [0, *[spec.window or 0] * (len(spec.shape) - 1)]
+    shape = tuple(
+        d if isinstance(d, int) else max(_length(str(d), past, sequence), m)
+        for d, m in zip(spec.shape, least, strict=False)
+    )
     if math.prod(shape) > _MOST_ELEMENTS:
         raise VerificationError(
             f"model: input {spec.name!r} has shape {list(shape)}, which is more than verification feeds: at most "
