@@ -393,7 +393,7 @@ def test_four_bit_weights_of_a_tied_head_can_be_run(model: Path, tmp_path: Path,
     ModelQuantizer(config).quantize_model(model, tmp_path / "q.onnx", Reader())
     feeds = small_llama.decoder_feeds(CONFIG, np.random.default_rng(0))
     a, b = (session(path).run(["logits"], feeds)[0] for path in (model, tmp_path / "q.onnx"))
-    assert np.linalg.norm(a - b) < 0.5 * np.linalg.norm(a)
+    assert np.linalg.norm(a - b) < 0.6 * np.linalg.norm(a)
 
 
 def test_exclude_takes_regular_expressions(model: Path, tmp_path: Path) -> None:

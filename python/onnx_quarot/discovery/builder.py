@@ -68,9 +68,9 @@ class Builder:
                 counts[kind] += 1
                 self.ids[leaf] = name
                 self.kinds[name] = kind
-                self.rotations[name] = self._rotation(leaf)
+                self.rotations[name] = self._rotation(leaf, kind)
 
-    def _rotation(self, leaf: Segment) -> Rotation:
+    def _rotation(self, leaf: Segment, kind: str) -> Rotation:
         block = largest_block(leaf.length)
         if self.block_size is not None:
             if leaf.length % self.block_size == 0:
@@ -79,7 +79,12 @@ class Builder:
                 self.note(f"block_size: {self.block_size} does not divide {leaf.length}, rotated in blocks of {block}")
         elif block != leaf.length:
             self.note(f"{leaf.length} has no Hadamard matrix: rotated in blocks of {block}")
-        return Rotation.make(leaf.length, block_size=block, rng=self.rng)
+        rng = self.rng
+        if rng is None and kind == "R4":
+            # What activation functions and pooling make has a mean, which the matrix's row of ones would gather in a
+            # single feature, an outlier where there was none. Signs, the same in every model, spread it.
+            rng = np.random.default_rng(leaf.length)
+        return Rotation.make(leaf.length, block_size=block, rng=rng)
 
     def note(self, text: str) -> None:
         if text not in self.notes:
