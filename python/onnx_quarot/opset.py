@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import onnx_ir as ir
-from onnx import version_converter
+from onnx import defs, version_converter
 from onnx.helper import find_min_ir_version_for, make_opsetid
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
@@ -35,9 +35,12 @@ def at_opset(model: ir.Model, version: int) -> ir.Model:
     try:
         converted = ir.from_proto(version_converter.convert_version(ir.to_proto(model), version))
     except Exception as error:  # the converter's exceptions share no base class
+        # What older converters say of an operator that they do not know does not name it.
+        unknown = sorted({n.op_type for n in model.graph.all_nodes() if n.domain == "" and not defs.has(n.op_type)})
+        why = f"it knows no {', '.join(unknown)}" if unknown else first_line(error)
         raise ModelError(
             f"model: opset {opset} is too old, opset {version} is needed, and onnx.version_converter does not convert "
-            f"the model ({first_line(error)}); export it with opset {version} or later"
+            f"the model ({why}); export it with opset {version} or later"
         ) from error
     for value in [v for v in converted.graph.inputs if v.name in held]:
         converted.graph.inputs.remove(value)
