@@ -22,7 +22,7 @@ struct Isa {
   static constexpr std::size_t row_panels8 = ONNX_QUAROT_DOT_LANES == 16 ? 4 : 1,
                                row_panels4 = ONNX_QUAROT_DOT_LANES == 16 ? 2 : 1, row_tile4 = row_panels4;
   static constexpr bool upper_halves = ONNX_QUAROT_DOT_SIGNED == 0, fetches_row = true;
-  static bool side_by_side8(const MultiplyJob& job) { return job.panel_bytes >= 65536; }
+  static bool side_by_side8(const MultiplyJob& job) { return job.steps >= kLongSteps; }
   static bool side_by_side4(const MultiplyJob& job) { return job.panel_bytes <= kShortPanel; }
   static constexpr std::size_t most_rows = 256;
   static constexpr bool quick_sums = false;

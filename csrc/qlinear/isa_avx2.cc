@@ -23,9 +23,9 @@ struct Isa {
   // push the row out of first-level cache, so that panels should share its operands.
   static constexpr std::size_t row_panels8 = 4, row_panels4 = 4, row_tile4 = 2;
   static constexpr bool upper_halves = false, fetches_row = false;
-  static bool side_by_side8(const MultiplyJob& job) { return job.panel_bytes >= 65536 || job.several_streams; }
+  static bool side_by_side8(const MultiplyJob& job) { return job.steps >= kLongSteps || job.several_streams; }
   static bool side_by_side4(const MultiplyJob& job) {
-    return job.panel_bytes >= 32768 || (job.panel_bytes > kShortPanel && job.several_streams);
+    return job.steps >= kLongSteps || (job.panel_bytes > kShortPanel && job.several_streams);
   }
   static constexpr std::size_t most_rows = 64;
   static constexpr bool quick_sums = true;

@@ -15,6 +15,9 @@ constexpr std::size_t kStepValues = 4, kRowPadding = 64;
 // Panels of at most as many bytes are short: their beginning and end take a part of a row's time.
 constexpr std::size_t kShortPanel = 8192;
 
+// Rows of at least as many steps are long: with 8 bits a panel is then twice the first-level cache.
+constexpr std::size_t kLongSteps = 1024;
+
 // What is left out of a row's step where kernels add two products in 16 bits, to multiply as the row's own values are.
 // Behind a row and its padding come all of these, with room for every step; in the first, `step` is their number.
 struct ExcessStep {
