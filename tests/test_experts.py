@@ -105,6 +105,7 @@ def test_the_kernel_computes_what_the_stored_weights_say(
     scheme = replace(parse_scheme("a8w4-block"), activation=wide, weight=spec, block=block)
     (report,), _ = quantize_experts(model, expert_sites(model), {"experts": scheme})
     assert (report.op_type, report.weight_bits, report.weight) == ("QMoE", spec.bits, "up, down")
+    assert report.activation == "h"
     assert [n.op_type for n in model.graph if n.domain == MS] == ["QMoE"]
     for name in ("up", "down"):
         weight = exact.graph.initializers[name].const_value.numpy()

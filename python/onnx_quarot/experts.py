@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 
 import onnx_ir as ir
 
@@ -19,7 +20,7 @@ from .blocks import BlockWeight
 from .editing import GraphNames, take_over
 from .load import unmap
 from .qdq import SiteReport
-from .qparams import Array, lazy
+from .qparams import Array, reshaped
 from .runtime_faults import version
 from .scheme import Scheme
 from .sites import constant_tensor, drop_unused
@@ -113,8 +114,8 @@ def quantize_experts(
             )
             continue
         block = _block(site, scheme)
-        _replace(names, site, scheme, block)
         reports.append(_report(site, bits, block))
+        _replace(names, site, scheme, block)
     if any(report.weight_bits == 4 for report in reports) and _knows_accuracy_level():
         notes.append(
             "experts of 4 bits take 8-bit activations, which ONNX Runtime can do from 1.31 on: it has to be that"
@@ -169,21 +170,22 @@ def _replace(names: GraphNames, site: ExpertSite, scheme: Scheme, block: int | N
 def _shaped(tensor: ir.LazyTensor, matrix: ExpertMatrix, flat: bool = False) -> ir.LazyTensor:
     """[experts * channels, ...] as [experts, channels, ...], or without what follows where that is 1 long."""
     rows = [matrix.experts, matrix.channels]
-    shape = rows if flat else [*rows, tensor.size // (matrix.experts * matrix.channels)]
-    return lazy(lambda: tensor.numpy().reshape(shape), tensor.dtype, shape, "")
+    return reshaped(tensor, rows if flat else [*rows, tensor.size // prod(rows)])
 
 
 def _report(site: ExpertSite, bits: int, block: int | None) -> SiteReport:
     elements = sum(m.experts * m.channels * m.depth for m in site.matrices)
-    width = 4 if site.matrices[0].root.dtype == ir.DataType.FLOAT else 2
+    activation, dtype = site.node.inputs[0], site.matrices[0].root.dtype
+    assert activation is not None
+    assert dtype is not None
     return SiteReport(
         site.node_name,
         "QMoE",
-        site.node.inputs[0].name or "" if site.node.inputs[0] is not None else "",
+        activation.name or "",
         ", ".join(m.root.name or "" for m in site.matrices),
         activation_scale=0.0,
         activation_zero_point=0,
-        float_bytes=width * elements,
+        float_bytes=int(dtype.itemsize * elements),
         quantized_bytes=elements * bits // 8,
         weight_bits=bits,
         note=f"{'one scale a row' if block is None else f'blocks of {block}'}, rounded to the nearest",

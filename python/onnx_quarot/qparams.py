@@ -216,6 +216,11 @@ def bias_scale(activation_scale: np.float32, weight: QuantizedWeight) -> Callabl
     return evaluate
 
 
+def reshaped(tensor: ir.LazyTensor, shape: Sequence[int]) -> ir.LazyTensor:
+    """The same values in another shape, evaluated when they are read."""
+    return lazy(lambda: tensor.numpy().reshape(shape), tensor.dtype, shape, "")
+
+
 def lazy(function: Callable[[], Array], dtype: ir.DataType, shape: Sequence[int], name: str) -> ir.LazyTensor:
     """A tensor evaluated when it is read."""
     return ir.LazyTensor(lambda: ir.Tensor(function(), dtype=dtype, name=name), dtype, ir.Shape(shape), name=name)

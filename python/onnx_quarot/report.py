@@ -95,15 +95,9 @@ class Report:
         yield "written", self.output
         if self.scheme is not None:
             mixtures = sum(part.op_type == "QMoE" for part in self.quantized)
-            parts = {
-                "linear layers": len(self.quantized) - mixtures,
-                "mixtures of experts": mixtures,
-                "tables": len(self.tables),
-            }
-            shown = ", ".join(
-                f"{count} {name}" for name, count in parts.items() if count or name != "mixtures of experts"
-            )
-            yield "scheme", f"{self.scheme}: {shown}"
+            experts = f"{mixtures} mixtures of experts, " if mixtures else ""
+            layers = f"{len(self.quantized) - mixtures} linear layers"
+            yield "scheme", f"{self.scheme}: {layers}, {experts}{len(self.tables)} tables"
         if self.plan is None:
             yield "rotations", "none"
         else:

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from .editing import GraphNames, take_over
 from .errors import ConfigError
 from .load import unmap
-from .qparams import Array, QuantizedWeight, lazy
+from .qparams import Array, QuantizedWeight, reshaped
 from .scheme import TensorSpec
 from .sites import apply_view, constant_dtype, constant_root, constant_tensor, drop_unused, looked_up, view_shape
 
@@ -108,12 +108,9 @@ def _replace(names: GraphNames, node: ir.Node, weight: QuantizedWeight, shape: S
     """The node looks integers up from now on; what it made before stands behind it. shape: the table's."""
     (table, ids), rows = node.inputs, node.outputs[0]
     assert table is not None
-    codes = weight.tensor("")
-    whole = codes if len(shape) == 2 else lazy(lambda: codes.numpy().reshape(shape), weight.dtype, shape, "")
-    integers = names.initializer(whole, f"{weight.name}_rows_quantized")
+    integers = names.initializer(reshaped(weight.tensor(""), shape), f"{weight.name}_rows_quantized")
     # One column, so that gathered scales broadcast over gathered rows.
-    grid = [*shape[:-1], 1]
-    column = lazy(lambda: weight.scale().reshape(grid), ir.DataType.FLOAT, grid, "")
+    column = reshaped(weight.scale_tensor(""), [*shape[:-1], 1])
     scales = names.initializer(column, f"{weight.name}_rows_scale")
     base, real, result = node.name or rows.name or node.op_type, ir.DataType.FLOAT, rows.name
     floats = names.value(f"{result}_float", real, rows.shape)
