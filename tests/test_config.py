@@ -391,9 +391,11 @@ def test_four_bit_weights_of_a_tied_head_can_be_run(model: Path, tmp_path: Path,
     """Tables do not look up 4-bit rows, which ONNX Runtime's Gather does not know."""
     config = QConfig(QLayerConfig(activation=UInt8Spec(), weight=Int4Spec()), algo_config=algorithms)
     ModelQuantizer(config).quantize_model(model, tmp_path / "q.onnx", Reader())
-    feeds = small_llama.decoder_feeds(CONFIG, np.random.default_rng(0))
-    a, b = (session(path).run(["logits"], feeds)[0] for path in (model, tmp_path / "q.onnx"))
-    assert np.linalg.norm(a - b) < 0.6 * np.linalg.norm(a)
+    # Several prompts: of a single one the error is a matter of chance.
+    feeds = [small_llama.decoder_feeds(CONFIG, np.random.default_rng(seed)) for seed in range(4)]
+    runs = (session(path) for path in (model, tmp_path / "q.onnx"))
+    a, b = (np.concatenate([run.run(["logits"], prompt)[0] for prompt in feeds], axis=1) for run in runs)
+    assert np.linalg.norm(a - b) < 0.5 * np.linalg.norm(a)
 
 
 def test_exclude_takes_regular_expressions(model: Path, tmp_path: Path) -> None:

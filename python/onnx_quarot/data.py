@@ -54,6 +54,16 @@ class InputSpec:
         dim = self.shape[axis] if self.shape is not None else None
         return dim if isinstance(dim, int) else None
 
+    def cache_shape(self, batch: int, length: int = 0) -> list[int]:
+        """A shape of this input where it is a cache, with room for `length` tokens, and a window in any case.
+
+        A cache is [batch, heads, past length, head size] or a reordering of it: the first axis, if it is open, is the
+        batch, the other open ones are lengths.
+        """
+        assert self.shape is not None
+        room = max(length, self.window or 0)
+        return [dim if isinstance(dim, int) else room if axis else batch for axis, dim in enumerate(self.shape)]
+
 
 def input_specs(model: ir.Model | str | os.PathLike[str]) -> list[InputSpec]:
     """The inputs a caller has to feed, in graph order; one with an initializer is optional and left out.
@@ -314,14 +324,7 @@ def _text_input(spec: InputSpec, ids: Array) -> Array:
     if spec.name == "cache_position" and rank == 1:
         return positions.astype(spec.dtype)
     if spec.shape is not None and len(spec.shape) >= 3:
-        # A cache is [batch, heads, past length, head size] or a reordering of it: the first open axis is the
-        # batch, the other open ones are lengths.
-        length = spec.window or 0
-        shape = [
-            dim if isinstance(dim, int) else (ids.shape[0] if axis == 0 else length)
-            for axis, dim in enumerate(spec.shape)
-        ]
-        return np.zeros(shape, spec.dtype)
+        return np.zeros(spec.cache_shape(len(ids)), spec.dtype)
     raise DataError(f"data: input {spec.name!r} cannot be filled from text; give batches as dicts or as an .npz file")
 
 

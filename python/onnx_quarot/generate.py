@@ -182,11 +182,8 @@ class Decoder:
         self._binding.bind_ortvalue_input(name, value)
 
     def _empty(self, spec: InputSpec, batch: int) -> ort.OrtValue:
-        assert spec.shape is not None
-        length = max(self._capacity or 0, spec.window or 0)
-        dims = [dim if isinstance(dim, int) else length for dim in spec.shape]
-        dims[0] = batch
-        return ort.OrtValue.ortvalue_from_numpy(np.zeros(dims, spec.dtype))
+        _, *rest = spec.cache_shape(batch, self._capacity or 0)
+        return ort.OrtValue.ortvalue_from_numpy(np.zeros([batch, *rest], spec.dtype))
 
 
 def extends_in_place(model: ir.Model) -> bool:

@@ -200,7 +200,7 @@ def random_feeds(
     """
     rng, specs = np.random.default_rng(seed), list(specs)
     if past is None:
-        past = max(_LENGTHS["past"], *(spec.window - sequence for spec in specs if spec.window is not None), 0)
+        past = max([_LENGTHS["past"], *(spec.window - sequence for spec in specs if spec.window is not None)])
     return {spec.name: _feed(spec, rng, past, sequence) for spec in specs}
 
 
@@ -210,10 +210,10 @@ def _feed(spec: InputSpec, rng: np.random.Generator, past: int, sequence: int) -
             f"model: input {spec.name!r} has no shape, so nothing random can be fed to verify the result; give it one "
             "in the file, or quantize with calibration data, which is fed instead (or verify=False)"
         )
-    least = [0, *[spec.window or 0] * (len(spec.shape) - 1)]
+    room = spec.window or 0
     shape = tuple(
-        d if isinstance(d, int) else max(_length(str(d), past, sequence), m)
-        for d, m in zip(spec.shape, least, strict=False)
+        d if isinstance(d, int) else max(_length(str(d), past, sequence), room if axis else 0)
+        for axis, d in enumerate(spec.shape)
     )
     if math.prod(shape) > _MOST_ELEMENTS:
         raise VerificationError(
