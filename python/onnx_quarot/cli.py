@@ -164,6 +164,7 @@ def rotate(
 @click.option("--method", type=click.Choice(METHODS), help="How activation ranges are found.")
 @click.option("--weights", type=click.Choice(["rtn", "gptq"]), help="How integer weights are chosen.")
 @click.option("--block", type=int, help="Input features that share a scale, for a8w8-block, a4w4, a8w4-*.")
+@click.option("--no-normalize", is_flag=True, help="Never divide activations by the lengths of their rows.")
 @click.option(
     "--kv-cache",
     type=click.Choice(["int8", "int4", "int8-tensor", "int4-tensor"]),
@@ -194,6 +195,7 @@ def quantize(
     method: str | None,
     weights: str | None,
     block: int | None,
+    no_normalize: bool,
     kv_cache: str | None,
     untie: bool,
     exclude: Sequence[str],
@@ -227,6 +229,7 @@ def quantize(
         method=method,
         weights=weights,
         block=block,
+        normalize=False if no_normalize else None,
         kv_cache=kv_cache,
         tied=not untie,
         tokenizer=tokenizer_for(calibration, model, tokenizer),

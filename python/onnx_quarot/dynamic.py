@@ -1,6 +1,7 @@
 """Activations in 8 bits with ranges found while the model runs: DynamicQuantizeMatMul, one fused operator.
 
-It finds one range a tensor; weights are int8 with a scale a channel.
+It finds one range a tensor; weights are int8 with a scale a channel. Where calibration says that rows differ too much
+for one range, they are divided by their lengths first (see normalize).
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import onnx_ir as ir
 
 from .editing import GraphNames
 from .errors import ConfigError
+from .normalize import NOTE, UnitRows
+from .observers import Range
 from .qdq import SiteReport, check_replaceable
 from .qparams import QuantizedWeight, SolvedWeight
 from .scheme import Scheme
@@ -28,12 +31,14 @@ def quantize_dynamic(
     schemes: Mapping[str, Scheme],
     solved: Mapping[str, SolvedWeight],
     tied: Collection[ir.Value] = (),
+    ranges: Mapping[str, Range] | None = None,
 ) -> tuple[list[SiteReport], list[SharedWeight]]:
     """Replace `sites` in place by DynamicQuantizeMatMul; a report for each, and the weights of roots in `tied`.
 
-    schemes: by node name, of the form dynamic. A Gemm's bias is added after the product. Everything is checked first:
-    ModelError for a weight that is not float32, a Gemm that transposes its activations, or too old an opset,
-    ConfigError for weights that are not 8 bits, signed and symmetric.
+    schemes: by node name, of the form dynamic. ranges: of activations, which say whether their rows are divided by
+    their lengths. A Gemm's bias is added after the product. Everything is checked first: ModelError for a weight that
+    is not float32, a Gemm that transposes its activations, or too old an opset, ConfigError for weights that are not
+    8 bits, signed and symmetric.
     """
     for site in sites:
         scheme = schemes[site.node_name]
@@ -41,6 +46,8 @@ def quantize_dynamic(
         if scheme.weight.bits != 8 or not (scheme.weight.signed and scheme.weight.symmetric):
             raise ConfigError(f"weight: {scheme.name} takes signed symmetric weights of 8 bits")
     names = GraphNames(model.graph)
+    unit_rows = UnitRows(names, model.opset_imports.get("", 0))
+    normalized = {name for name, found in (ranges or {}).items() if found.normalized}
     stored: dict[tuple[object, ...], list[ir.Value]] = {}
     model.opset_imports.setdefault(_MS, 1)
     reports: list[SiteReport] = []
@@ -61,11 +68,15 @@ def quantize_dynamic(
             if site.root in tied and axis == 1:
                 codes, scales, _ = stored[key]
                 shared.append(SharedWeight(site, codes, scales, zero=0, layout=Layout.COLUMNS))
-        node = site.node
-        product = ir.node("DynamicQuantizeMatMul", [node.inputs[0], *stored[key]], domain=_MS, name=node.name)
-        stand_in(names, site, product)
+        node, value, length, note = site.node, site.input, None, ""
+        if site.activation in normalized:
+            value, length = unit_rows.of(value, node)
+            note = NOTE
+        product = ir.node("DynamicQuantizeMatMul", [value, *stored[key]], domain=_MS, name=node.name)
+        stand_in(names, site, product, length)
         count = site.depth * site.channels
+        sizes = {"float_bytes": 4 * count, "quantized_bytes": count}
         reports.append(
-            SiteReport(site.node_name, "DynamicQuantizeMatMul", site.activation, site.weight, 0.0, 0, 4 * count, count)
+            SiteReport(site.node_name, product.op_type, site.activation, site.weight, 0.0, 0, **sizes, note=note)
         )
     return reports, shared

@@ -35,6 +35,15 @@ class GraphNames:
         return value
 
 
+def insert_behind(graph: ir.Graph, value: ir.Value, reader: ir.Node, nodes: list[ir.Node]) -> None:
+    """Put `nodes` behind what makes `value`, or, where nothing does, before its `reader`."""
+    producer = value.producer()
+    if producer is not None:
+        graph.insert_after(producer, nodes)
+    else:
+        graph.insert_before(reader, nodes)
+
+
 def has_subgraphs(node: ir.Node) -> bool:
     """Whether a node holds graphs of its own: If, Loop, Scan."""
     kinds = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)

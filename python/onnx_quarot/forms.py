@@ -70,7 +70,7 @@ def quantize_sites(
     schemes |= heads
     schemes |= given
     notes: list[str] = []
-    static = [site for site in sites if schemes[site.node_name].static_ranges]
+    static = [site for site in sites if schemes[site.node_name].calibrates]
     ranges: dict[str, Range] = {}
     if static or mixed is not False:
         others = {name: other for name, other in schemes.items() if other != scheme}
@@ -93,7 +93,7 @@ def quantize_sites(
         elif form in BLOCK_FORMS:
             done, weights = quantize_blocks(model, part, schemes, solved, tied)
         elif form == "dynamic":
-            done, weights = quantize_dynamic(model, part, schemes, solved, tied)
+            done, weights = quantize_dynamic(model, part, schemes, solved, tied, ranges)
         elif form == "fused":
             done, weights = quantize_fused(model, part, schemes, solved, tied)
         else:
@@ -162,7 +162,8 @@ def head_schemes(sites: Sequence[LinearSite], scheme: Scheme) -> dict[str, Schem
         head = parse_scheme("a8w8")
     elif scheme.form in BLOCK_FORMS and bits > scheme.weight.bits:
         # A scale a channel instead of one a block: the head is a large part of a small model.
-        head = parse_scheme("a8w8-dynamic-tensor")
+        # What enters it comes from a norm, and is not worth a calibration.
+        head = replace(parse_scheme("a8w8-dynamic-tensor"), normalize=False)
     else:
         # Symmetric, so that a table can share the integers whatever the form.
         weight = TensorSpec(bits=max(bits, scheme.weight.bits), per_channel=scheme.weight.per_channel, method="mse")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,10 +21,14 @@ _BINS = 2**16
 
 @dataclass(frozen=True)
 class Range:
-    """A closed interval of real values; always contains zero, so that zero is representable exactly."""
+    """A closed interval of real values; always contains zero, so that zero is representable exactly.
+
+    normalized: it is of rows divided by their lengths.
+    """
 
     low: float
     high: float
+    normalized: bool = False
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low <= 0.0 <= self.high):
@@ -46,6 +51,17 @@ class Observer(Sink, Protocol):
     @property
     def extremes(self) -> MinMax:
         """The exact extremes of everything seen."""
+
+
+def rows_and_lengths(values: Array) -> Iterator[tuple[Array, Array]]:
+    """The rows of the last axis, float32 [n, k], some at a time, and their Euclidean lengths, float64 [n]."""
+    if values.size == 0:
+        return
+    rows = np.ascontiguousarray(values, np.float32).reshape(-1, values.shape[-1] if values.ndim else 1)
+    step = max(1, _CHUNK // rows.shape[1])
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        yield part, np.sqrt(np.einsum("ij,ij->i", part, part, dtype=np.float64))
 
 
 class MinMax:
@@ -136,26 +152,27 @@ class TokenMSE:
         self.extremes = MinMax()
 
     def update(self, values: Array) -> None:
-        if values.size == 0:
-            return
-        rows = np.ascontiguousarray(values, np.float32).reshape(-1, values.shape[-1] if values.ndim else 1)
-        self.extremes.update(rows)
-        step = max(1, _CHUNK // rows.shape[1])
-        for start in range(0, len(rows), step):
-            part = rows[start : start + step]
-            length = np.sqrt(np.einsum("ij,ij->i", part, part, dtype=np.float64))
-            weight = np.divide(1.0, length, out=np.zeros_like(length), where=length > 0)
-            bins = part.view(np.uint32) >> np.uint32(16)
-            self.weights += np.bincount(bins.ravel(), np.repeat(weight, part.shape[1]), minlength=_BINS)
+        for rows, length in rows_and_lengths(values):
+            self.extremes.update(rows)
+            self.count(rows, np.divide(1.0, length, out=np.zeros_like(length), where=length > 0))
+
+    def count(self, rows: Array, weights: Array) -> None:
+        """Count the values of rows, float32 [n, k], whose squared errors have these weights, [n]."""
+        bins = rows.view(np.uint32) >> np.uint32(16)
+        self.weights += np.bincount(bins.ravel(), np.repeat(weights, rows.shape[1]), minlength=_BINS)
 
     def range(self) -> Range:
+        return self.best()[0]
+
+    def best(self) -> tuple[Range, float]:
+        """The range, and what it loses."""
         low, high = self.extremes.low, self.extremes.high
         if self.symmetric:
             high = max(-low, high)
             low = -high
         used = np.flatnonzero(self.weights)
         if low == high or not len(used):
-            return Range(low, high)
+            return Range(low, high), 0.0
         centres = ((used.astype(np.uint32) << 16) | np.uint32(0x8000)).view(np.float32).astype(np.float64)
         weights = self.weights[used]
 
@@ -170,7 +187,7 @@ class TokenMSE:
                 factors = np.linspace(0.5, 1.3, 17)
                 best = min([best, *((max(best[0] * f, low), best[1]) for f in factors)], key=loss)
                 best = min([best, *((best[0], min(best[1] * f, high)) for f in factors)], key=loss)
-        return Range(float(best[0]), float(best[1]))
+        return Range(float(best[0]), float(best[1])), loss(best)
 
 
 class Entropy:

@@ -114,6 +114,7 @@ def quantize(
     method: str | None = None,
     weights: str | None = None,
     block: int | None = None,
+    normalize: bool | None = None,
     kv_cache: str | None = None,
     tied: bool = True,
     tokenizer: str | Path | None = None,
@@ -137,7 +138,9 @@ def quantize(
     activations to the few layers that need them, found by measuring; at most 5 % of the linear layers, or the share
     given. method: how activation ranges are found (``minmax``, ``percentile``, ``mse``, ``entropy``; None for the
     scheme's own). weights: how integer weights are chosen, ``rtn`` or ``gptq``; block: input features that share a
-    scale, for schemes that have blocks; None for the scheme's own. kv_cache: ``int8`` or ``int4`` (a scale a channel),
+    scale, for schemes that have blocks; None for the scheme's own. normalize: 8-bit activations with one range a
+    tensor whose rows (tokens) differ too much in length for that are divided by their lengths first, and products
+    multiplied by these, with the method ``mse``; False never does. kv_cache: ``int8`` or ``int4`` (a scale a channel),
     or either with ``-tensor`` (a scale a tensor), for models whose attention is GroupQueryAttention. tied: an embedding
     table that is also the head's weight stays one matrix; False (or ``config``) makes it two, which saves one or two
     online transforms of a row a token. op_types: what is quantized; MoE stands for mixtures of experts, which become
@@ -153,7 +156,7 @@ def quantize(
     Raises ModelError, DataError, ConfigError, VerificationError or SaveError; then nothing is written.
     """
     path, clock, show = check_output(source, target), Stopwatch(), progress or NullProgress()
-    chosen = parse_scheme(scheme).with_method(method).with_options(block=block, weights=weights)
+    chosen = parse_scheme(scheme).with_method(method).with_options(block=block, weights=weights, normalize=normalize)
     check_cache(kv_cache)
     wanted, fitted, unused = _wanted(rotations, kv_cache)
     with clock.step("discover"):

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from .editing import GraphNames, take_over
+from .editing import GraphNames, insert_behind, take_over
 from .errors import ConfigError, ModelError
+from .normalize import NOTE, UnitRows, times_length
 from .observers import Range
 from .qparams import (
     Array,
@@ -85,7 +86,7 @@ def quantize_linears(
     """
     schemes = {site.node_name: (overrides or {}).get(site.node_name, scheme) for site in sites}
     _check(model, sites, ranges, schemes)
-    editor = _Editor(model.graph, ranges, schemes, solved or {}, tied)
+    editor = _Editor(model, ranges, schemes, solved or {}, tied)
     order = {node: index for index, node in enumerate(model.graph)}
     ordered = sorted(sites, key=lambda site: order[site.node])
     editor.readers.update(editor.weight_key(site) for site in ordered)
@@ -150,13 +151,13 @@ class _Editor:
 
     def __init__(
         self,
-        graph: ir.Graph,
+        model: ir.Model,
         ranges: Mapping[str, Range],
         schemes: Mapping[str, Scheme],
         solved: Mapping[str, SolvedWeight],
         tied: Collection[ir.Value],
     ) -> None:
-        self.graph, self.ranges, self.schemes, self.solved = graph, ranges, schemes, solved
+        self.graph, self.ranges, self.schemes, self.solved = model.graph, ranges, schemes, solved
         self.tied = tied
         self.shared: dict[ir.Value, SharedWeight] = {}
         self.activations: dict[tuple[str, TensorSpec], tuple[np.float32, int, ir.Value]] = {}
@@ -164,21 +165,26 @@ class _Editor:
         self.readers: Counter[tuple[object, ...]] = Counter()
         self.replaced: list[ir.Value] = []
         self.pending: list[tuple[ir.TensorProtocol, str]] = []
-        self.names = GraphNames(graph)
+        self.names = GraphNames(model.graph)
+        self.unit_rows = UnitRows(self.names, model.opset_imports.get("", 0))
 
     def quantize(self, site: LinearSite) -> str:
         node = site.node
-        scale, _, activation = self._activation(node.inputs[0], self.schemes[site.node_name].activation, node)
+        given = site.input
+        scale, _, activation = self._activation(given, self.schemes[site.node_name].activation, node)
         weight, operand = self._weight(site)
         self.replaced += [value for value in node.inputs[1:] if value is not None]
         node.replace_input_with(0, activation)
         node.replace_input_with(1, operand)
-        if node.op_type == "Gemm":
+        if self.ranges[site.activation].normalized:
+            self._times_length(site, self.unit_rows.of(given, node)[1])
+        elif node.op_type == "Gemm":
             self._gemm_bias(site, scale, weight)
-            node.attributes["alpha"] = ir.AttrFloat32("alpha", 1.0)
-            node.attributes["beta"] = ir.AttrFloat32("beta", 1.0)
         else:
             self._following_add(site, scale, weight)
+        if node.op_type == "Gemm":
+            node.attributes["alpha"] = ir.AttrFloat32("alpha", 1.0)
+            node.attributes["beta"] = ir.AttrFloat32("beta", 1.0)
         return node.op_type
 
     def finish(self) -> None:
@@ -192,6 +198,9 @@ class _Editor:
         count = site.channels * site.depth
         kept = site.root.name in self.graph.initializers and site.root.uses()
         by = ", ".join(node.name or node.op_type for node in readers(site.root)) if kept else ""
+        notes = [f"float copy of {site.weight} kept for {by}"] if kept else []
+        if self.ranges[site.activation].normalized:
+            notes.append(NOTE)
         return SiteReport(
             site.node_name,
             op_type,
@@ -203,17 +212,16 @@ class _Editor:
             quantized_bytes=count * scheme.weight.bits // 8,
             activation_bits=scheme.activation.bits,
             weight_bits=scheme.weight.bits,
-            note=f"float copy of {site.weight} kept for {by}" if kept else "",
+            note="; ".join(notes),
         )
 
     # Activations
 
-    def _activation(
-        self, value: ir.Value | None, spec: TensorSpec, reader: ir.Node
-    ) -> tuple[np.float32, int, ir.Value]:
-        assert value is not None
+    def _activation(self, value: ir.Value, spec: TensorSpec, reader: ir.Node) -> tuple[np.float32, int, ir.Value]:
         name = value.name or ""
         if (name, spec) not in self.activations:
+            if self.ranges[name].normalized:
+                value, _ = self.unit_rows.of(value, reader)
             scale, zero = activation_parameters(self.ranges[name], spec)
             scale_value = self.names.initializer(ir.Tensor(np.array(scale)), f"{name}_scale")
             zero_value = self.names.initializer(
@@ -228,23 +236,27 @@ class _Editor:
                     "QuantizeLinear",
                     [value, *parameters],
                     outputs=[quantized],
-                    name=f"{name}_QuantizeLinear",
+                    name=self.names.unique(f"{name}_QuantizeLinear"),
                 ),
                 ir.Node(
                     "",
                     "DequantizeLinear",
                     [quantized, *parameters],
                     outputs=[dequantized],
-                    name=f"{name}_DequantizeLinear",
+                    name=self.names.unique(f"{name}_DequantizeLinear"),
                 ),
             ]
-            producer = value.producer()
-            if producer is not None:
-                self.graph.insert_after(producer, nodes)
-            else:
-                self.graph.insert_before(reader, nodes)
+            insert_behind(self.graph, value, reader, nodes)
             self.activations[name, spec] = (scale, zero, dequantized)
         return self.activations[name, spec]
+
+    def _times_length(self, site: LinearSite, length: ir.Value) -> None:
+        """Multiply a product of rows of length 1 by the lengths they had, before a bias is added."""
+        back = times_length(self.names, site.node.outputs[0], length, site.node_name)
+        bias = add_bias(self.names, site, back.outputs[0])
+        if bias:
+            site.node.resize_inputs(2)
+        self._put_behind(site.node, [back, *bias], back)
 
     # Weights
 
@@ -303,11 +315,15 @@ class _Editor:
             node.replace_input_with(2, self._int32_bias(array, bias.name or "", scale, weight, node))
             return
         # QGemm takes no other bias: add it afterwards.
-        product = node.outputs[0]
-        added = add_bias(self.names, site, product)
+        added = add_bias(self.names, site, node.outputs[0])
         node.resize_inputs(2)
+        self._put_behind(node, added, added[-1])
+
+    def _put_behind(self, node: ir.Node, added: list[ir.Node], reader: ir.Node) -> None:
+        """Let the result of `added`, of which `reader` takes the node's product, stand wherever that stood."""
+        product = node.outputs[0]
         take_over(product, added[-1].outputs[0])
-        added[-1].replace_input_with(0, product)  # which was taken for a reader
+        reader.replace_input_with(0, product)  # which was taken for another reader
         product.name = self.names.unique(f"{added[-1].outputs[0].name}_product")
         product.type = ir.TensorType(ir.DataType.FLOAT)
         self.graph.insert_after(node, added)

@@ -9,6 +9,7 @@ from pathlib import Path
 from .calibrate import observe
 from .errors import ConfigError, DataError
 from .mixed import Sensitivity, find_sensitive
+from .normalize import EitherWay
 from .observers import Observer, Range, make_observer
 from .progress import Progress
 from .replay import Replay
@@ -38,20 +39,20 @@ def static_ranges(
     schemes = dict(overrides or {})
     budget = _budget(mixed, scheme)
     observers: dict[str, Observer] = {}
+    columns = {site.activation for site in sites if site.transposes_input}  # whose rows are no layer's inputs
     for site in sites:
-        spec = schemes.get(site.node_name, scheme).activation
-        observers.setdefault(
-            site.activation, make_observer(spec.method, percentile=99.999, bits=spec.bits, symmetric=spec.symmetric)
-        )
+        if site.activation not in observers:
+            used = schemes.get(site.node_name, scheme)
+            observers[site.activation] = _observer(used, used.normalizes and site.activation not in columns)
     watched = watch(observers)
     observe(model_path, watched, data, progress=progress, readers={s.activation: s.node_name for s in sites})
     ranges = {name: observer.range() for name, observer in observers.items()}
     silent = _silent(ranges, len(data))
     seen = {name: watched[name].seen() for name, found in ranges.items() if found.low < found.high}
-    notes = [*silent, *range_remarks(seen, len(data))]
+    notes = [*silent, *range_remarks(seen, len(data)), *_normalized(ranges, sites)]
     if budget is None:
         return ranges, schemes, notes
-    free = [site for site in sites if site.node_name not in schemes]
+    free = [site for site in sites if site.node_name not in schemes and not ranges[site.activation].normalized]
     found = find_sensitive(model_path, free, ranges, scheme.activation, data[0], budget=budget, progress=progress)
     for choice in found:
         if choice.chosen:
@@ -59,6 +60,13 @@ def static_ranges(
             ranges[choice.activation] = Range(extremes.low, extremes.high)
             schemes |= {node: replace(scheme, activation=_WIDE) for node in choice.nodes}
     return ranges, schemes, [*notes, *_explain(found, len(sites))]
+
+
+def _observer(scheme: Scheme, normalizes: bool) -> Observer:
+    spec = scheme.activation
+    if normalizes:
+        return EitherWay(spec.bits, spec.symmetric)
+    return make_observer(spec.method, percentile=99.999, bits=spec.bits, symmetric=spec.symmetric)
 
 
 def _budget(mixed: bool | float, scheme: Scheme) -> float | None:
@@ -81,6 +89,16 @@ def _silent(ranges: dict[str, Range], batches: int) -> list[str]:
     return [
         f"{len(silent)} of {len(ranges)} activations were zero throughout the {batches} calibration batches and have "
         f"no range ({silent[0]} is the first); more, or more varied, data is needed if they are not always"
+    ]
+
+
+def _normalized(ranges: dict[str, Range], sites: Sequence[LinearSite]) -> list[str]:
+    nodes = [site.node_name for site in sites if ranges[site.activation].normalized]
+    if not nodes:
+        return []
+    return [
+        f"rows of activations are divided by their lengths, which differ too much for one range, at {len(nodes)} of "
+        f"{len(sites)} linear layers: {', '.join(nodes)}"
     ]
 
 

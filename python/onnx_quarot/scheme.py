@@ -89,7 +89,9 @@ class Scheme:
     error, gptq makes up for each column's error in the next ones (Frantar et al., arXiv:2210.17323). head_bits: bits
     of the weights of the layer that makes an output of the graph (a language model's head), None for those of all
     others; more of them make that layer a8w8 in the form token, and in the forms block and nbits a8w8-dynamic-tensor,
-    as QLinear where the other layers are. damping: of gptq's Hessians, as a share of their mean diagonal.
+    as QLinear where the other layers are. damping: of gptq's Hessians, as a share of their mean diagonal. normalize:
+    in the forms qdq and dynamic, rows of activations whose lengths differ too much for one range are divided by them
+    (see :mod:`onnx_quarot.normalize`): with 8 bits and less, and the method mse, which tells.
     """
 
     name: str
@@ -100,6 +102,7 @@ class Scheme:
     weights: str = "rtn"
     head_bits: int | None = None
     damping: float = 0.01
+    normalize: bool = True
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:
@@ -127,10 +130,28 @@ class Scheme:
             raise ConfigError(f"method: {self.name} finds activation ranges while the model runs; leave it out")
         return replace(self, activation=replace(self.activation, method=method))
 
-    def with_options(self, *, block: int | None = None, weights: str | None = None) -> Scheme:
-        """The same scheme with another block size or way of choosing integers; None changes nothing."""
+    def with_options(
+        self, *, block: int | None = None, weights: str | None = None, normalize: bool | None = None
+    ) -> Scheme:
+        """The same scheme with another block size, way of choosing integers, or of making ranges; None: as it is."""
+        if normalize and not self.normalizes:
+            raise ConfigError(
+                f"normalize: {self.name} has no activations of 4 or 8 bits with one range a tensor, of the method mse"
+            )
         changed = self if weights is None else replace(self, weights=weights)
+        changed = changed if normalize is None else replace(changed, normalize=normalize)
         return changed if block is None else replace(changed, block=block)
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether rows of activations may be divided by their lengths."""
+        narrow = self.activation.bits <= 8 and self.activation.method == "mse"
+        return self.form in ("qdq", "dynamic") and narrow and self.normalize
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether calibration data says something about activations."""
+        return self.static_ranges or self.normalizes
 
     @property
     def static_ranges(self) -> bool:

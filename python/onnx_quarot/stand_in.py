@@ -6,18 +6,24 @@ import numpy as np
 import onnx_ir as ir
 
 from .editing import GraphNames, take_over
+from .normalize import times_length
 from .sites import LinearSite, constant_array, drop_unused
 
 
-def stand_in(names: GraphNames, site: LinearSite, product: ir.Node) -> None:
-    """Put `product` in the place of the site's node, with a Gemm's bias behind it; what nothing else reads goes."""
+def stand_in(names: GraphNames, site: LinearSite, product: ir.Node, length: ir.Value | None = None) -> None:
+    """Put `product` in the place of the site's node, with a Gemm's bias behind it; what nothing else reads goes.
+
+    length: of the rows, by which the product is multiplied first.
+    """
     graph, node, made = names.graph, site.node, product.outputs[0]
     operands = [value for value in node.inputs[1:] if value is not None]
-    bias = add_bias(names, site, made)
-    if bias:
+    added = [product]
+    if length is not None:
+        added.append(times_length(names, made, length, site.node_name))
+    added += add_bias(names, site, added[-1].outputs[0])
+    if len(added) > 1:
         made.name = names.unique(f"{node.outputs[0].name}_product")
         made.type = ir.TensorType(ir.DataType.FLOAT)
-    added = [product, *bias]
     graph.insert_before(node, added)
     take_over(node.outputs[0], added[-1].outputs[0])
     graph.remove(node, safe=True)
