@@ -18,6 +18,7 @@ from .sites import LinearSite
 from .sufficiency import range_remarks, watch
 
 DEFAULT_BUDGET = 0.05
+_NAMED = 3  # layers in a remark that may be about many; reports of layers say it of each
 _WIDE = TensorSpec(bits=16, signed=False, symmetric=False)
 
 
@@ -98,7 +99,7 @@ def _normalized(ranges: dict[str, Range], sites: Sequence[LinearSite]) -> list[s
         return []
     return [
         f"rows of activations are divided by their lengths, which differ too much for one range, at {len(nodes)} of "
-        f"{len(sites)} linear layers: {', '.join(nodes)}"
+        f"{len(sites)} linear layers: {', '.join(nodes[:_NAMED])}{', ...' * (len(nodes) > _NAMED)}"
     ]
 
 
