@@ -188,13 +188,28 @@ def test_columns_are_not_rows(tmp_path: Path) -> None:
     assert "ReduceL2" not in nodes
 
 
+def test_columns_of_one_layer_are_rows_of_another(tmp_path: Path) -> None:
+    node, info = helper.make_node, helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [node("Gemm", ["x", "c"], ["z"], "columns", transA=1), node("Gemm", ["x", "w"], ["y"], "rows")],
+        "layers",
+        [info("x", TensorProto.FLOAT, [TOKENS, DEPTH])],
+        [info("y", TensorProto.FLOAT, [TOKENS, WIDTH]), info("z", TensorProto.FLOAT, [DEPTH, WIDTH])],
+        [numpy_helper.from_array(weight(TOKENS, WIDTH), "c"), numpy_helper.from_array(weight(DEPTH, WIDTH), "w")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path / "m.onnx")
+    report = oq.quantize(tmp_path / "m.onnx", tmp_path / "q.onnx", [{"x": rows()[0]}], rotations=())
+    assert [site.node_name for site in report.quantized if "divided" in site.note] == ["rows"]
+    x = rows(seed=7)[0]
+    assert errors(run(tmp_path / "q.onnx", x), run(tmp_path / "m.onnx", x)).max() < 0.03
+
+
 def test_other_schemes_and_rotations_go_with_it(tmp_path: Path) -> None:
-    """GPTQ's weights, a layer with 16-bit activations of the same input, a rotation in front."""
+    """GPTQ's weights, candidates for 16-bit activations, a rotation in front."""
     source = save(tmp_path / "m.onnx", "two layers")
     data, x = [{"x": rows(seed=seed)} for seed in range(3)], rows(seed=7)
     for options, bound in (
         ({"scheme": "a8w4"}, 0.2),
-        ({"layers": {"second": "a16w8"}}, 0.03),
         ({"mixed": True}, 0.03),
         ({"rotations": ("R4",)}, 0.03),
     ):
@@ -204,6 +219,47 @@ def test_other_schemes_and_rotations_go_with_it(tmp_path: Path) -> None:
         if "mixed" in options:
             assert "no layer needs 16-bit activations" in report.notes
             assert {site.activation_bits for site in report.quantized} == {8}
+
+
+def names_of(path: Path) -> list[str]:
+    """Of all nodes."""
+    return [node.name for node in onnx.load(path).graph.node if node.name]
+
+
+@pytest.mark.parametrize("scheme", ["a8w8", "a8w8-dynamic-tensor"])
+@pytest.mark.parametrize("other", ["a8w8", "a8w8-dynamic-tensor", "a16w8", "a8w8-dynamic"])
+@pytest.mark.parametrize("changed", ["first", "second"])
+def test_layers_of_two_schemes_read_one_activation(tmp_path: Path, scheme: str, other: str, changed: str) -> None:
+    """Whichever comes first, each has what its scheme asks for."""
+    source = save(tmp_path / "m.onnx", "two layers")
+    data, x = [{"x": rows(seed=seed)} for seed in range(3)], rows(seed=7)
+    target = tmp_path / "q.onnx"
+    report = oq.quantize(source, target, data, scheme=scheme, rotations=(), layers={changed: other})
+    assert errors(run(target, x), run(source, x)).max() < 0.03
+    assert len(set(names_of(target))) == len(names_of(target))
+    plain = {changed} if other in ("a16w8", "a8w8-dynamic") else set()
+    assert {site.node_name for site in report.quantized if "divided" not in site.note} == plain
+    if other == "a16w8":
+        (wide,) = (site for site in report.quantized if site.node_name == changed)
+        peak = max(abs(batch["x"]).max() for batch in data)
+        assert wide.activation_scale * 65535 > peak  # nothing is clipped, whatever 8 bits need
+
+
+def test_names_of_nodes_are_taken_too(tmp_path: Path) -> None:
+    source = save(tmp_path / "m.onnx", "two layers")
+    model = onnx.load(source)
+    made = ("x_ReduceL2", "x_Max", "x_Div", "x_QuantizeLinear", "w_DequantizeLinear", "first_times_length")
+    result = model.graph.output[0].name
+    for index, name in enumerate(made):
+        model.graph.node.append(helper.make_node("Identity", [result], [f"copy_{index}"], name))
+        result = f"copy_{index}"
+    model.graph.output[0].name = result
+    onnx.save(model, source)
+    target = tmp_path / "q.onnx"
+    for scheme in ("a8w8", "a8w8-dynamic-tensor"):
+        oq.quantize(source, target, [{"x": rows()}], scheme=scheme, rotations=())
+        assert len(set(names_of(target))) == len(names_of(target))
+        assert errors(run(target, rows(seed=7)), run(source, rows(seed=7))).max() < 0.03
 
 
 def test_layers_are_measured_with_what_is_around_them(tmp_path: Path) -> None:

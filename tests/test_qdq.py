@@ -16,7 +16,7 @@ from onnx_quarot.errors import ConfigError, ModelError
 from onnx_quarot.observers import Range
 from onnx_quarot.qdq import quantize_linears
 from onnx_quarot.scheme import Scheme, TensorSpec, parse_scheme
-from onnx_quarot.sites import linear_sites
+from onnx_quarot.sites import LinearSite, linear_sites
 from ranges import calibrate
 
 Array = np.ndarray[Any, Any]
@@ -78,9 +78,11 @@ def feeds(model: onnx.ModelProto, rows: int = 6) -> dict[str, Array]:
     return fed
 
 
-def ranges_of(model: onnx.ModelProto, names: Sequence[str], tmp_path: Path) -> dict[str, Range]:
+def ranges_of(model: onnx.ModelProto, sites: Sequence[LinearSite], tmp_path: Path) -> dict[str, Range]:
+    """By node name."""
     onnx.save(model, tmp_path / "float.onnx")
-    return calibrate(tmp_path / "float.onnx", names, [feeds(model)])
+    found = calibrate(tmp_path / "float.onnx", [site.activation for site in sites], [feeds(model)])
+    return {site.node_name: found[site.activation] for site in sites}
 
 
 def quantized(
@@ -88,7 +90,7 @@ def quantized(
 ) -> tuple[onnx.ModelProto, list[Any]]:
     loaded = ir.from_proto(model)
     sites = linear_sites(loaded, **options)
-    ranges = ranges_of(model, [site.activation for site in sites], tmp_path)
+    ranges = ranges_of(model, sites, tmp_path)
     reports, _ = quantize_linears(loaded, sites, ranges, scheme)
     result = ir.to_proto(loaded)
     onnx.checker.check_model(result, full_check=True)
@@ -334,23 +336,23 @@ def test_refusals_come_before_any_change() -> None:
         quantize_linears(loaded, sites, {}, A8W8)
     per_channel = Scheme("odd", TensorSpec(per_channel=True), TensorSpec())
     with pytest.raises(ConfigError, match="odd asks for activations per channel"):
-        quantize_linears(loaded, sites, {"x": Range(-1, 1)}, per_channel)
+        quantize_linears(loaded, sites, {"mm": Range(-1, 1)}, per_channel)
     assert [node.op_type for node in loaded.graph] == ["MatMul"]
     old = ir.from_proto(make([MATMUL], weights(w=(K, N)), opset=11))
     with pytest.raises(ModelError, match="opset 11"):
-        quantize_linears(old, linear_sites(old), {"x": Range(-1, 1)}, A8W8)
+        quantize_linears(old, linear_sites(old), {"mm": Range(-1, 1)}, A8W8)
     half = make([MATMUL], weights(w=(K, N)))
     half.graph.initializer[0].CopyFrom(numpy_helper.from_array(weights(w=(K, N))["w"].astype(np.float16), "w"))
     loaded = ir.from_proto(half)
     with pytest.raises(ModelError, match=r"'mm'.* float16"):
-        quantize_linears(loaded, linear_sites(loaded), {"x": Range(-1, 1)}, A8W8)
+        quantize_linears(loaded, linear_sites(loaded), {"mm": Range(-1, 1)}, A8W8)
 
 
 def test_a_weight_that_is_not_finite_is_named() -> None:
     w = weights(w=(K, N))
     w["w"][3, 4] = np.inf
     loaded = ir.from_proto(make([MATMUL], w))
-    quantize_linears(loaded, linear_sites(loaded), {"x": Range(-1, 1)}, A8W8)
+    quantize_linears(loaded, linear_sites(loaded), {"mm": Range(-1, 1)}, A8W8)
     tensor = loaded.graph.initializers["w_quantized"].const_value
     assert tensor is not None
     with pytest.raises(ModelError, match="weight 'w' holds a value that is not finite"):
@@ -366,7 +368,7 @@ def test_zeros_and_empty_ranges(tmp_path: Path) -> None:
     got = session(result).run(None, feeds(model))[0][:, :5]
     np.testing.assert_allclose(got, np.broadcast_to(w["b"][:5], got.shape), rtol=1e-6)
     loaded = ir.from_proto(make([MATMUL], w))
-    quantize_linears(loaded, linear_sites(loaded), {"x": Range(0.0, 0.0)}, A8W8)
+    quantize_linears(loaded, linear_sites(loaded), {"mm": Range(0.0, 0.0)}, A8W8)
     assert not session(ir.to_proto(loaded)).run(None, {"x": np.zeros((2, K), np.float32)})[0].any()
 
 
@@ -398,7 +400,7 @@ def test_weights_are_evaluated_on_saving_once_each_and_not_held(tmp_path: Path) 
 
     for name in plain:
         loaded.graph.initializers[name].const_value = lazily(name)
-    ranges = ranges_of(model, ["x", "h"], tmp_path)
+    ranges = ranges_of(model, linear_sites(loaded), tmp_path)
     quantize_linears(loaded, linear_sites(loaded), ranges, A8W8)
     assert calls == []
     ir.save(loaded, tmp_path / "q.onnx", external_data="q.onnx.data")
@@ -419,7 +421,7 @@ def test_external_weights_are_read_from_their_file_and_let_go(tmp_path: Path) ->
     loaded = ir.load(tmp_path / "e.onnx")
     source = loaded.graph.initializers["w"].const_value
     assert isinstance(source, ir.ExternalTensor)
-    quantize_linears(loaded, linear_sites(loaded), ranges_of(model, ["x"], tmp_path), A8W8)
+    quantize_linears(loaded, linear_sites(loaded), ranges_of(model, linear_sites(loaded), tmp_path), A8W8)
     got = ir.to_proto(loaded)
     assert source.raw is None
     np.testing.assert_array_equal(arrays(want)["w_quantized"], arrays(got)["w_quantized"])

@@ -66,8 +66,9 @@ def test_a_tied_embedding_leaves_no_float_copy_once_its_linear_is_quantized_too(
     ]
     model = make(nodes, {"head": np.ascontiguousarray(TABLE.T)}, "logits", "rows")
     loaded = ir.from_proto(model)
-    bounds = {"rows": Range(float(TABLE.min()), float(TABLE.max()))}
-    quantize_linears(loaded, linear_sites(loaded), bounds, parse_scheme("a8w8"))
+    (site,) = linear_sites(loaded)
+    bounds = {site.node_name: Range(float(TABLE.min()), float(TABLE.max()))}
+    quantize_linears(loaded, [site], bounds, parse_scheme("a8w8"))
     assert len(quantize_tables(loaded, min_elements=1)) == 1
     result = ir.to_proto(loaded)
     assert max(numpy_helper.to_array(t).nbytes for t in result.graph.initializer) == ROWS * WIDTH

@@ -35,10 +35,10 @@ def quantize_dynamic(
 ) -> tuple[list[SiteReport], list[SharedWeight]]:
     """Replace `sites` in place by DynamicQuantizeMatMul; a report for each, and the weights of roots in `tied`.
 
-    schemes: by node name, of the form dynamic. ranges: of activations, which say whether their rows are divided by
-    their lengths. A Gemm's bias is added after the product. Everything is checked first: ModelError for a weight that
-    is not float32, a Gemm that transposes its activations, or too old an opset, ConfigError for weights that are not
-    8 bits, signed and symmetric.
+    schemes: by node name, of the form dynamic. ranges: of activations, by node name, which say whether their rows are
+    divided by their lengths. A Gemm's bias is added after the product. Everything is checked first: ModelError for a
+    weight that is not float32, a Gemm that transposes its activations, or too old an opset, ConfigError for weights
+    that are not 8 bits, signed and symmetric.
     """
     for site in sites:
         scheme = schemes[site.node_name]
@@ -69,7 +69,7 @@ def quantize_dynamic(
                 codes, scales, _ = stored[key]
                 shared.append(SharedWeight(site, codes, scales, zero=0, layout=Layout.COLUMNS))
         node, value, length, note = site.node, site.input, None, ""
-        if site.activation in normalized:
+        if site.node_name in normalized:
             value, length = unit_rows.of(value, node)
             note = NOTE
         product = ir.node("DynamicQuantizeMatMul", [value, *stored[key]], domain=_MS, name=node.name)

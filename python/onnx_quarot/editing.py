@@ -6,12 +6,13 @@ import onnx_ir as ir
 
 
 class GraphNames:
-    """Makes values of one graph; remembers the names in use."""
+    """Makes values of one graph; remembers the names in use, of nodes as well as of values."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
         self._taken = {value.name for value in graph.inputs} | set(graph.initializers)
-        self._taken |= {value.name for node in graph.all_nodes() for value in node.outputs}
+        for node in graph.all_nodes():
+            self._taken |= {node.name, *(value.name for value in node.outputs)}
 
     def unique(self, name: str) -> str:
         """`name`, or it with a number, whichever is free; taken from now on."""

@@ -75,14 +75,13 @@ def quantize_linears(
 ) -> tuple[list[SiteReport], list[SharedWeight]]:
     """Quantize `sites` (`linear_sites` of this model) in place; a report for each, in graph order, and tied weights.
 
-    ranges: for every site's activation. overrides: another scheme for some sites, by node name. solved: integer weights
-    that are known already (see gptq), by node name. tied: root constants whose integers tables will read too, returned
-    where their scales are one a channel. Each activation tensor is quantized once, whoever reads it; readers
-    that are no site keep the float tensor. Each weight is quantized once, evaluated when the model is saved;
-    a weight that something else reads as well keeps its float copy for that reader, which the report notes.
-    Gemm's alpha is folded into the weight's values, beta into the bias. Everything is checked before the
-    first change: ConfigError for a missing range, ModelError for a model that is not float32 or too old an
-    opset.
+    ranges: of every site's activation, by node name. overrides: another scheme for some sites, by node name. solved:
+    integer weights that are known already (see gptq), by node name. tied: root constants whose integers tables will
+    read too, returned where their scales are one a channel. Each activation tensor is quantized once in each range and
+    type, whoever reads it; readers that are no site keep the float tensor. Each weight is quantized once, evaluated
+    when the model is saved; a weight that something else reads as well keeps its float copy for that reader, which the
+    report notes. Gemm's alpha is folded into the weight's values, beta into the bias. Everything is checked before the
+    first change: ConfigError for a missing range, ModelError for a model that is not float32 or too old an opset.
     """
     schemes = {site.node_name: (overrides or {}).get(site.node_name, scheme) for site in sites}
     _check(model, sites, ranges, schemes)
@@ -106,7 +105,7 @@ def _check(
         check_opset(model, scheme)
     for site in sites:
         check_float(site)
-        if site.activation not in ranges:
+        if site.node_name not in ranges:
             raise ConfigError(f"ranges: none for {site.activation!r}, which node {site.node_name!r} reads")
 
 
@@ -160,7 +159,7 @@ class _Editor:
         self.graph, self.ranges, self.schemes, self.solved = model.graph, ranges, schemes, solved
         self.tied = tied
         self.shared: dict[ir.Value, SharedWeight] = {}
-        self.activations: dict[tuple[str, TensorSpec], tuple[np.float32, int, ir.Value]] = {}
+        self.activations: dict[tuple[str, TensorSpec, Range], tuple[np.float32, int, ir.Value]] = {}
         self.weights: dict[tuple[object, ...], tuple[QuantizedWeight, ir.Value]] = {}
         self.readers: Counter[tuple[object, ...]] = Counter()
         self.replaced: list[ir.Value] = []
@@ -171,12 +170,12 @@ class _Editor:
     def quantize(self, site: LinearSite) -> str:
         node = site.node
         given = site.input
-        scale, _, activation = self._activation(given, self.schemes[site.node_name].activation, node)
+        scale, _, activation = self._activation(site)
         weight, operand = self._weight(site)
         self.replaced += [value for value in node.inputs[1:] if value is not None]
         node.replace_input_with(0, activation)
         node.replace_input_with(1, operand)
-        if self.ranges[site.activation].normalized:
+        if self.ranges[site.node_name].normalized:
             self._times_length(site, self.unit_rows.of(given, node)[1])
         elif node.op_type == "Gemm":
             self._gemm_bias(site, scale, weight)
@@ -194,12 +193,12 @@ class _Editor:
 
     def report(self, site: LinearSite, op_type: str) -> SiteReport:
         scheme = self.schemes[site.node_name]
-        scale, zero, _ = self.activations[site.activation, scheme.activation]
+        scale, zero, _ = self.activations[self._activation_key(site)]
         count = site.channels * site.depth
         kept = site.root.name in self.graph.initializers and site.root.uses()
         by = ", ".join(node.name or node.op_type for node in readers(site.root)) if kept else ""
         notes = [f"float copy of {site.weight} kept for {by}"] if kept else []
-        if self.ranges[site.activation].normalized:
+        if self.ranges[site.node_name].normalized:
             notes.append(NOTE)
         return SiteReport(
             site.node_name,
@@ -217,12 +216,16 @@ class _Editor:
 
     # Activations
 
-    def _activation(self, value: ir.Value, spec: TensorSpec, reader: ir.Node) -> tuple[np.float32, int, ir.Value]:
-        name = value.name or ""
-        if (name, spec) not in self.activations:
-            if self.ranges[name].normalized:
+    def _activation_key(self, site: LinearSite) -> tuple[str, TensorSpec, Range]:
+        return site.activation, self.schemes[site.node_name].activation, self.ranges[site.node_name]
+
+    def _activation(self, site: LinearSite) -> tuple[np.float32, int, ir.Value]:
+        key = name, spec, found = self._activation_key(site)
+        if key not in self.activations:
+            value, reader = site.input, site.node
+            if found.normalized:
                 value, _ = self.unit_rows.of(value, reader)
-            scale, zero = activation_parameters(self.ranges[name], spec)
+            scale, zero = activation_parameters(found, spec)
             scale_value = self.names.initializer(ir.Tensor(np.array(scale)), f"{name}_scale")
             zero_value = self.names.initializer(
                 ir.Tensor(np.array(zero, spec.numpy_dtype), dtype=spec.dtype), f"{name}_zero_point"
@@ -247,8 +250,8 @@ class _Editor:
                 ),
             ]
             insert_behind(self.graph, value, reader, nodes)
-            self.activations[name, spec] = (scale, zero, dequantized)
-        return self.activations[name, spec]
+            self.activations[key] = (scale, zero, dequantized)
+        return self.activations[key]
 
     def _times_length(self, site: LinearSite, length: ir.Value) -> None:
         """Multiply a product of rows of length 1 by the lengths they had, before a bias is added."""
@@ -297,7 +300,7 @@ class _Editor:
     def _dequantize(
         self, inputs: Sequence[ir.Value], attributes: Sequence[ir.Attr], output: ir.Value, before: ir.Node
     ) -> None:
-        name = (output.name or "").removesuffix("_dequantized") + "_DequantizeLinear"
+        name = self.names.unique((output.name or "").removesuffix("_dequantized") + "_DequantizeLinear")
         self.graph.insert_before(
             before, ir.Node("", "DequantizeLinear", inputs, attributes, outputs=[output], name=name)
         )

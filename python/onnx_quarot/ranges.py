@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .calibrate import observe
 from .errors import ConfigError, DataError
 from .mixed import Sensitivity, find_sensitive
 from .normalize import EitherWay
-from .observers import Observer, Range, make_observer
+from .observers import Array, Observer, Range, make_observer
 from .progress import Progress
 from .replay import Replay
 from .scheme import Scheme, TensorSpec
@@ -31,43 +31,77 @@ def static_ranges(
     progress: Progress,
     overrides: dict[str, Scheme] | None = None,
 ) -> tuple[dict[str, Range], dict[str, Scheme], list[str]]:
-    """The range of each activation of `sites`, the schemes of sites that take another one, and remarks.
+    """The range of what enters each of `sites`, by node name, the schemes of sites that take another one, and remarks.
 
-    mixed: False, True for the default budget, or the share of linear layers that may have 16-bit activations.
-    overrides: sites whose scheme is given; they are no candidates. Raises DataError for data that is not finite or
-    says nothing about any activation, ConfigError for a scheme that mixed precision does not suit.
+    Layers of different schemes that read one activation have a range of it each. mixed: False, True for the default
+    budget, or the share of linear layers that may have 16-bit activations. overrides: sites whose scheme is given; they
+    are no candidates. Raises DataError for data that is not finite or says nothing about any activation, ConfigError
+    for a scheme that mixed precision does not suit.
     """
     schemes = dict(overrides or {})
     budget = _budget(mixed, scheme)
-    observers: dict[str, Observer] = {}
-    columns = {site.activation for site in sites if site.transposes_input}  # whose rows are no layer's inputs
+    of_site: dict[str, Observer] = {}
+    observers: dict[str, _Together] = {}
     for site in sites:
-        if site.activation not in observers:
-            used = schemes.get(site.node_name, scheme)
-            observers[site.activation] = _observer(used, used.normalizes and site.activation not in columns)
+        kind = _Kind.of(schemes.get(site.node_name, scheme), site)
+        of_site[site.node_name] = observers.setdefault(site.activation, _Together()).of(kind)
     watched = watch(observers)
     observe(model_path, watched, data, progress=progress, readers={s.activation: s.node_name for s in sites})
-    ranges = {name: observer.range() for name, observer in observers.items()}
-    silent = _silent(ranges, len(data))
-    seen = {name: watched[name].seen() for name, found in ranges.items() if found.low < found.high}
+    found_by = {id(observer): observer.range() for observer in of_site.values()}
+    ranges = {name: found_by[id(observer)] for name, observer in of_site.items()}
+    silent = _silent({site.activation: ranges[site.node_name] for site in sites}, len(data))
+    seen = {
+        site.activation: watched[site.activation].seen()
+        for site in sites
+        if ranges[site.node_name].low < ranges[site.node_name].high
+    }
     notes = [*silent, *range_remarks(seen, len(data)), *_normalized(ranges, sites)]
     if budget is None:
         return ranges, schemes, notes
-    free = [site for site in sites if site.node_name not in schemes and not ranges[site.activation].normalized]
-    found = find_sensitive(model_path, free, ranges, scheme.activation, data[0], budget=budget, progress=progress)
+    free = [site for site in sites if site.node_name not in schemes and not ranges[site.node_name].normalized]
+    narrow = {site.activation: ranges[site.node_name] for site in free}
+    found = find_sensitive(model_path, free, narrow, scheme.activation, data[0], budget=budget, progress=progress)
     for choice in found:
         if choice.chosen:
-            extremes = observers[choice.activation].extremes
-            ranges[choice.activation] = Range(extremes.low, extremes.high)
+            extremes = of_site[choice.nodes[0]].extremes
+            ranges |= {node: Range(extremes.low, extremes.high) for node in choice.nodes}
             schemes |= {node: replace(scheme, activation=_WIDE) for node in choice.nodes}
     return ranges, schemes, [*notes, *_explain(found, len(sites))]
 
 
-def _observer(scheme: Scheme, normalizes: bool) -> Observer:
-    spec = scheme.activation
-    if normalizes:
-        return EitherWay(spec.bits, spec.symmetric)
-    return make_observer(spec.method, percentile=99.999, bits=spec.bits, symmetric=spec.symmetric)
+@dataclass(frozen=True)
+class _Kind:
+    """What tells the range that one layer needs of an activation from that of another."""
+
+    spec: TensorSpec
+    normalizes: bool
+
+    @staticmethod
+    def of(scheme: Scheme, site: LinearSite) -> _Kind:
+        # Of what is read in columns, rows are no inputs of the layer.
+        return _Kind(scheme.activation, scheme.normalizes and not site.transposes_input)
+
+    def observer(self) -> Observer:
+        spec = self.spec
+        if self.normalizes:
+            return EitherWay(spec.bits, spec.symmetric)
+        return make_observer(spec.method, percentile=99.999, bits=spec.bits, symmetric=spec.symmetric)
+
+
+class _Together:
+    """The observers of one activation, one for each kind of range."""
+
+    def __init__(self) -> None:
+        self._observers: dict[_Kind, Observer] = {}
+
+    def of(self, kind: _Kind) -> Observer:
+        if kind not in self._observers:
+            self._observers[kind] = kind.observer()
+        return self._observers[kind]
+
+    def update(self, values: Array) -> None:
+        for observer in self._observers.values():
+            observer.update(values)
 
 
 def _budget(mixed: bool | float, scheme: Scheme) -> float | None:
@@ -94,7 +128,7 @@ def _silent(ranges: dict[str, Range], batches: int) -> list[str]:
 
 
 def _normalized(ranges: dict[str, Range], sites: Sequence[LinearSite]) -> list[str]:
-    nodes = [site.node_name for site in sites if ranges[site.activation].normalized]
+    nodes = [site.node_name for site in sites if ranges[site.node_name].normalized]
     if not nodes:
         return []
     return [
