@@ -75,7 +75,7 @@ def test_they_are_rotated_as_one(tmp_path: Path, copies: bool, norm_first: bool,
     assert matrix_bytes(tmp_path / "r.onnx") == MATRICES
 
 
-@pytest.mark.parametrize("scheme", ["a8w8", "a8w8-dynamic"])
+@pytest.mark.parametrize("scheme", ["a8w8", "a8w8-dynamic-tensor", "a8w8-dynamic"])
 def test_they_are_quantized_as_one(tmp_path: Path, scheme: str) -> None:
     source = save(tmp_path / "m.onnx", copies=True, norm_first=False)
     data = [{"x": RNG.standard_normal((4, 9, 16)).astype(np.float32)} for _ in range(4)]

@@ -6,6 +6,7 @@ for one range, they are divided by their lengths first (see normalize).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
@@ -48,6 +49,7 @@ def quantize_dynamic(
     names = GraphNames(model.graph)
     unit_rows = UnitRows(names, model.opset_imports.get("", 0))
     normalized = {name for name, found in (ranges or {}).items() if found.normalized}
+    readers = Counter(site.weight_key() for site in sites)
     stored: dict[tuple[object, ...], list[ir.Value]] = {}
     model.opset_imports.setdefault(_MS, 1)
     reports: list[SiteReport] = []
@@ -59,15 +61,25 @@ def quantize_dynamic(
             source = WeightSource(site)
             shape, found = (site.depth, site.channels), solved.get(site.node_name)
             axis = 1 if scheme.weight.per_channel else None
-            weight = QuantizedWeight(site.weight, shape, scheme.weight, axis, source.read, source.close, solved=found)
+            weight = QuantizedWeight(
+                site.weight,
+                shape,
+                scheme.weight,
+                axis,
+                source.read,
+                source.close,
+                unsigned=readers[key] > 1,  # see qdq: ONNX Runtime's exact mode fails on the second reader
+                solved=found,
+            )
+            zeros = np.full(weight.scale_shape, weight.zero_point, weight.dtype.numpy())
             stored[key] = [
                 names.initializer(weight.tensor(""), f"{site.weight}_quantized"),
                 names.initializer(weight.scale_tensor(""), f"{site.weight}_scale"),
-                names.initializer(ir.Tensor(np.zeros(weight.scale_shape, np.int8)), f"{site.weight}_zero_point"),
+                names.initializer(ir.Tensor(zeros), f"{site.weight}_zero_point"),
             ]
             if site.root in tied and axis == 1:
                 codes, scales, _ = stored[key]
-                shared.append(SharedWeight(site, codes, scales, zero=0, layout=Layout.COLUMNS))
+                shared.append(SharedWeight(site, codes, scales, zero=weight.zero_point, layout=Layout.COLUMNS))
         node, value, length, note = site.node, site.input, None, ""
         if site.node_name in normalized:
             value, length = unit_rows.of(value, node)
