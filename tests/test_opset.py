@@ -67,6 +67,13 @@ def test_it_is_the_same_function_with_what_it_carried(
     assert np.abs(found - expected).max() < (0.4 if scheme == "a4w4" else 0.1) * np.abs(expected).max()
 
 
+def test_layers_that_mixed_widens_have_their_operators(tmp_path: Path) -> None:
+    source, target = save(tmp_path / "m.onnx", opset=12), tmp_path / "q.onnx"
+    report = oq.quantize(source, target, data(), mixed=0.4, method="minmax", rotations=())
+    assert {site.activation_bits for site in report.quantized} == {8, 16}
+    assert "converted from opset 12 to 21, which a8w8 mixed needs" in report.notes
+
+
 def test_weights_are_not_read(tmp_path: Path) -> None:
     model = load(save(tmp_path / "m.onnx", external=True))
     tensors = {name: value.const_value for name, value in model.graph.initializers.items()}

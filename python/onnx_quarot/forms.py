@@ -21,7 +21,7 @@ from .hessians import solve_weights
 from .observers import Range
 from .progress import Progress
 from .qdq import SiteReport, check_rows, quantize_linears
-from .ranges import static_ranges
+from .ranges import static_ranges, with_wide_activations
 from .replay import Replay
 from .scheme import BLOCK_FORMS, Scheme, TensorSpec, parse_scheme
 from .sites import LinearSite
@@ -138,9 +138,11 @@ def layer_schemes(
     return left, chosen
 
 
-def needed_opset(scheme: Scheme, layers: Mapping[str, str | Scheme | None]) -> int:
-    """The least opset that has the operators of all the schemes."""
+def needed_opset(scheme: Scheme, layers: Mapping[str, str | Scheme | None], mixed: bool | float = False) -> int:
+    """The least opset that has the operators of all the schemes, of what `mixed` may choose too."""
     others = [parse_scheme(other) for other in layers.values() if other is not None]
+    if mixed is not False and scheme.static_ranges:
+        others.append(with_wide_activations(scheme))
     return max(used.min_opset for used in (scheme, *others))
 
 

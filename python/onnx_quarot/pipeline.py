@@ -161,7 +161,7 @@ def quantize(
     wanted, fitted, unused = _wanted(rotations, kv_cache)
     with clock.step("discover"):
         model = load(source)
-        given, needed = model.opset_imports.get("", 0), needed_opset(chosen, layers or {})
+        given, needed = model.opset_imports.get("", 0), needed_opset(chosen, layers or {}, mixed)
         older = given < needed
         model = at_opset(model, needed)
         simpler = simplify(model)
@@ -209,9 +209,10 @@ def quantize(
         with clock.step("save"), show.task("writing", None):
             stage(model, path, folder).publish()
             companions = complete_folder(Path(source), path)
-    name = chosen.name + (" mixed" if mixed else "") + ("" if kv_cache is None else f", {kv_cache} cache")
-    converted = (f"converted from opset {given} to {needed}, which {chosen.name} needs",) if older else ()
+    name = chosen.name + (" mixed" if mixed else "")
+    converted = (f"converted from opset {given} to {needed}, which {name} needs",) if older else ()
     notes = (*unused, *converted, *done.notes, *_cache_notes(caches), *_folder_note(companions))
+    name += "" if kv_cache is None else f", {kv_cache} cache"
     return _report(source, path, name, plan, proof, clock, tuple(done.reports), tuple(tables), notes)
 
 

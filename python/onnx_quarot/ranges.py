@@ -65,7 +65,7 @@ def static_ranges(
         if choice.chosen:
             extremes = of_site[choice.nodes[0]].extremes
             ranges |= {node: Range(extremes.low, extremes.high) for node in choice.nodes}
-            schemes |= {node: replace(scheme, activation=_WIDE) for node in choice.nodes}
+            schemes |= dict.fromkeys(choice.nodes, with_wide_activations(scheme))
     return ranges, schemes, [*notes, *_explain(found, len(sites))]
 
 
@@ -102,6 +102,11 @@ class _Together:
     def update(self, values: Array) -> None:
         for observer in self._observers.values():
             observer.update(values)
+
+
+def with_wide_activations(scheme: Scheme) -> Scheme:
+    """What `mixed` makes of a static scheme where a layer needs it."""
+    return replace(scheme, activation=_WIDE)
 
 
 def _budget(mixed: bool | float, scheme: Scheme) -> float | None:
