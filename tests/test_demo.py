@@ -397,6 +397,23 @@ def test_a_model_without_a_cache_is_no_decoder(tmp_path: Path) -> None:
         Decoder(open_session(tmp_path))
 
 
+def test_a_model_that_does_not_run_behind_a_cache_says_so(tmp_path: Path) -> None:
+    """Exporters leave sizes in graphs that hold for an empty cache only."""
+    model = ir.from_onnx_text(
+        '<ir_version: 10, opset_import: ["": 21]> '
+        "g (int64[1, s] input_ids, float[1, 1, p, 8] past_key_values) => "
+        "(float[1, s] logits, float[1, 1, t, 8] present) "
+        "<int64[4] none = {1, 1, 0, 8}, int64[4] one = {1, 1, -1, 1}, int64[4] times = {1, 1, 1, 8}> "
+        "{ logits = Cast<to = 1>(input_ids) empty = Reshape<allowzero = 1>(past_key_values, none) "
+        "column = Reshape(logits, one) new = Tile(column, times) present = Concat<axis = 2>(empty, new) }"
+    )
+    ir.save(model, tmp_path / "model.onnx")
+    decoder = Decoder(open_session(tmp_path))
+    decoder.feed(np.array([[1, 2, 3]]))
+    with pytest.raises(ModelError, match=r"the model does not run on 1 tokens behind 3 in its cache: .*Reshape"):
+        decoder.feed(np.array([[4]]))
+
+
 @pytest.mark.model
 def test_smollm2(capsys: pytest.CaptureFixture[str]) -> None:
     folder = demo.cached_smollm2()

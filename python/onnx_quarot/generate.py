@@ -15,7 +15,7 @@ import onnxruntime as ort
 
 from onnx_quarot.custom_op import DOMAIN
 from onnx_quarot.data import InputSpec, load_tokenizer
-from onnx_quarot.errors import ConfigError, DataError, ModelError
+from onnx_quarot.errors import ConfigError, DataError, ModelError, first_line
 
 Array = npt.NDArray[Any]
 
@@ -161,7 +161,12 @@ class Decoder:
                 fitting = np.ascontiguousarray(array, self._specs[name].dtype)
                 self._bind_input(name, ort.OrtValue.ortvalue_from_numpy(fitting))
         binding.bind_output(self._logits, "cpu")
-        self._session.run_with_iobinding(binding)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime's own exceptions share no base class
+            raise ModelError(
+                f"the model does not run on {count} tokens behind {self.length} in its cache: {first_line(error)}"
+            ) from None
         logits = binding.get_outputs_as_ortvaluevector()[0].numpy()
         if self._capacity is None:
             self._bind_cache(dict(zip(self._present, binding.get_outputs()[1:], strict=True)))
