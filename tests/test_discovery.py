@@ -11,6 +11,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+import onnx_quarot as oq
 import small_llama
 from onnx_quarot.data import input_specs
 from onnx_quarot.discovery import discover_model
@@ -309,3 +310,30 @@ def test_a_convolutional_network_is_told_that_it_has_no_linear_layers(tmp_path: 
     for rotations in (None, ()):
         with pytest.raises(ModelError, match="its weights are those of 2 Conv, which stay in floating point"):
             quantize(tmp_path / "m.onnx", tmp_path / "q.onnx", data, rotations=rotations)
+
+
+@pytest.mark.parametrize(
+    ("op_type", "attributes", "shape"),
+    [("Gemm", {"transA": 1}, [32, 8]), ("MatMul", {}, [32])],
+    ids=["transA", "rank 1"],
+)
+def test_layers_that_multiply_no_rows_are_quantized_as_they_are(
+    tmp_path: Path, op_type: str, attributes: dict[str, int], shape: list[int]
+) -> None:
+    random = np.random.default_rng(0)
+    weight = numpy_helper.from_array(random.standard_normal((32, 16)).astype(np.float32), "w")
+    graph = helper.make_graph(
+        [helper.make_node(op_type, ["x", "w"], ["y"], "layer", **attributes)],
+        "one layer",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [*shape[1:], 16])],
+        [weight],
+    )
+    path, opsets = tmp_path / "m.onnx", [helper.make_opsetid("", 21)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
+    data = [{"x": random.standard_normal(shape).astype(np.float32)}]
+    report = quantize(path, tmp_path / "q.onnx", data)
+    assert [site.node_name for site in report.quantized] == ["layer"]
+    assert any("nothing is rotated" in note for note in report.notes)
+    float_model, quantized = (oq.session(p).run(None, data[0])[0] for p in (path, tmp_path / "q.onnx"))
+    assert 0.0 < np.linalg.norm(quantized - float_model) < 0.02 * np.linalg.norm(float_model)

@@ -22,7 +22,7 @@ from onnx_quarot.discovery.typing import Slot, Typing
 from onnx_quarot.editing import has_subgraphs
 from onnx_quarot.errors import ConfigError, ModelError
 from onnx_quarot.plan import DEFAULT_ROTATIONS, ROTATIONS, Plan
-from onnx_quarot.sites import why_no_layers
+from onnx_quarot.sites import linear_sites, why_no_layers
 from onnx_quarot.transform import has_order
 
 __all__ = ["discover_model", "fingerprint"]
@@ -68,7 +68,8 @@ def discover_model(
     keys = keys or "R3" in wanted
     prepare(model, keys=keys)
     typing = _typed(model)
-    if not typing.reads and not typing.unknown:
+    nothing = not typing.reads and not typing.unknown
+    if nothing and not linear_sites(model):
         if quantized:
             raise ModelError(
                 f"the model is already quantized ({', '.join(quantized)}) and has no linear layer left in floating "
@@ -91,6 +92,8 @@ def discover_model(
             f"the model is already quantized in part ({', '.join(quantized)}): what is quantized keeps its basis; "
             "better rotate the model it was made from"
         )
+    if nothing:
+        builder.note("nothing is rotated: all linear layers multiply vectors, or activations that they transpose")
     if any(map(has_subgraphs, model.graph)):
         builder.note("subgraphs (If, Loop, Scan) are left alone, with everything they read")
     if keys and (why := fused_keys(model)) is not None:
