@@ -150,7 +150,8 @@ def rotation_options(function: F) -> F:
         "--seed",
         metavar="N",
         callback=parse_seed,
-        help="Random signs, the same for the same seed; quantize also takes search:K, and tries K. [default: no signs]",
+        help="Random signs, the same for the same seed; quantize also takes search:K, and tries K. "
+        "[default: none but R4's own]",
     )(function)
     function = click.option(
         "--config",
