@@ -47,7 +47,7 @@ def quantize_dynamic(
         if scheme.weight.bits != 8 or not (scheme.weight.signed and scheme.weight.symmetric):
             raise ConfigError(f"weight: {scheme.name} takes signed symmetric weights of 8 bits")
     names = GraphNames(model.graph)
-    unit_rows = UnitRows(names, model.opset_imports.get("", 0))
+    unit_rows = UnitRows(names)
     normalized = {name for name, found in (ranges or {}).items() if found.normalized}
     readers = Counter(site.weight_key() for site in sites)
     stored: dict[tuple[object, ...], list[ir.Value]] = {}
@@ -82,7 +82,7 @@ def quantize_dynamic(
                 shared.append(SharedWeight(site, codes, scales, zero=weight.zero_point, layout=Layout.COLUMNS))
         node, value, length, note = site.node, site.input, None, ""
         if site.node_name in normalized:
-            value, length = unit_rows.of(value, node)
+            value, length = unit_rows.of(value)
             note = NOTE
         product = ir.node("DynamicQuantizeMatMul", [value, *stored[key]], domain=_MS, name=node.name)
         stand_in(names, site, product, length)

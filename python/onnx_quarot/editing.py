@@ -36,13 +36,13 @@ class GraphNames:
         return value
 
 
-def insert_behind(graph: ir.Graph, value: ir.Value, reader: ir.Node, nodes: list[ir.Node]) -> None:
-    """Put `nodes` behind what makes `value`, or, where nothing does, before its `reader`."""
+def insert_behind(graph: ir.Graph, value: ir.Value, nodes: list[ir.Node]) -> None:
+    """Put `nodes` behind what makes `value`; in front of all others where nothing does."""
     producer = value.producer()
     if producer is not None:
         graph.insert_after(producer, nodes)
     else:
-        graph.insert_before(reader, nodes)
+        graph.insert_before(graph[0], nodes)
 
 
 def has_subgraphs(node: ir.Node) -> bool:

@@ -70,11 +70,11 @@ def quantize_sites(
     schemes |= heads
     schemes |= given
     notes: list[str] = []
-    static = [site for site in sites if schemes[site.node_name].calibrates]
+    calibrated = [site for site in sites if schemes[site.node_name].calibrates]
     ranges: dict[str, Range] = {}
-    if static or mixed is not False:
+    if calibrated or mixed is not False:
         others = {name: other for name, other in schemes.items() if other != scheme}
-        ranges, wide, notes = static_ranges(model_path, static, scheme, data, mixed, progress, others)
+        ranges, wide, notes = static_ranges(model_path, calibrated, scheme, data, mixed, progress, others)
         schemes |= wide
     ranks = check_tokens(model, [site for site in sites if schemes[site.node_name].form == "token"], schemes)
     solved, remarks = solve_weights(model_path, sites, schemes, data, folder, progress)

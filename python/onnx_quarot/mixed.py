@@ -19,7 +19,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from .calibrate import observe, open_model, run_all
-from .editing import GraphNames
+from .editing import GraphNames, insert_behind
 from .errors import ConfigError
 from .judged import keep_judged_outputs, squared_error
 from .load import to_plain_form
@@ -184,10 +184,6 @@ def _insert_switches(
         for end in ends:
             end.type = ir.TensorType(ir.DataType.FLOAT)
         flag, switch = switches.nodes(number, [quantize, dequantize], [keep], ends)
-        producer = value.producer()
-        if producer is not None:
-            graph.insert_after(producer, [flag, switch])
-        else:
-            graph.insert_before(next(iter(graph)), [flag, switch])
+        insert_behind(graph, value, [flag, switch])
         for reader, position in uses:
             reader.replace_input_with(position, switch.outputs[0])

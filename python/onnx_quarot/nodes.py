@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from onnx_quarot.editing import insert_behind
+
 _RMS_NORM_OPSET = 23
-_AXES_INPUT_OPSET = 18
+AXES_INPUT_OPSET = 18  # of reductions
 
 
 def add_behind(model: ir.Model, node: ir.Node, bias: ir.Value) -> None:
@@ -63,7 +65,7 @@ def subtract_mean(model: ir.Model, value: ir.Value) -> ir.Value:
     graph = model.graph
     attributes: dict[str, int | list[int]] = {"keepdims": 1}
     inputs: list[ir.Value] = [value]
-    if graph.opset_imports.get("", 0) >= _AXES_INPUT_OPSET:
+    if graph.opset_imports.get("", 0) >= AXES_INPUT_OPSET:
         name = "onnx_quarot.last_axis"
         if name not in graph.initializers:
             axes = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1]))
@@ -78,9 +80,5 @@ def subtract_mean(model: ir.Model, value: ir.Value) -> ir.Value:
         node.outputs[0].name = f"{value.name}.{suffix}"
         node.outputs[0].type = value.type
     centred.outputs[0].shape = value.shape
-    producer = value.producer()
-    if producer is None:
-        graph.insert_before(graph[0], [mean, centred])
-    else:
-        graph.insert_after(producer, [mean, centred])
+    insert_behind(graph, value, [mean, centred])
     return centred.outputs[0]

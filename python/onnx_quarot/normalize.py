@@ -1,4 +1,4 @@
-"""Rows of very different lengths, where all share one static range: each is divided by its length first.
+"""Rows of very different lengths, where all share one range: each is divided by its length first.
 
 At a few layers of most language models one token is hundreds of times longer than the others (massive activations, Sun
 et al., arXiv:2402.17762). A rotation spreads it over its features and leaves it as long as it was, so a range for all
@@ -18,6 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .editing import GraphNames, insert_behind
+from .nodes import AXES_INPUT_OPSET
 from .observers import Array, MinMax, Range, TokenMSE, rows_and_lengths
 
 NOTE = "rows divided by their lengths"  # of a layer's report
@@ -26,7 +27,6 @@ NOTE = "rows divided by their lengths"  # of a layer's report
 _GAIN = 4.0
 # Lengths that differ less than this cannot gain that much.
 _SPREAD = 2.0
-_AXES_ARE_INPUT = 18  # the opset, of ReduceL2
 
 
 class EitherWay:
@@ -67,23 +67,23 @@ class EitherWay:
 class UnitRows:
     """Puts rows of length 1 into a graph, once for each value."""
 
-    def __init__(self, names: GraphNames, opset: int) -> None:
-        self._names, self._opset = names, opset
+    def __init__(self, names: GraphNames) -> None:
+        self._names = names
         self._made: dict[str, tuple[ir.Value, ir.Value]] = {}
 
-    def of(self, value: ir.Value, reader: ir.Node) -> tuple[ir.Value, ir.Value]:
+    def of(self, value: ir.Value) -> tuple[ir.Value, ir.Value]:
         """`value`, float32 [..., k], with its rows divided by their lengths, and these, [..., 1]; zeros stay zeros."""
         name = str(value.name)
         if name not in self._made:
             nodes = self._nodes(value)
-            insert_behind(self._names.graph, value, reader, nodes)
+            insert_behind(self._names.graph, value, nodes)
             self._made[name] = nodes[-1].outputs[0], nodes[-2].outputs[0]
         return self._made[name]
 
     def _nodes(self, value: ir.Value) -> list[ir.Node]:
         names, name = self._names, value.name
         inputs, attributes = [value], [ir.AttrInt64("keepdims", 1)]
-        if self._opset < _AXES_ARE_INPUT:
+        if names.graph.opset_imports.get("", 0) < AXES_INPUT_OPSET:
             attributes.append(ir.AttrInt64s("axes", [-1]))
         else:
             inputs.append(names.initializer(ir.Tensor(np.array([-1])), f"{name}_length_axis"))

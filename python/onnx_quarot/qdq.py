@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from .editing import GraphNames, insert_behind, take_over
 from .errors import ConfigError, ModelError
-from .normalize import NOTE, UnitRows, times_length
+from .normalize import NOTE, UnitRows
 from .observers import Range
 from .qparams import (
     Array,
@@ -42,7 +42,7 @@ from .sites import (
     drop_unused,
     readers,
 )
-from .stand_in import add_bias
+from .stand_in import behind_product
 from .tied_tables import Layout, SharedWeight
 
 
@@ -85,7 +85,7 @@ def quantize_linears(
     """
     schemes = {site.node_name: (overrides or {}).get(site.node_name, scheme) for site in sites}
     _check(model, sites, ranges, schemes)
-    editor = _Editor(model, ranges, schemes, solved or {}, tied)
+    editor = _Editor(model.graph, ranges, schemes, solved or {}, tied)
     order = {node: index for index, node in enumerate(model.graph)}
     ordered = sorted(sites, key=lambda site: order[site.node])
     editor.readers.update(editor.weight_key(site) for site in ordered)
@@ -150,13 +150,13 @@ class _Editor:
 
     def __init__(
         self,
-        model: ir.Model,
+        graph: ir.Graph,
         ranges: Mapping[str, Range],
         schemes: Mapping[str, Scheme],
         solved: Mapping[str, SolvedWeight],
         tied: Collection[ir.Value],
     ) -> None:
-        self.graph, self.ranges, self.schemes, self.solved = model.graph, ranges, schemes, solved
+        self.graph, self.ranges, self.schemes, self.solved = graph, ranges, schemes, solved
         self.tied = tied
         self.shared: dict[ir.Value, SharedWeight] = {}
         self.activations: dict[tuple[str, TensorSpec, Range], tuple[np.float32, int, ir.Value]] = {}
@@ -164,8 +164,8 @@ class _Editor:
         self.readers: Counter[tuple[object, ...]] = Counter()
         self.replaced: list[ir.Value] = []
         self.pending: list[tuple[ir.TensorProtocol, str]] = []
-        self.names = GraphNames(model.graph)
-        self.unit_rows = UnitRows(self.names, model.opset_imports.get("", 0))
+        self.names = GraphNames(graph)
+        self.unit_rows = UnitRows(self.names)
 
     def quantize(self, site: LinearSite) -> str:
         node = site.node
@@ -176,7 +176,7 @@ class _Editor:
         node.replace_input_with(0, activation)
         node.replace_input_with(1, operand)
         if self.ranges[site.node_name].normalized:
-            self._times_length(site, self.unit_rows.of(given, node)[1])
+            self._finish_outside(site, self.unit_rows.of(given)[1])
         elif node.op_type == "Gemm":
             self._gemm_bias(site, scale, weight)
         else:
@@ -222,9 +222,9 @@ class _Editor:
     def _activation(self, site: LinearSite) -> tuple[np.float32, int, ir.Value]:
         key = name, spec, found = self._activation_key(site)
         if key not in self.activations:
-            value, reader = site.input, site.node
+            value = site.input
             if found.normalized:
-                value, _ = self.unit_rows.of(value, reader)
+                value, _ = self.unit_rows.of(value)
             scale, zero = activation_parameters(found, spec)
             scale_value = self.names.initializer(ir.Tensor(np.array(scale)), f"{name}_scale")
             zero_value = self.names.initializer(
@@ -249,17 +249,9 @@ class _Editor:
                     name=self.names.unique(f"{name}_DequantizeLinear"),
                 ),
             ]
-            insert_behind(self.graph, value, reader, nodes)
+            insert_behind(self.graph, value, nodes)
             self.activations[key] = (scale, zero, dequantized)
         return self.activations[key]
-
-    def _times_length(self, site: LinearSite, length: ir.Value) -> None:
-        """Multiply a product of rows of length 1 by the lengths they had, before a bias is added."""
-        back = times_length(self.names, site.node.outputs[0], length, site.node_name)
-        bias = add_bias(self.names, site, back.outputs[0])
-        if bias:
-            site.node.resize_inputs(2)
-        self._put_behind(site.node, [back, *bias], back)
 
     # Weights
 
@@ -317,16 +309,16 @@ class _Editor:
             array = array * np.float32(site.beta)
             node.replace_input_with(2, self._int32_bias(array, bias.name or "", scale, weight, node))
             return
-        # QGemm takes no other bias: add it afterwards.
-        added = add_bias(self.names, site, node.outputs[0])
-        node.resize_inputs(2)
-        self._put_behind(node, added, added[-1])
+        self._finish_outside(site)  # QGemm takes no other bias
 
-    def _put_behind(self, node: ir.Node, added: list[ir.Node], reader: ir.Node) -> None:
-        """Let the result of `added`, of which `reader` takes the node's product, stand wherever that stood."""
-        product = node.outputs[0]
+    def _finish_outside(self, site: LinearSite, length: ir.Value | None = None) -> None:
+        """Leave the product alone to the site's node; what is done to it comes afterwards."""
+        node, product = site.node, site.node.outputs[0]
+        added = behind_product(self.names, site, product, length)
+        first = next(one for one in added if product in one.inputs)
+        node.resize_inputs(2)
         take_over(product, added[-1].outputs[0])
-        reader.replace_input_with(0, product)  # which was taken for another reader
+        first.replace_input_with(0, product)  # which was taken for another reader
         product.name = self.names.unique(f"{added[-1].outputs[0].name}_product")
         product.type = ir.TensorType(ir.DataType.FLOAT)
         self.graph.insert_after(node, added)

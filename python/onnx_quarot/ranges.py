@@ -47,8 +47,8 @@ def static_ranges(
         of_site[site.node_name] = observers.setdefault(site.activation, _Together()).of(kind)
     watched = watch(observers)
     observe(model_path, watched, data, progress=progress, readers={s.activation: s.node_name for s in sites})
-    found_by = {id(observer): observer.range() for observer in of_site.values()}
-    ranges = {name: found_by[id(observer)] for name, observer in of_site.items()}
+    found_by = {observer: observer.range() for observer in dict.fromkeys(of_site.values())}
+    ranges = {name: found_by[observer] for name, observer in of_site.items()}
     silent = _silent({site.activation: ranges[site.node_name] for site in sites}, len(data))
     seen = {
         site.activation: watched[site.activation].seen()

@@ -17,10 +17,7 @@ def stand_in(names: GraphNames, site: LinearSite, product: ir.Node, length: ir.V
     """
     graph, node, made = names.graph, site.node, product.outputs[0]
     operands = [value for value in node.inputs[1:] if value is not None]
-    added = [product]
-    if length is not None:
-        added.append(times_length(names, made, length, site.node_name))
-    added += add_bias(names, site, added[-1].outputs[0])
+    added = [product, *behind_product(names, site, made, length)]
     if len(added) > 1:
         made.name = names.unique(f"{node.outputs[0].name}_product")
         made.type = ir.TensorType(ir.DataType.FLOAT)
@@ -29,6 +26,14 @@ def stand_in(names: GraphNames, site: LinearSite, product: ir.Node, length: ir.V
     graph.remove(node, safe=True)
     for operand in dict.fromkeys(operands):
         drop_unused(graph, operand)
+
+
+def behind_product(
+    names: GraphNames, site: LinearSite, product: ir.Value, length: ir.Value | None = None
+) -> list[ir.Node]:
+    """What is left to be done to a product without a bias, of rows that were divided by `length` if that is given."""
+    back = [] if length is None else [times_length(names, product, length, site.node_name)]
+    return [*back, *add_bias(names, site, back[-1].outputs[0] if back else product)]
 
 
 def add_bias(names: GraphNames, site: LinearSite, product: ir.Value) -> list[ir.Node]:

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from .blocks import BlockWeight
 from .discovery.shapes import Shapes
-from .editing import GraphNames
+from .editing import GraphNames, insert_behind
 from .errors import ConfigError, ModelError
 from .qdq import SiteReport, check_replaceable
 from .qparams import Array, SolvedWeight
@@ -75,7 +75,7 @@ def quantize_tokens(
         assert x is not None
         if (x, scheme.activation, block) not in activations:
             activations[x, scheme.activation, block] = _activation(
-                model.graph, names, ranks[site.node_name], x, node, site.depth, block, scheme.activation
+                model.graph, names, ranks[site.node_name], x, site.depth, block, scheme.activation
             )
         key = (*site.weight_key(), scheme.weight, block)
         if key not in weights:
@@ -128,7 +128,6 @@ def _activation(
     names: GraphNames,
     rank: int,
     x: ir.Value,
-    reader: ir.Node,
     depth: int,
     block: int,
     spec: TensorSpec,
@@ -171,11 +170,7 @@ def _activation(
     quantized.type = ir.TensorType(spec.dtype)
     result = add("DequantizeLinear", [quantized, scale, points], "dequantized", **grid)
     result.type, result.shape = ir.TensorType(ir.DataType.FLOAT), x.shape
-    producer = x.producer()
-    if producer is not None:
-        graph.insert_after(producer, nodes)
-    else:
-        graph.insert_before(reader, nodes)
+    insert_behind(graph, x, nodes)
     return result
 
 

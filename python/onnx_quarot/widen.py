@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable
 import numpy as np
 import onnx_ir as ir
 
-from .editing import GraphNames
+from .editing import GraphNames, insert_behind
 from .errors import ModelError
 from .load import unmap
 from .sites import LinearSite, constant_root, constant_tensor, linear_sites, looked_up, view_shape
@@ -142,11 +142,7 @@ class _Edit:
     def _cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
         if (value, dtype) not in self._casts:
             cast = self._node(value, dtype)
-            producer = value.producer()
-            if producer is not None:
-                self._graph.insert_after(producer, cast)
-            else:
-                self._graph.insert_before(self._graph[0], cast)
+            insert_behind(self._graph, value, [cast])
             cast.outputs[0].name = self._names.unique(f"{value.name}_{dtype.name.lower()}")
             self._casts[value, dtype] = cast.outputs[0]
         return self._casts[value, dtype]
