@@ -5,7 +5,7 @@
 Its codes are unsigned, [expert, out, in * bits / 8], four-bit ones two a byte with the lower half first, with a scale
 (and a zero point, where ranges are not symmetric) for each block of input features. Its kernel makes activations int8
 in blocks of the same features, or multiplies in floating point where a row has one scale. Integers are rounded to the
-nearest in ranges of least squared error: what enters an expert is known inside the operator alone.
+nearest in ranges of least squared error, or found by GPTQ before (see :mod:`onnx_quarot.expert_hessians`).
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from .blocks import BlockWeight
 from .editing import GraphNames, take_over
 from .load import unmap
 from .qdq import SiteReport
-from .qparams import Array, reshaped
+from .qparams import Array, SolvedWeight, reshaped
 from .runtime_faults import version
-from .scheme import Scheme
+from .scheme import Scheme, TensorSpec
 from .sites import constant_tensor, drop_unused
 
 _MS = "com.microsoft"
+ROUTER, LAST = 1, 4  # inputs of MoE: the router's logits, and the matrices whose results are summed
 # Matrices: their input of MoE, before their bias; that of QMoE for codes, before scales and bias; and for zero points.
-_MATRICES = ((2, 2, 11), (4, 5, 12), (6, 8, 13))
+_MATRICES = ((2, 2, 11), (LAST, 5, 12), (6, 8, 13))
 _ROUTER_WEIGHTS = 14
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 # Where a scheme has none of its own. Smaller blocks cost more memory than their accuracy is worth with 8 bits.
@@ -56,6 +57,39 @@ class ExpertSite:
     node: ir.Node = field(repr=False, compare=False)
     matrices: tuple[ExpertMatrix, ...]
     op_type: str = "MoE"
+
+    @property
+    def read(self) -> tuple[str, str]:
+        """The values it reads: its rows, and the router's logits for them."""
+        names = [value.name or "" for value in self.node.inputs[: ROUTER + 1] if value is not None]
+        return names[0], names[ROUTER]
+
+    @property
+    def experts(self) -> int:
+        """How many there are."""
+        return self.matrices[0].experts
+
+    @property
+    def depth(self) -> int:
+        """Features of its rows."""
+        return self.matrices[0].depth
+
+
+@dataclass(frozen=True)
+class StoredForm:
+    """How the matrices of a mixture become integers. block: input features that share a scale, None for a row's."""
+
+    spec: TensorSpec
+    block: int | None
+
+    @classmethod
+    def of(cls, site: ExpertSite, scheme: Scheme) -> StoredForm | None:
+        """Their form in a scheme; None if rows do not fill bytes."""
+        if any(matrix.depth * scheme.weight.bits % 8 for matrix in site.matrices):
+            return None
+        block = _block(site, scheme)
+        # With one scale a row, zero points would be packed over rows.
+        return cls(scheme.weight if block is not None else replace(scheme.weight, signed=True, symmetric=True), block)
 
 
 class _Rows:
@@ -96,26 +130,29 @@ def _site(node: ir.Node) -> ExpertSite | None:
 
 
 def quantize_experts(
-    model: ir.Model, sites: Sequence[ExpertSite], schemes: Mapping[str, Scheme]
+    model: ir.Model,
+    sites: Sequence[ExpertSite],
+    schemes: Mapping[str, Scheme],
+    solved: Mapping[str, Sequence[SolvedWeight]] | None = None,
 ) -> tuple[list[SiteReport], list[str]]:
     """Replace `sites` (`expert_sites` of this model) in place by QMoE; a report for each, and what there is to remark.
 
     schemes: by node name; their weights' bits and ranges are used, and their block, else 64 features, but one scale a
-    row beside activations of more than 8 bits, which its kernels for blocks do not keep. Integers are evaluated when
-    the model is saved.
+    row beside activations of more than 8 bits, which its kernels for blocks do not keep. solved: integers that were
+    found before, by node name, for each matrix. Others are evaluated when the model is saved.
     """
     names, reports, notes = GraphNames(model.graph), [], []
     for site in sites:
         scheme = schemes[site.node_name]
-        bits = scheme.weight.bits
-        if any(matrix.depth * bits % 8 for matrix in site.matrices):
+        bits, form = scheme.weight.bits, StoredForm.of(site, scheme)
+        if form is None:
             notes.append(
                 f"experts of {site.node_name!r} keep floating point: their rows do not fill bytes of {bits} bits"
             )
             continue
-        block = _block(site, scheme)
-        reports.append(_report(site, bits, block))
-        _replace(names, site, scheme, block)
+        given = (solved or {}).get(site.node_name, [None] * len(site.matrices))
+        reports.append(_report(site, bits, form.block, "gptq" if given[0] else "rounded to the nearest"))
+        _replace(names, site, form, given)
     if any(report.weight_bits == 4 for report in reports) and _knows_accuracy_level():
         notes.append(
             "experts of 4 bits take 8-bit activations, which ONNX Runtime can do from 1.31 on: it has to be that"
@@ -134,14 +171,13 @@ def _block(site: ExpertSite, scheme: Scheme) -> int | None:
     return next(fitting, None)
 
 
-def _replace(names: GraphNames, site: ExpertSite, scheme: Scheme, block: int | None) -> None:
+def _replace(names: GraphNames, site: ExpertSite, form: StoredForm, solved: Sequence[SolvedWeight | None]) -> None:
+    spec, block = form.spec, form.block
     node, made = site.node, site.node.outputs[0]
     inputs: list[ir.Value | None] = [*node.inputs[:2], *[None] * (_ROUTER_WEIGHTS - 1)]
-    # With one scale a row, zero points would be packed over rows.
-    spec = scheme.weight if block is not None else replace(scheme.weight, signed=True, symmetric=True)
-    for matrix in site.matrices:
+    for matrix, integers in zip(site.matrices, solved, strict=True):
         own, codes, zeros = matrix.slots
-        weight, base = BlockWeight(_Rows(matrix), spec, block or matrix.depth, None), matrix.root.name
+        weight, base = BlockWeight(_Rows(matrix), spec, block or matrix.depth, integers), matrix.root.name
         inputs[codes] = names.initializer(_shaped(weight.codes_tensor(), matrix), f"{base}_quantized")
         inputs[codes + 1] = names.initializer(_shaped(weight.scales_tensor(), matrix, block is None), f"{base}_scales")
         inputs[codes + 2] = node.inputs[own + 1] if own + 1 < len(node.inputs) else None
@@ -155,8 +191,8 @@ def _replace(names: GraphNames, site: ExpertSite, scheme: Scheme, block: int | N
         inputs[_ROUTER_WEIGHTS] = added[0].outputs[0]
     while inputs[-1] is None:
         inputs.pop()
-    attributes = {"expert_weight_bits": scheme.weight.bits, **({} if block is None else {"block_size": block})}
-    if block is not None and scheme.weight.bits == 4 and _knows_accuracy_level():
+    attributes = {"expert_weight_bits": spec.bits, **({} if block is None else {"block_size": block})}
+    if block is not None and spec.bits == 4 and _knows_accuracy_level():
         attributes["accuracy_level"] = 4
     everything = [*node.attributes.values(), *ir.convenience.convert_attributes(attributes)]
     added.append(ir.Node(_MS, "QMoE", inputs, everything, name=node.name))
@@ -173,7 +209,7 @@ def _shaped(tensor: ir.LazyTensor, matrix: ExpertMatrix, flat: bool = False) -> 
     return reshaped(tensor, rows if flat else [*rows, tensor.size // prod(rows)])
 
 
-def _report(site: ExpertSite, bits: int, block: int | None) -> SiteReport:
+def _report(site: ExpertSite, bits: int, block: int | None, how: str) -> SiteReport:
     elements = sum(m.experts * m.channels * m.depth for m in site.matrices)
     activation, dtype = site.node.inputs[0], site.matrices[0].root.dtype
     assert activation is not None
@@ -188,7 +224,7 @@ def _report(site: ExpertSite, bits: int, block: int | None) -> SiteReport:
         float_bytes=int(dtype.itemsize * elements),
         quantized_bytes=elements * bits // 8,
         weight_bits=bits,
-        note=f"{'one scale a row' if block is None else f'blocks of {block}'}, rounded to the nearest",
+        note=f"{'one scale a row' if block is None else f'blocks of {block}'}, {how}",
     )
 
 

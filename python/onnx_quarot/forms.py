@@ -14,6 +14,7 @@ from .blocks import quantize_blocks
 from .custom_op import DOMAIN
 from .dynamic import quantize_dynamic
 from .errors import ConfigError
+from .expert_hessians import solve_experts
 from .experts import ExpertSite, quantize_experts
 from .fused_attention import fuse_attention
 from .fused_linear import quantize_fused, takes_blocks
@@ -79,6 +80,9 @@ def quantize_sites(
     ranks = check_tokens(model, [site for site in sites if schemes[site.node_name].form == "token"], schemes)
     solved, remarks = solve_weights(model_path, sites, schemes, data, folder, progress)
     notes += (note for note in remarks if note not in notes)
+    of_experts = {site.node_name: wanted.get(site.node_name, scheme) for site in experts}
+    solved_experts, remarks = solve_experts(model_path, experts, of_experts, data, folder, progress)
+    notes += remarks
     reports: list[SiteReport] = []
     shared: list[SharedWeight] = []
     tied = tied_roots(model, sites)
@@ -100,7 +104,7 @@ def quantize_sites(
             done, weights = quantize_tokens(model, part, schemes, solved, ranks), []
         reports += done
         shared += weights
-    done, remarks = quantize_experts(model, experts, {e.node_name: wanted.get(e.node_name, scheme) for e in experts})
+    done, remarks = quantize_experts(model, experts, of_experts, solved_experts)
     reports += done
     notes += remarks
     if library:

@@ -166,13 +166,13 @@ def quantize(
         model = at_opset(model, needed)
         simpler = simplify(model)
         specs = input_specs(model)
-        sites, _, others = _layers(model, op_types, exclude, layers or {})
+        sites, experts, others = _layers(model, op_types, exclude, layers or {})
         check_sites(sites, chosen, others)
         wide = widen_layers(model, sites, tables="Gather" in op_types)
         centred = kv_cache is not None and kv_cache.startswith("int4")  # which works behind RoPE
         options = PlanOptions.of(wanted, block_size, plain_seed(seed), config, tied=tied, keys=centred)
         plan = _plan(model, options, matrix_dim) if wanted or centred else None
-        if not sites:
+        if not sites and not experts:
             raise ModelError(
                 f"the model has no linear layer left to quantize (op types {', '.join(op_types)}){why_no_layers(model)}"
             )
