@@ -138,7 +138,7 @@ def test_experts_are_rotated_and_quantized_in_every_scheme(
     assert report.plan is not None
     assert {site.op_type: site.how for site in report.plan.sites}["MoE"] == "offline"
     facts = dict(report._facts())
-    assert facts["scheme"] == f"{scheme}: 3 linear layers, 1 mixtures of experts, 0 tables"
+    assert facts["scheme"] == f"{scheme}: 2 linear layers, 1 mixtures of experts, 0 tables"
     level = {n.op_type: n.attributes.get_int("accuracy_level", 0) for n in load(tmp_path / "q.onnx").graph}["QMoE"]
     told = any("1.31" in remark for remark in report.notes)
     assert (level == 4) == told == (scheme == "a8w4-block" and version() >= (1, 31))

@@ -29,6 +29,7 @@ from onnx_quarot.provenance import record
 from onnx_quarot.replay import Replay
 from onnx_quarot.report import Report, Stopwatch
 from onnx_quarot.rewrite import rotate_model
+from onnx_quarot.routers import routers
 from onnx_quarot.save import Staged, check_output, stage, workspace
 from onnx_quarot.scheme import Scheme, parse_scheme
 from onnx_quarot.seed_search import plain_seed, searches_seeds
@@ -147,7 +148,8 @@ def quantize(
     QMoE, Gather for tables of embeddings, and of experts' matrices that tokens pick, of which only the weights become
     integers.
     exclude: names of nodes (or patterns, or regular expressions that begin with ^) that stay in floating point. layers:
-    other schemes, or None for floating point, by node name, pattern or operator type, the first that fits. rotations:
+    other schemes, or None for floating point, by node name, pattern or operator type, the first that fits; routers of
+    experts stay in floating point unless they have a scheme here. rotations:
     R1, R2 and R4 unless given, and R3 with a cache of 4 bits, for which R2 and R3 are made to measure; () means none,
     and R3 is left out where the cache stays in floating point. config and matrix_dim as in :func:`discover`. seed:
     random signs in the rotations; ``"search:K"`` tries the seeds 0 to K - 1 and keeps the one closest to the float
@@ -166,7 +168,7 @@ def quantize(
         model = at_opset(model, needed)
         simpler = simplify(model)
         specs = input_specs(model)
-        sites, experts, others = _layers(model, op_types, exclude, layers or {})
+        sites, experts, others, left = _layers(model, op_types, exclude, layers or {})
         check_sites(sites, chosen, others)
         wide = widen_layers(model, sites, tables="Gather" in op_types)
         centred = kv_cache is not None and kv_cache.startswith("int4")  # which works behind RoPE
@@ -188,7 +190,7 @@ def quantize(
         elif wide or simpler or older:
             float_path = stage(model, folder / "float.onnx", folder).path
             model = load(float_path)
-        sites, experts, others = _layers(model, op_types, exclude, layers or {})
+        sites, experts, others, left = _layers(model, op_types, exclude, layers or {})
         fed = chain([first], batches)
         data = Replay(fed if plan is None else (into_basis(batch, plan) for batch in fed), folder)
         with clock.step("quantize"):
@@ -211,15 +213,15 @@ def quantize(
             companions = complete_folder(Path(source), path)
     name = chosen.name + (" mixed" if mixed else "")
     converted = (f"converted from opset {given} to {needed}, which {name} needs",) if older else ()
-    notes = (*unused, *converted, *done.notes, *_cache_notes(caches), *_folder_note(companions))
+    notes = (*unused, *converted, *_router_notes(left), *done.notes, *_cache_notes(caches), *_folder_note(companions))
     name += "" if kv_cache is None else f", {kv_cache} cache"
     return _report(source, path, name, plan, proof, clock, tuple(done.reports), tuple(tables), notes)
 
 
 def _layers(
     model: ir.Model, op_types: Sequence[str], exclude: Sequence[str], layers: Mapping[str, str | Scheme | None]
-) -> tuple[list[LinearSite], list[ExpertSite], dict[str, Scheme]]:
-    """The linear layers and the mixtures of experts to quantize, and those with a scheme of their own."""
+) -> tuple[list[LinearSite], list[ExpertSite], dict[str, Scheme], list[str]]:
+    """The linear layers and the mixtures of experts to quantize, those with a scheme of their own, and routers left."""
     experts = expert_sites(model) if "MoE" in op_types else []
     names = [site.node_name for site in experts]
     kinds = tuple(kind for kind in op_types if kind not in ("MoE", "Gather"))
@@ -227,11 +229,14 @@ def _layers(
     excluded = {name for pattern in exclude for name in matching(names, pattern)}
     experts = [site for site in experts if site.node_name not in excluded]
     every: list[LinearSite | ExpertSite] = [*sites, *experts]
-    left, others = layer_schemes(every, layers)
+    wanted, others = layer_schemes(every, layers)
+    linear = [site for site in wanted if isinstance(site, LinearSite)]
+    kept = routers(model, linear) - others.keys()
     return (
-        [site for site in left if isinstance(site, LinearSite)],
-        [site for site in left if isinstance(site, ExpertSite)],
+        [site for site in linear if site.node_name not in kept],
+        [site for site in wanted if isinstance(site, ExpertSite)],
         others,
+        [site.node_name for site in linear if site.node_name in kept],
     )
 
 
@@ -297,6 +302,17 @@ def _rotated(
         TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch,
     ):
         return staged, verify_model(source, staged.path, plan, unrounded=unrounded if narrow else None, example=example)
+
+
+def _router_notes(left: Sequence[str]) -> list[str]:
+    if not left:
+        return []
+    which = (
+        f"the router of experts {left[0]!r}"
+        if len(left) == 1
+        else f"{len(left)} routers of experts, {left[0]!r} first,"
+    )
+    return [f"{which} stayed in floating point: errors there send rows elsewhere; a scheme in layers changes that"]
 
 
 def _cache_notes(caches: Sequence[CacheReport]) -> list[str]:
