@@ -17,10 +17,13 @@ from .sites import LinearSite, constant_root, view_shape
 _VIEWS = ("Cast", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 _SCORES = ("Add", "Clip", "Div", "Exp", "Max", "Min", "Mul", "Neg", "Sigmoid", "Softmax", "Softplus", "Sub", "Tanh")
 _CHOICES = ("Gather", "GatherElements", "ReduceMax", "ReduceSum", "ScatterElements", "TopK", "Where")
+_ONE_OF_THEM = ("Equal", "Gather", "OneHot")
 
 
 def routers(model: ir.Model, sites: Collection[LinearSite]) -> set[str]:
-    """The node names of those of `sites` that choose experts: of MoE, or of matrices that rows pick behind a TopK."""
+    """The node names of those of `sites` that choose experts: of MoE, matrices that rows pick behind a TopK, or layers
+    that take the rows for which they are in its choice.
+    """
     nodes = {site.node: site.node_name for site in sites}
     found: set[str] = set()
     seen: set[ir.Value] = set()
@@ -44,6 +47,8 @@ def _choices(model: ir.Model) -> Iterator[ir.Value]:
             chosen = node.inputs[ROUTER]
         elif node.domain == "" and node.op_type in ("Gather", "GatherND") and _picks_matrices(node):
             chosen = _top(node.inputs[1])
+        elif (node.domain, node.op_type) == ("", "NonZero"):  # which rows are sent to one of the experts
+            chosen = _top(node.inputs[0], (*_VIEWS, *_ONE_OF_THEM))
         else:
             continue
         if chosen is not None:
@@ -55,12 +60,12 @@ def _picks_matrices(node: ir.Node) -> bool:
     return found is not None and len(view_shape(*found)) > 2
 
 
-def _top(indices: ir.Value | None) -> ir.Value | None:
-    """What the TopK chose from whose indices these are, in another shape; None if they are of anything else."""
+def _top(indices: ir.Value | None, between: Collection[str] = _VIEWS) -> ir.Value | None:
+    """What the TopK chose from whose indices these are made by operators `between`; None if there is none."""
     while indices is not None and (node := indices.producer()) is not None and node.domain == "":
         if node.op_type == "TopK":
             return node.inputs[0] if indices is node.outputs[1] else None
-        if node.op_type not in _VIEWS:
+        if node.op_type not in between:
             return None
         indices = node.inputs[0]
     return None
