@@ -312,6 +312,36 @@ def test_a_convolutional_network_is_told_that_it_has_no_linear_layers(tmp_path: 
             quantize(tmp_path / "m.onnx", tmp_path / "q.onnx", data, rotations=rotations)
 
 
+def test_no_transforms_are_made_for_convolutions_that_stay_in_floating_point(tmp_path: Path) -> None:
+    """Discovery finds them a basis; where only products are quantized they would run slower for nothing."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["h"]),
+        helper.make_node("Tanh", ["h"], ["t"]),
+        helper.make_node("Transpose", ["t"], ["c"], perm=[0, 2, 1]),
+        helper.make_node("Conv", ["c", "w"], ["d"], name="conv"),
+        helper.make_node("Transpose", ["d"], ["r"], perm=[0, 2, 1]),
+        helper.make_node("Tanh", ["r"], ["s"]),
+        helper.make_node("MatMul", ["s", "b"], ["y"]),
+    ]
+    rng = np.random.default_rng(0)
+    shapes = {"a": (16, 32), "w": (32, 32, 1), "b": (32, 8)}
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 6, 16])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), n) for n, shape in shapes.items()],
+    )
+    source = tmp_path / "m.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), source)
+    assert discover_model(load(source), rotations=ROTATIONS).summary()["online_ops"] == 3
+    data = [{"x": rng.standard_normal((2, 6, 16)).astype(np.float32)}]
+    plan = quantize(source, tmp_path / "q.onnx", data).plan
+    assert plan is not None
+    assert plan.summary()["online_ops"] == 2
+    assert [(s.name, s.reason) for s in plan.declined] == [("conv", "a convolution stays in floating point")]
+
+
 @pytest.mark.parametrize(
     ("op_type", "attributes", "shape"),
     [("Gemm", {"transA": 1}, [32, 8]), ("MatMul", {}, [32])],

@@ -172,7 +172,9 @@ def quantize(
         check_sites(sites, chosen, others)
         wide = widen_layers(model, sites, tables="Gather" in op_types)
         centred = kv_cache is not None and kv_cache.startswith("int4")  # which works behind RoPE
-        options = PlanOptions.of(wanted, block_size, plain_seed(seed), config, tied=tied, keys=centred)
+        options = PlanOptions.of(
+            wanted, block_size, plain_seed(seed), config, tied=tied, keys=centred, convolutions=False
+        )
         plan = _plan(model, options, matrix_dim) if wanted or centred else None
         if not sites and not experts:
             raise ModelError(

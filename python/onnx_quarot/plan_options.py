@@ -27,6 +27,7 @@ class PlanOptions:
     pairs: tuple[Pair, ...] | None = None
     tied: bool = False
     keys: bool = False
+    convolutions: bool = True
 
     @classmethod
     def of(
@@ -38,10 +39,11 @@ class PlanOptions:
         *,
         tied: bool = False,
         keys: bool = False,
+        convolutions: bool = True,
     ) -> PlanOptions:
         """With ``config`` read. Raises ConfigError if it cannot be."""
         pairs = None if config is None else read_rotation_config(config)
-        return cls(tuple(rotations), block_size, seed, pairs, tied, keys)
+        return cls(tuple(rotations), block_size, seed, pairs, tied, keys, convolutions)
 
     def plan(self, model: ir.Model) -> Plan:
         """The plan for ``model``; errors as :func:`onnx_quarot.discovery.discover_model`."""
@@ -53,6 +55,7 @@ class PlanOptions:
                 block_size=self.block_size,
                 seed=self.seed,
                 keys=self.keys,
+                convolutions=self.convolutions,
             )
         return discover_model(
             model,
@@ -61,6 +64,7 @@ class PlanOptions:
             seed=self.seed,
             tied=self.tied,
             keys=self.keys,
+            convolutions=self.convolutions,
         )
 
     def record(self, model: ir.Model) -> None:

@@ -80,9 +80,17 @@ def plan_from_config(
     block_size: int | None = None,
     seed: int | None = None,
     keys: bool = False,
+    convolutions: bool = True,
 ) -> Plan:
     """R1 exactly as ``pairs`` say; the other rotations as discovered. The result is proven like any other plan."""
-    others = discover_model(model, rotations=set(rotations) - {"R1"}, block_size=block_size, seed=seed, keys=keys)
+    others = discover_model(
+        model,
+        rotations=set(rotations) - {"R1"},
+        block_size=block_size,
+        seed=seed,
+        keys=keys,
+        convolutions=convolutions,
+    )
     return _ConfigPlan(model, others, block_size, seed).build(tuple(pairs))
 
 

@@ -44,6 +44,7 @@ def discover_model(
     seed: int | None = None,
     tied: bool = False,
     keys: bool = False,
+    convolutions: bool = True,
 ) -> Plan:
     """Decide what is rotated in ``model`` and how. The model is brought into a form that can be rotated (see
     :mod:`prepare`), which does not change its function.
@@ -54,6 +55,7 @@ def discover_model(
     the order of the graph; None for plain Hadamard matrices. tied: an embedding table that is also a linear layer's
     weight stays one matrix, at the price of one or two online transforms (see :mod:`tied`). keys: take RoPE, and norms
     in front of it, out of attention even where R3 is not asked for, for a cache that needs keys as they are compared.
+    convolutions: they are worth a transform too; False where they stay in floating point anyway.
 
     Raises ModelError when the model holds no linear layer, ConfigError for an unknown rotation or an impossible size.
     """
@@ -79,13 +81,13 @@ def discover_model(
             "the model has no linear layer (MatMul or Gemm with a constant matrix): nothing to rotate"
             f"{why_no_layers(model)}"
         )
-    labels, heads = _labels(typing, wanted, tied)
+    labels, heads = _labels(typing, wanted, tied, convolutions)
     if torn := labels.torn():
         typing = _typed(model, torn)
-        labels, heads = _labels(typing, wanted, tied)
+        labels, heads = _labels(typing, wanted, tied, convolutions)
     if not agree(typing, labels, heads):
         typing = _typed(model, torn)
-        labels, heads = _labels(typing, wanted, tied, apart=True)
+        labels, heads = _labels(typing, wanted, tied, convolutions, apart=True)
     builder = Builder(model, typing, labels, block_size, seed)
     if quantized:
         builder.note(
@@ -110,10 +112,12 @@ def _typed(model: ir.Model, apart: frozenset[Slot] = frozenset()) -> Typing:
     return typing
 
 
-def _labels(typing: Typing, wanted: frozenset[str], tied: bool, apart: bool = False) -> tuple[Labels, list[TiedHead]]:
+def _labels(
+    typing: Typing, wanted: frozenset[str], tied: bool, convolutions: bool, *, apart: bool = False
+) -> tuple[Labels, list[TiedHead]]:
     heads = tied_heads(typing) if tied else []
     (keep_basis if apart else share_basis)(typing, heads)
-    return Labels(typing, wanted), heads
+    return Labels(typing, wanted, convolutions), heads
 
 
 def fingerprint(model: ir.Model) -> str:

@@ -11,6 +11,7 @@ from onnx_quarot.discovery.basis import Segment
 from onnx_quarot.discovery.constants import constant
 from onnx_quarot.discovery.folds import Folds
 from onnx_quarot.discovery.labels import Labels
+from onnx_quarot.discovery.rules.readers import is_convolution
 from onnx_quarot.discovery.typing import Def, Expansion, Out, Port, Read, Slot, Typing, Use
 from onnx_quarot.plan import AxisChange, NewBias, Online, Placement, Plan, Rebase, Site, State
 from onnx_quarot.transform import Rotation, largest_block
@@ -203,7 +204,7 @@ class Builder:
         weight = constant(node.inputs[slot.weight])
         assert weight is not None
         rank = len(weight.shape)
-        convolves = node.op_type in ("Conv", "FusedConv")
+        convolves = is_convolution(node)
         columns = 0 if convolves or slot.axis == rank - 1 else rank - 1
         if slot.axis == rank - 1 and rank > 2 and not convolves:
             columns = rank - 2

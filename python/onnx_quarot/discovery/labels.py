@@ -18,7 +18,7 @@ from networkx.algorithms.flow import preflow_push
 from onnx_quarot.discovery.basis import DisjointSets, Segment
 from onnx_quarot.discovery.centre import Centring
 from onnx_quarot.discovery.constants import constant
-from onnx_quarot.discovery.rules.readers import is_matmul
+from onnx_quarot.discovery.rules.readers import is_convolution, is_matmul
 from onnx_quarot.discovery.typing import Def, Out, Port, Slot, Typing, Use
 
 Variable = tuple[Port, int, Segment]
@@ -32,8 +32,9 @@ _MIN_ONLINE = 16  # one of fewer spreads too little for a transform, which takes
 class Labels:
     """The decision: :meth:`rotated` for every port, axis and leaf; :meth:`why` for what was declined."""
 
-    def __init__(self, typing: Typing, rotations: frozenset[str]) -> None:
+    def __init__(self, typing: Typing, rotations: frozenset[str], convolutions: bool = True) -> None:
         self.typing = typing
+        self._convolutions = convolutions
         self._sets = DisjointSets()
         self._leaves: dict[tuple[ir.Value, int], list[Segment]] = {}
         self._reasons: dict[object, str] = {}
@@ -77,8 +78,14 @@ class Labels:
     def kind(self, leaf: Segment) -> str:
         return self.kind_of.get(leaf, "R4")
 
+    def gains(self, node: ir.Node) -> bool:
+        """Whether a linear layer is worth a transform."""
+        return self._convolutions or not is_convolution(node)
+
     def why(self, port: Port, axis: int) -> str:
         """Why this axis was left alone."""
+        if isinstance(port, Use) and not self.gains(port.node):
+            return "a convolution stays in floating point"
         leaves = self.leaves(port.value, axis)
         for leaf in leaves:
             if (kind := self.kind(leaf)) not in self._enabled:
@@ -234,6 +241,8 @@ class Labels:
         for root in self._reasons:
             add(node(self._sets.find(root)), "sink", None)
         for read in self.typing.reads:
+            if not self.gains(read.slot.node):
+                continue
             for leaf, variable in self._of(read.port, read.axis).items():
                 add("source", node(self._sets.find(variable)), _REWARD if _pays(leaf.length) else _TOKEN)
         for slot in self.typing.apart:

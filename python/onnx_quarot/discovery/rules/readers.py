@@ -15,6 +15,7 @@ _KEEPS = frozenset(
     ("Identity", "Cast", "Dropout", "Expand", "Flatten", "Reshape", "Slice", "Squeeze", "Tile", "Unsqueeze")
 )
 _LINEAR = {("", "MatMul"), ("", "Gemm"), (MICROSOFT, "FusedMatMul"), (MICROSOFT, "FusedGemm")}
+_CONVOLUTIONS = {("", "Conv"), (MICROSOFT, "FusedConv")}
 
 
 def linear_slot(node: ir.Node, index: int = 0) -> Slot | None:
@@ -42,6 +43,11 @@ def linear_slot(node: ir.Node, index: int = 0) -> Slot | None:
 def is_matmul(node: ir.Node) -> bool:
     """One matrix product and nothing else inside, at least in front of it."""
     return (node.domain, node.op_type) in _LINEAR
+
+
+def is_convolution(node: ir.Node) -> bool:
+    """A convolution, with or without an activation behind it."""
+    return (node.domain, node.op_type) in _CONVOLUTIONS
 
 
 def is_linear(node: ir.Node) -> bool:
