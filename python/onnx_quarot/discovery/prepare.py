@@ -17,6 +17,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx_quarot.discovery.batch_norm import fold_batch_norms
 from onnx_quarot.discovery.branches import resolve_branches
 from onnx_quarot.discovery.constants import Constant, constant, read_once, root_tensor, tensor_shape, uniform
+from onnx_quarot.discovery.pieces import cut_weights
 from onnx_quarot.discovery.rope import unfuse_rope
 from onnx_quarot.discovery.rules.readers import absorb, has_bias, slots
 from onnx_quarot.discovery.rules.registry import MICROSOFT
@@ -50,9 +51,13 @@ def prepare(model: ir.Model, *, keys: bool = False) -> None:
 
 
 def simplify(model: ir.Model) -> bool:
-    """Only the branches and the constants: also what is not rotated is quantized in this form. Whether it changed."""
+    """Only the branches and the constants, cut and computed: also what is not rotated is quantized in this form.
+
+    Returns whether the graph changed.
+    """
     before = list(model.graph)
     resolve_branches(model)
+    cut_weights(model)
     fold_batch_norms(model)
     for node in list(model.graph):
         _fold(model, node)
