@@ -36,7 +36,7 @@ for source in itertools.cycle(sources):
 def save_in_two_files(source: Path, target: Path) -> None:
     """Save as models above 64 MB are: a file and its data."""
     with mock.patch.object(saving, "_SINGLE_FILE_BYTES", 0), saving.workspace(target) as folder:
-        saving.stage(load(source), target, folder).publish()
+        saving.stage(load(source), target, folder).publish(source)
 
 
 def fingerprint(path: Path) -> str:

@@ -195,6 +195,9 @@ def test_failures_are_one_line_and_code_1(model: Path, data: Path, tmp_path: Pat
     assert_fails(run("discover", tmp_path / "no.onnx"), 1, r"no\.onnx")
     assert_fails(run("discover", text), 1, r"not\.onnx")
     assert_fails(run("rotate", model, model), 1, "input")
+    for option in ("--html", "--write-config"):
+        assert_fails(run("discover", model, option, model), 1, "is to be read as well")
+    assert_fails(run("evaluate", model, model, "--data", data, "--html", data), 1, "is to be read as well")
     assert_fails(run("rotate", model, out, "--rotations", "none"), 1, "at least one")
     assert_fails(run("quantize", model, out, "--calibration", other), 1, "pixels|input_ids")
     assert_fails(run("quantize", model, out, "--calibration", data, "--scheme", "a3w3"), 1, "a3w3")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
+import onnx_quarot as oq
 import small_llama
 from onnx_quarot import save as saving
 from onnx_quarot.errors import ModelError, SaveError
@@ -25,7 +27,7 @@ def large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def store(source: Path, target: Path) -> None:
     with workspace(target) as folder:
-        stage(load(source), target, folder).publish()
+        stage(load(source), target, folder).publish(source)
 
 
 def weights(path: Path) -> dict[str, np.ndarray]:
@@ -95,7 +97,37 @@ def test_impossible_outputs_are_refused_before_any_work(tmp_path: Path) -> None:
     ):
         with pytest.raises(SaveError, match=rule):
             check_output(source, target)
-    assert check_output(source, tmp_path / "b.onnx") == tmp_path / "b.onnx"
+    data = tmp_path / "data.npz"
+    data.touch()
+    with pytest.raises(SaveError, match="is to be read as well"):
+        check_output(source, tmp_path / "folder" / ".." / "data.npz", None, "a text", str(data))
+    assert check_output(source, tmp_path / "b.onnx", data, "x" * 9999) == tmp_path / "b.onnx"
+
+
+@pytest.mark.usefixtures("large")
+def test_a_renamed_or_copied_source_keeps_its_weights(tmp_path: Path) -> None:
+    store(small_llama.save(tmp_path / "a.onnx"), tmp_path / "b.onnx")
+    (tmp_path / "b.onnx").rename(tmp_path / "renamed.onnx")  # its data is b.onnx.data
+    expected = weights(tmp_path / "renamed.onnx")
+    for _ in range(2):
+        store(tmp_path / "renamed.onnx", tmp_path / "b.onnx")
+    assert len(list(tmp_path.glob("b.onnx*.data"))) == 2
+    shutil.copy(tmp_path / "b.onnx", tmp_path / "copied.onnx")
+    store(tmp_path / "copied.onnx", tmp_path / "b.onnx")
+    for name in ("renamed.onnx", "copied.onnx", "b.onnx"):
+        assert all(np.array_equal(array, expected[n]) for n, array in weights(tmp_path / name).items())
+
+
+def test_weights_of_the_source_are_no_target(tmp_path: Path) -> None:
+    config = small_llama.Config()
+    source = small_llama.save(tmp_path / "a.onnx", config, external=True)
+    before = (tmp_path / "a.onnx.data").read_bytes()
+    data = [small_llama.decoder_feeds(config, np.random.default_rng(0))]
+    with pytest.raises(SaveError, match="holds weights of the input model"):
+        oq.rotate(source, tmp_path / "a.onnx.data")
+    with pytest.raises(SaveError, match="holds weights of the input model"):
+        oq.quantize(source, tmp_path / "a.onnx.data", data)
+    assert (tmp_path / "a.onnx.data").read_bytes() == before
 
 
 @pytest.mark.parametrize("inline", [True, False], ids=["one file", "external data"])

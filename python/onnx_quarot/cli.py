@@ -16,6 +16,7 @@ import click
 from . import __version__
 from .console import (
     OneLineErrors,
+    apart,
     common,
     new_file,
     progress,
@@ -83,6 +84,8 @@ def discover(
     from .plan import DEFAULT_ROTATIONS
     from .report import plan_table
 
+    for written in (write_config, html):
+        apart(written, model, config)
     wanted = DEFAULT_ROTATIONS if rotations is None else rotations
     plan = pipeline.discover(model, rotations=wanted, block_size=block_size, seed=seed, config=config)
     if write_config is not None:
@@ -291,6 +294,7 @@ def evaluate(
     from .evaluation import evaluate as run
     from .info import metrics_table
 
+    apart(html, reference, candidate, data)
     metrics = run(
         reference,
         candidate,

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from .cut_files import refuse_cut_files, survive_cut_files
-from .errors import OnnxQuarotError, SaveError
+from .errors import ConfigError, OnnxQuarotError, SaveError
 from .interrupt import EXIT_CODE, prompt_interrupts
 from .progress import Progress, terminal_progress
 
@@ -166,6 +166,13 @@ def rotation_options(function: F) -> F:
         callback=parse_rotations,
         help="Which kinds may be used: some of R1,R2,R3,R4, or none. [default: R1,R2,R4, and R3 with a 4-bit cache]",
     )(function)
+
+
+def apart(written: Path | None, *read: Path | None) -> None:
+    """ConfigError if a file to be written is one that is read."""
+    for path in read:
+        if written is not None and path is not None and written.exists() and path.exists() and written.samefile(path):
+            raise ConfigError(f"output: {str(written)!r} is to be read as well; give another path")
 
 
 def text_options(function: F) -> F:

@@ -30,7 +30,7 @@ from onnx_quarot.replay import Replay
 from onnx_quarot.report import Report, Stopwatch
 from onnx_quarot.rewrite import rotate_model
 from onnx_quarot.routers import routers
-from onnx_quarot.save import Staged, check_output, stage, workspace
+from onnx_quarot.save import Staged, check_apart, check_output, stage, workspace
 from onnx_quarot.scheme import Scheme, parse_scheme
 from onnx_quarot.seed_search import plain_seed, searches_seeds
 from onnx_quarot.segments import runs_wide
@@ -85,9 +85,10 @@ def rotate(
 
     Raises ModelError, ConfigError, VerificationError (nothing is written) or SaveError.
     """
-    path, clock = check_output(source, target), Stopwatch()
+    path, clock = check_output(source, target, config), Stopwatch()
     with clock.step("discover"), blamed_on(source):
         model, options = load(source), None
+        check_apart(model, path)
         if plan is None:
             options = PlanOptions.of(rotations, block_size, plain_seed(seed), config)
             plan = _plan(model, options)
@@ -95,7 +96,7 @@ def rotate(
         show = progress or NullProgress()
         staged, proof = _rotated(model, Path(source), path, folder, plan, options, clock, verify, show)
         with clock.step("save"):
-            staged.publish()
+            staged.publish(Path(source))
             companions = complete_folder(Path(source), path)
     return _report(source, path, None, plan, proof, clock, notes=_folder_note(companions))
 
@@ -157,12 +158,14 @@ def quantize(
 
     Raises ModelError, DataError, ConfigError, VerificationError or SaveError; then nothing is written.
     """
-    path, clock, show = check_output(source, target), Stopwatch(), progress or NullProgress()
+    path = check_output(source, target, calibration, tokenizer, config)
+    clock, show = Stopwatch(), progress or NullProgress()
     chosen = parse_scheme(scheme).with_method(method).with_options(block=block, weights=weights, normalize=normalize)
     check_cache(kv_cache)
     wanted, fitted, unused = _wanted(rotations, kv_cache)
     with clock.step("discover"):
         model = load(source)
+        check_apart(model, path)
         given, needed = model.opset_imports.get("", 0), needed_opset(chosen, layers or {}, mixed)
         older = given < needed
         model = at_opset(model, needed)
@@ -211,7 +214,7 @@ def quantize(
                 tables = quantize_tables(model, skip=[weight.scales for weight in done.shared])
                 read_apart(model, done.shared)
         with clock.step("save"), show.task("writing", None):
-            stage(model, path, folder).publish()
+            stage(model, path, folder).publish(Path(source))
             companions = complete_folder(Path(source), path)
     name = chosen.name + (" mixed" if mixed else "")
     converted = (f"converted from opset {given} to {needed}, which {name} needs",) if older else ()

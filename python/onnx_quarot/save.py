@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from onnx_quarot.cut_files import refuse_cut_files
 from onnx_quarot.errors import ModelError, OnnxQuarotError, SaveError
+from onnx_quarot.load import external_files
 from onnx_quarot.partial import announce, claim, release, remove_abandoned, retract
 
 _INLINE_BYTES = 1024  # constants up to this size stay in the .onnx file
@@ -24,18 +25,32 @@ _ALIGNED_BYTES = 1 << 19
 _IN_FLIGHT_BYTES = 256 << 20  # of tensors that are computed or written; a larger one goes alone
 
 
-def check_output(source: str | Path, target: str | Path) -> Path:
-    """The target's path if it can be written: not the source, its folder there, not a folder itself."""
+def check_output(source: str | Path, target: str | Path, *others: object) -> Path:
+    """The target's path if it can be written: not the source, nor one of the paths among ``others``, which are read as
+    well; its folder there, not a folder itself.
+    """
     target = Path(target)
     if target.is_dir():
         raise SaveError(f"output: {str(target)!r} is a folder; give the path of an .onnx file")
     if target.exists() and Path(source).exists() and target.samefile(source):
         raise SaveError(f"output: {str(target)!r} is the input model; give another path")
+    if any(isinstance(other, str | os.PathLike) and _same(target, other) for other in others):
+        raise SaveError(f"output: {str(target)!r} is to be read as well; give another path")
     if not target.parent.is_dir():
         raise SaveError(f"output: the folder {str(target.parent)!r} does not exist")
     if not os.access(target.parent, os.W_OK):
         raise SaveError(f"output: the folder {str(target.parent)!r} is not writable")
     return target
+
+
+def check_apart(model: ir.Model, target: Path) -> None:
+    """SaveError if the target is a file that holds weights of the model that is read."""
+    if any(_same(target, file) for file in external_files(model)):
+        raise SaveError(f"output: {str(target)!r} holds weights of the input model; give another path")
+
+
+def _same(path: Path, other: str | os.PathLike[str]) -> bool:
+    return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)
 
 
 @contextmanager
@@ -137,11 +152,14 @@ class Staged:
     target: Path
     data_name: str
 
-    def publish(self) -> None:
-        """Move it over the target. The rename of the .onnx file is the moment of change."""
+    def publish(self, source: Path) -> None:
+        """Move it over the target. The rename of the .onnx file is the moment of change.
+
+        External data of the model that was there goes, unless ``source`` reads it too.
+        """
         refuse_cut_files()
         folder, place = self.path.parent, self.target.parent
-        stale = _data_files(self.target)
+        stale = _data_files(self.target, source)
         _sync(folder)
         data = folder / self.data_name
         try:
@@ -178,10 +196,24 @@ def _candidate_names(target: Path) -> Iterator[str]:
         number += 1
 
 
-def _data_files(target: Path) -> list[Path]:
-    """External data of the model that is about to be replaced: only files named after it."""
+def _data_files(target: Path, source: Path) -> list[Path]:
+    """External data of the model that is about to be replaced: only files named after it, which it reads and the source
+    does not. A model that was renamed still reads data of its old name.
+    """
     pattern = re.compile(re.escape(target.name) + r"(\.\d+)?\.data")
-    return [p for p in target.parent.iterdir() if pattern.fullmatch(p.name)] if target.exists() else []
+    named = [p for p in target.parent.iterdir() if pattern.fullmatch(p.name)] if target.exists() else []
+    if not named:
+        return []
+    read, kept = _files_of(target), _files_of(source)
+    return [p for p in named if p.resolve() in read - kept]
+
+
+def _files_of(path: Path) -> set[Path]:
+    """The files of external data that a model names; none for what is no model."""
+    try:
+        return {file.resolve() for file in external_files(ir.load(path))}
+    except Exception:  # protobuf and onnx_ir raise many kinds
+        return set()
 
 
 def _sync(folder: Path) -> None:

@@ -82,7 +82,7 @@ def searches_seeds(quantize: Callable[P, Report]) -> Callable[P, Report]:
         source, target, show = Path(options["source"]), options["target"], options["progress"] or NullProgress()
         if options["rotations"] is not None and not tuple(options["rotations"]):
             raise ConfigError(f"seed: {options['seed']!r} needs rotations, there are none")
-        path = check_output(source, target)
+        path = check_output(source, target, *(options[name] for name in ("calibration", "tokenizer", "config")))
         batches = list(
             as_batches(
                 options["calibration"],
