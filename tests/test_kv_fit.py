@@ -84,6 +84,15 @@ def test_scores_see_the_window_and_the_past() -> None:
     assert np.flatnonzero(weights[:, 0]).tolist() == [6, 7, 8]  # the first query, at position 8; the others are skipped
 
 
+def test_queries_whose_keys_a_window_has_dropped_say_nothing() -> None:
+    rng = np.random.default_rng(2)
+    query, key, value = rng.standard_normal((32, 8)), rng.standard_normal((6, 1, 8)), rng.standard_normal((6, 1, 8))
+    found = row_weights(query, key, value, Scores(1, 1, window=6))
+    for dropped, left in zip(found, row_weights(query[-6:], key, value, Scores(1, 1, window=6)), strict=True):
+        np.testing.assert_array_equal(dropped, left)
+    assert np.isfinite(found[0]).all()
+
+
 def test_a_sample_keeps_what_weighs_and_estimates_the_rest() -> None:
     rng = np.random.default_rng(3)
     sample = WeightedSample(1, 4)

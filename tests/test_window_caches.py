@@ -12,6 +12,7 @@ import pytest
 import onnx_quarot as oq
 from exports import runnable
 from onnx_quarot.data import as_batches, input_specs
+from onnx_quarot.errors import ConfigError
 from onnx_quarot.verify import random_feeds
 
 WINDOW = 16
@@ -66,3 +67,21 @@ def test_such_a_model_is_quantized_evaluated_and_decoded(path: Path, tmp_path: P
     assert metrics.kl_divergence is not None
     assert metrics.kl_divergence < 0.01
     assert metrics.candidate.decode_tokens_per_second is not None
+
+
+@pytest.mark.parametrize("kv_cache", ["int8", "int8-tensor"])
+def test_prompts_that_are_longer_than_the_window_fit_integers(path: Path, tmp_path: Path, kv_cache: str) -> None:
+    rows = next(spec.rows for spec in input_specs(path) if spec.name == "input_ids")
+    assert rows is not None
+    options = {"scheme": "a16w8", "kv_cache": kv_cache, "rotations": ("R1", "R2", "R3")}
+    oq.quantize(path, tmp_path / "q.onnx", text(1000), tokenizer=tokenizer(rows), window=30, **options)
+    metrics = oq.evaluate(path, tmp_path / "q.onnx", text(400), tokenizer=tokenizer(rows), window=30)
+    assert metrics.kl_divergence is not None
+    assert metrics.kl_divergence < 0.01
+
+
+def test_four_bits_in_a_window_need_heads_of_32(path: Path, tmp_path: Path) -> None:
+    rows = next(spec.rows for spec in input_specs(path) if spec.name == "input_ids")
+    assert rows is not None
+    with pytest.raises(ConfigError, match=r"layers\.0.*heads of 16 features.*window 4 bits need a multiple of 32"):
+        oq.quantize(path, tmp_path / "q.onnx", text(300), tokenizer=tokenizer(rows), window=30, kv_cache="int4")

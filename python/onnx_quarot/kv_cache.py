@@ -112,7 +112,7 @@ def plan_cache(
 
     model_path: the same model as a file, in float, to be run on `data`. fitted: which of values (R2) and keys (R3) may
     change basis. Raises ConfigError for a model without GroupQueryAttention whose caches are inputs and outputs, or one
-    with an odd head size at 4 bits, DataError for values that are not finite.
+    with a head size that 4 bits do not take, DataError for values that are not finite.
     """
     check_cache(kv_cache)
     bits, per_channel = (8 if kv_cache.startswith("int8") else 4), not kv_cache.endswith("-tensor")
@@ -126,8 +126,11 @@ def plan_cache(
         readers |= dict.fromkeys(found, str(cache.node.name))
     observe(model_path, sinks, data, progress=progress, task="calibrating the cache", readers=readers)
     sizes = {node: m.size for node, m in measured.items()}
-    if bits == 4 and (odd := next((node for node, size in sizes.items() if size % 2), None)) is not None:
-        raise ConfigError(f"kv_cache: {odd.name!r} has heads of {sizes[odd]} features; 4 bits need an even number")
+    for node, size in sizes.items() if bits == 4 else ():
+        of_window = node.attributes.get_int("sliding_window_cache", 0) != 0
+        if size % (32 if of_window else 2):
+            rule = "in a cache of a window 4 bits need a multiple of 32" if of_window else "4 bits need an even number"
+            raise ConfigError(f"kv_cache: {node.name!r} has heads of {size} features; {rule}")
     return CachePlan(kv_cache, tuple((c, measured[c.node].fits(), sizes[c.node]) for c in caches))
 
 

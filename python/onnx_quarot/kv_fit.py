@@ -51,11 +51,13 @@ def row_weights(query: Array, key: Array, value: Array, scores: Scores) -> tuple
     moments of the queries, which weigh as much as what they find, [kv_heads, size, size].
 
     query: [tokens, heads * size]; key and value: [tokens (with the past's), kv_heads, size]. An error e of a value
-    moves the output by p e, where p is its attention; one of a score by about p |value - output| e.
+    moves the output by p e, where p is its attention; one of a score by about p |value - output| e. Queries in front of
+    the first key, which a cache of a window has dropped, say nothing about those that are left.
     """
     total, kv_heads, size = key.shape
-    queries = query.reshape(len(query), scores.heads, size)[::_QUERY_STEP]
-    positions = np.arange(total - len(query), total)[::_QUERY_STEP, None]
+    first = max(0, len(query) - total)
+    queries = query.reshape(len(query), scores.heads, size)[first::_QUERY_STEP]
+    positions = np.arange(total - len(query) + first, total)[::_QUERY_STEP, None]
     behind = positions - np.arange(total)[None, :]
     hidden = (behind < 0) | (behind >= scores.window if scores.window >= 0 else False)
     of_keys, of_values = np.zeros((total, kv_heads)), np.zeros((total, kv_heads))
