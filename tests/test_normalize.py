@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 import command_line
 import onnx_quarot as oq
 from onnx_quarot.errors import ConfigError
+from onnx_quarot.layers import compare_layers
 from onnx_quarot.normalize import EitherWay
 from onnx_quarot.observers import Range, TokenMSE
 from onnx_quarot.sensitivity import measure_sensitivity
@@ -268,6 +269,17 @@ def test_layers_are_measured_with_what_is_around_them(tmp_path: Path) -> None:
     found = measure_sensitivity(source, tmp_path / "q.onnx", {"x": rows(seed=7)})
     assert {layer.name for layer in found.layers} == {"first", "second"}
     assert 0.0 < max(layer.error for layer in found.layers) < 1e-3
+
+
+@pytest.mark.parametrize("scheme", ["a8w8", "a8w8-dynamic-tensor"])
+@pytest.mark.parametrize("kind", ["MatMul", "Gemm"])
+def test_layers_are_compared_with_what_is_behind_them(tmp_path: Path, scheme: str, kind: str) -> None:
+    source, data = save(tmp_path / "m.onnx", kind), {"x": fed(kind, rows())}
+    oq.quantize(source, tmp_path / "q.onnx", [data], scheme=scheme, rotations=())
+    assert any("times_length" in name for name in names_of(tmp_path / "q.onnx"))
+    (layer,) = compare_layers(source, tmp_path / "q.onnx", (data, data))
+    assert layer.output_sqnr is not None
+    assert layer.output_sqnr > 35
 
 
 def test_the_command_line_can_do_without(tmp_path: Path) -> None:

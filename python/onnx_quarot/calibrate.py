@@ -23,7 +23,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 import onnxruntime as ort
 
-from . import runtime_faults
+from . import _core, runtime_faults
 from .errors import DataError, ModelError, first_line
 from .load import to_plain_form
 from .observers import Sink
@@ -147,6 +147,8 @@ def open_model(model: ir.Model, folder: Path, stack: ExitStack, threads: int | N
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.disable_prepacking", "1")
+    if not _core.has_vnni():  # values of a quantized model are those of exact sums, as in `custom_op.session`
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     _register_custom_ops(model, options)

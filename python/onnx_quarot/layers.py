@@ -114,13 +114,15 @@ def compare_layers(
 
 def _pairs(sites: Sequence[LinearSite], candidate: ir.Model) -> Any:
     nodes, apart = {str(node.name): node for node in candidate.graph}, fitted(candidate)
-    parts = {value.name: value for node in candidate.graph if node.op_type == OP_TYPE for value in node.outputs}
+    made = {value.name: value for node in candidate.graph for value in node.outputs}
     for site in sites:
-        product = parts.get(site.node.outputs[0].name)
-        node = nodes.get(site.node_name) if product is None else product.producer()
+        # Behind a product may come what belongs to the layer, rows' lengths and a bias: the last takes over its name.
+        leaving = made.get(site.node.outputs[0].name)
+        part = leaving.producer() if leaving is not None else None
+        node = part if part is not None and part.op_type == OP_TYPE else nodes.get(site.node_name)
         if node is None or node.inputs[0] is None:
             continue
-        leaving = node.outputs[0] if product is None else product
+        leaving = node.outputs[0] if leaving is None else leaving
         entering, dequantized = node.inputs[0], None
         dequantize = entering.producer()
         if dequantize is not None and dequantize.op_type == "DequantizeLinear":
