@@ -11,7 +11,7 @@ import pytest
 
 import onnx_quarot as oq
 import small_llama
-from onnx_quarot.errors import ConfigError
+from onnx_quarot.errors import ConfigError, DataError
 from onnx_quarot.seed_search import SeedSearch, plain_seed, search_count
 from small_llama import Config
 
@@ -48,6 +48,11 @@ def test_other_texts_and_other_places_are_refused(tmp_path: Path) -> None:
         oq.quantize(source, tmp_path / "q.onnx", batches, seed="search:2", rotations=())
     with pytest.raises(ConfigError, match="calibration data"):
         oq.rotate(source, tmp_path / "q.onnx", seed="search:2")
+    with pytest.raises(ConfigError, match="seed: is -1; give a number of at least 0"):
+        oq.rotate(source, tmp_path / "q.onnx", seed=-1)
+    filled = [small_llama.decoder_feeds(CONFIG, np.random.default_rng(0), past=3)]
+    with pytest.raises(DataError, match=r"fills the cache 'past_key_values\.0\.key'"):
+        oq.quantize(source, tmp_path / "q.onnx", filled, seed="search:2", kv_cache="int8")
     assert os.listdir(tmp_path) == ["m.onnx"]
 
 

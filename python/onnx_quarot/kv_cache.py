@@ -340,6 +340,11 @@ class _Sample:
         return fit_rows(columns, spec)[0]
 
 
+def past_names(model: ir.Model) -> list[str]:
+    """The inputs of the graph that are caches, in float; ConfigError as :func:`plan_cache`."""
+    return [str(value.name) for cache in _caches(model) for value in cache.past]
+
+
 def _caches(model: ir.Model) -> list[_Cache]:
     found = []
     for node in model.graph:

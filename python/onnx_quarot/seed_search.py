@@ -16,8 +16,9 @@ from statistics import median
 from typing import Any, ParamSpec
 
 from onnx_quarot.data import as_batches, input_specs
-from onnx_quarot.errors import ConfigError
+from onnx_quarot.errors import ConfigError, DataError
 from onnx_quarot.evaluation import Metrics, evaluate
+from onnx_quarot.kv_cache import past_names
 from onnx_quarot.load import load
 from onnx_quarot.progress import NullProgress
 from onnx_quarot.report import Report
@@ -59,6 +60,8 @@ def plain_seed(seed: int | str | None) -> int | None:
     """The seed, where there is no data to search with. Raises ConfigError for ``"search:K"``."""
     if search_count(seed) is not None:
         raise ConfigError(f"seed: {seed!r} is judged on calibration data; only quantize has any")
+    if seed is not None and int(seed) < 0:
+        raise ConfigError(f"seed: is {seed}; give a number of at least 0")
     return int(seed) if seed is not None else None
 
 
@@ -83,15 +86,23 @@ def searches_seeds(quantize: Callable[P, Report]) -> Callable[P, Report]:
         if options["rotations"] is not None and not tuple(options["rotations"]):
             raise ConfigError(f"seed: {options['seed']!r} needs rotations, there are none")
         path = check_output(source, target, *(options[name] for name in ("calibration", "tokenizer", "config")))
+        model = load(source)
         batches = list(
             as_batches(
                 options["calibration"],
-                input_specs(load(source)),
+                input_specs(model),
                 tokenizer=options["tokenizer"],
                 window=options["window"],
                 limit=options["windows"],
             )
         )
+        if options["kv_cache"] is not None:
+            filled = next((n for n in past_names(model) if any(batch[n].any() for batch in batches)), None)
+            if filled is not None:
+                raise DataError(
+                    f"seed: {options['seed']!r} compares models on the calibration data, which fills the cache "
+                    f"{filled!r}; one of integers can only be compared from empty on"
+                )
         options.update(calibration=batches, tokenizer=None, windows=None)
 
         def run(seed: int, place: str | Path, **changes: Any) -> Report:
