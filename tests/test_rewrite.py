@@ -199,3 +199,12 @@ def test_change_basis_is_a_matrix_product(axis: int) -> None:
 def test_large_weights_go_through_in_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onnx_quarot.rewrite._SLICE_ELEMENTS", 100)
     assert rotated(tmp_path, Config(), seed=1).worst < 2e-5
+
+
+def test_constants_are_let_go_of(tmp_path: Path) -> None:
+    """Each maps the whole file: hundreds of norms and biases would take the address space of as many models."""
+    model = load(small_llama.save(tmp_path / "m.onnx", small_llama.Config(layers=4), external=True))
+    tensors = [t for v in model.graph.initializers.values() if isinstance(t := v.const_value, ir.ExternalTensor)]
+    rotate_model(model, discover_model(model, rotations=("R1", "R2", "R4")))
+    assert len(tensors) > 20
+    assert [t.name for t in tensors if t.raw is not None] == []

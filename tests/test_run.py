@@ -111,6 +111,16 @@ def test_errors_cross_the_process_as_what_they_are(model: Path, tmp_path: Path) 
         )
 
 
+def test_errors_of_the_system_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(**_: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr("onnx_quarot.pipeline.quantize", full)
+    monkeypatch.setattr("sys.argv", ["job", json.dumps({"quiet": True, "keywords": {}})])
+    job.main()
+    assert json.loads(capsys.readouterr().out)["error"][1].endswith("Cannot allocate memory")
+
+
 def lines(result: run.DemoResult, width: int) -> list[str]:
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(result.table())

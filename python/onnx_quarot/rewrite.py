@@ -174,7 +174,7 @@ class _Folded:
         scales = [*(job.scales for job in plan.rebases), *(new.scales for new in plan.biases)]
         vectors = [source for pairs in scales for _, source in pairs]
         for source in [*vectors, *(a.vector for a in additions)]:
-            self.factors[source] = _view(nodes, source).numpy().astype(np.float64).ravel()
+            self.factors[source] = _view(nodes, source).float64().ravel()
         for source in (a.matrix for a in additions):
             view = _view(nodes, source)
             self._matrices[source] = (root_tensor(view.root), view.permutation)

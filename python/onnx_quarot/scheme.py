@@ -111,7 +111,9 @@ class Scheme:
             raise ConfigError(f"weights: {self.weights!r} is not supported; use one of {', '.join(WEIGHT_METHODS)}")
         if self.block is not None:
             if self.form in ("qdq", "dynamic") or (self.form == "fused" and self.weight.per_channel):
-                raise ConfigError(f"block: {self.name} has one scale a channel; a block size is for *-block and a4w4")
+                raise ConfigError(
+                    f"block: {self.name} has one scale a channel; a block size is for a8w8-block, a4w4 and a8w4-*"
+                )
             if self.block < 16 or self.block & (self.block - 1):
                 raise ConfigError(f"block: {self.block} is not supported; use a power of two of at least 16")
         if self.form == "token" and (self.activation.bits, self.weight.bits) != (4, 4):

@@ -61,6 +61,8 @@ def main() -> None:
             report = pipeline.quantize(**asked["keywords"], progress=progress)
     except OnnxQuarotError as error:
         print(json.dumps({"error": [type(error).__name__, str(error)]}))
+    except (OSError, MemoryError) as error:
+        print(json.dumps({"error": [OnnxQuarotError.__name__, errors.first_line(error)]}))
     except KeyboardInterrupt:
         sys.exit(130)
     else:

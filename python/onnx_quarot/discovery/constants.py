@@ -9,6 +9,8 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
 import onnx_ir as ir
 
+from onnx_quarot.load import unmap
+
 _VIEWS = frozenset({"Identity", "Transpose", "Cast"})
 _SMALL = 1 << 16  # scalars, norm scales and biases are read while deciding; weights are not
 
@@ -40,7 +42,13 @@ class Constant:
 
     def small(self) -> np.ndarray[Any, Any] | None:
         """The values in float64 if there are few enough to look at, else None."""
-        return self.numpy().astype(np.float64) if self.size <= _SMALL else None
+        return self.float64() if self.size <= _SMALL else None
+
+    def float64(self) -> np.ndarray[Any, Any]:
+        """A copy. The file is let go of: every tensor maps the whole of it, and address space can be limited."""
+        array = self.numpy().astype(np.float64)
+        unmap(root_tensor(self.root))
+        return array
 
 
 def root_tensor(root: ir.Value) -> ir.TensorProtocol:
