@@ -20,6 +20,7 @@ SLICES = [
     node("Slice", "b zero one axis", "bq"),
     node("Slice", "b one two axis", "bk"),
 ]
+STACKED = [node("Gather", f"{w} {i}", f"{w}{p}") for w in "wb" for i, p in (("first", "q"), ("second", "k"))]
 SPLITS = [node("Split", "w sizes", "wq wk"), node("Split", "b sizes", "bq bk")]
 
 
@@ -38,11 +39,18 @@ def model(path: Path, cuts: Nodes, more: Nodes = ()) -> Path:
         node("MatMul", "s v", "y"),
         *more,
     ]
+    stacked = cuts is STACKED
+    weights = (
+        {"w": rand(2, WIDTH, WIDTH), "b": rand(2, WIDTH)}
+        if stacked
+        else {"w": rand(2 * WIDTH, WIDTH), "b": rand(2 * WIDTH)}
+    )
+    weights |= {"first": np.array(0), "second": np.array(-1)}
     bounds = {"zero": i64(0), "one": i64(WIDTH), "two": i64(2 * WIDTH), "axis": i64(0), "sizes": i64(WIDTH, WIDTH)}
-    return save(path, nodes, [6, WIDTH], w=rand(2 * WIDTH, WIDTH), b=rand(2 * WIDTH), v=rand(WIDTH, 8), **bounds)
+    return save(path, nodes, [6, WIDTH], v=rand(WIDTH, 8), **weights, **bounds)
 
 
-@pytest.mark.parametrize("cuts", [SLICES, SPLITS], ids=["Slice", "Split"])
+@pytest.mark.parametrize("cuts", [SLICES, SPLITS, STACKED], ids=["Slice", "Split", "Gather"])
 @pytest.mark.parametrize("rotations", [None, ()], ids=["rotated", "as it is"])
 def test_pieces_of_a_matrix_are_layers(tmp_path: Path, cuts: Nodes, rotations: tuple[str, ...] | None) -> None:
     source, target = model(tmp_path / "m.onnx", cuts), tmp_path / "q.onnx"
@@ -52,7 +60,7 @@ def test_pieces_of_a_matrix_are_layers(tmp_path: Path, cuts: Nodes, rotations: t
     assert rotations == () or not report.plan.declined
     expected, found = (oq.session(p).run(None, data[0])[0] for p in (source, target))
     assert np.linalg.norm(found - expected) < 0.02 * np.linalg.norm(expected)
-    assert not {n.op_type for n in onnx.load(target).graph.node} & {"Split", "Slice"}
+    assert not {n.op_type for n in onnx.load(target).graph.node} & {"Gather", "Split", "Slice"}
 
 
 def test_a_matrix_that_is_read_whole_too_or_whose_pieces_overlap_is_not_cut(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from onnx_quarot.sites import linear_sites
 _HEAD = """<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
 g (float[n, 16] x) => (float[n, 8] y)
 <float[16, 16] a, float[16, 4] r, float[16, 8] b, float[4] bias, float[4, 16, 16] w, float[4, 16, 16] v, int64[1] two,
- int64[1] last, int64[2] flat, int64[1] zero, int64 four, float[2] off_on, float floor = {-1.0}> {
+ int64[1] last, int64[1] one, int64[2] flat, int64[1] zero, int64 four, float[2] off_on, float floor = {-1.0}> {
   h = MatMul(x, a)
 """
 _TAIL = """
@@ -51,13 +51,25 @@ GRAPHS = {
   rows = Unsqueeze(h, flat)
   made = MatMul(rows, picked)
   s = ReduceSum <keepdims = 0> (made, flat)""",
+    "the best, and the best of the others": """
+  p = MatMul(h, r)
+  best = ArgMax <axis = -1, keepdims = 1> (p)
+  low = Neg(p)
+  taken = GatherElements <axis = 1> (low, best)
+  without = ScatterElements <axis = 1> (p, best, taken)
+  top, next = TopK (without, one)
+  ids = Concat <axis = -1> (best, next)
+  picked = Gather <axis = 0> (w, ids)
+  rows = Unsqueeze(h, flat)
+  made = MatMul(rows, picked)
+  s = ReduceSum <keepdims = 0> (made, flat)""",
     "layers of the rows that chose them": """
   p = MatMul(h, r)
   top, ids = TopK (p, two)
   each = OneHot <axis = -1> (ids, four, off_on)
   by_expert = Transpose <perm = [2, 1, 0]> (each)
-  one = Gather <axis = 0> (by_expert, last)
-  chosen = NonZero(one)
+  its = Gather <axis = 0> (by_expert, last)
+  chosen = NonZero(its)
   expert, place, row = Split <axis = 0, num_outputs = 3> (chosen)
   number = Squeeze(row, zero)
   rows = Gather <axis = 0> (h, number)
@@ -81,10 +93,16 @@ def model(body: str) -> ir.Model:
     proto = onnx.parser.parse_model(text)
     for node in proto.graph.node:
         node.name = "router" if node.input[-1] == "r" else node.output[0]
-    values = {
-        "two": np.array([2]), "last": np.array([-1]), "flat": np.array([1, 2]), "floor": np.array(-1.0, np.float32),
-        "zero": np.array([0]), "four": np.array(4), "off_on": np.array([0.0, 1.0], np.float32),
-    }  # fmt: skip
+    values: dict[str, np.ndarray] = {
+        "two": np.array([2]),
+        "one": np.array([1]),
+        "last": np.array([-1]),
+        "flat": np.array([1, 2]),
+        "floor": np.array(-1.0, np.float32),
+        "zero": np.array([0]),
+        "four": np.array(4),
+        "off_on": np.array([0.0, 1.0], np.float32),
+    }
     rng = np.random.default_rng(0)
     given = {name for node in proto.graph.node for name in node.input}
     del proto.graph.initializer[:]

@@ -17,6 +17,7 @@ from .sites import LinearSite, constant_root, view_shape
 _VIEWS = ("Cast", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 _SCORES = ("Add", "Clip", "Div", "Exp", "Max", "Min", "Mul", "Neg", "Sigmoid", "Softmax", "Softplus", "Sub", "Tanh")
 _CHOICES = ("Gather", "GatherElements", "ReduceMax", "ReduceSum", "ScatterElements", "TopK", "Where")
+_TOGETHER = ("Concat",)  # a first choice, and a second among the others
 _ONE_OF_THEM = ("Equal", "Gather", "OneHot")
 
 
@@ -46,7 +47,7 @@ def _choices(model: ir.Model) -> Iterator[ir.Value]:
         if (node.domain, node.op_type) == ("com.microsoft", "MoE"):
             chosen = node.inputs[ROUTER]
         elif node.domain == "" and node.op_type in ("Gather", "GatherND") and _picks_matrices(node):
-            chosen = _top(node.inputs[1])
+            chosen = _top(node.inputs[1], (*_VIEWS, *_TOGETHER))
         elif (node.domain, node.op_type) == ("", "NonZero"):  # which rows are sent to one of the experts
             chosen = _top(node.inputs[0], (*_VIEWS, *_ONE_OF_THEM))
         else:
@@ -60,11 +61,13 @@ def _picks_matrices(node: ir.Node) -> bool:
     return found is not None and len(view_shape(*found)) > 2
 
 
-def _top(indices: ir.Value | None, between: Collection[str] = _VIEWS) -> ir.Value | None:
-    """What the TopK chose from whose indices these are made by operators `between`; None if there is none."""
+def _top(indices: ir.Value | None, between: Collection[str]) -> ir.Value | None:
+    """What the TopK, or a first ArgMax, chose from whose indices are made these by operators `between`; else None."""
     while indices is not None and (node := indices.producer()) is not None and node.domain == "":
         if node.op_type == "TopK":
             return node.inputs[0] if indices is node.outputs[1] else None
+        if node.op_type == "ArgMax":
+            return node.inputs[0]
         if node.op_type not in between:
             return None
         indices = node.inputs[0]

@@ -1,6 +1,7 @@
 """Weights that the graph cuts into pieces become the pieces.
 
-torch keeps the matrices of nn.MultiheadAttention in one, and cuts that where queries come from elsewhere than keys.
+torch keeps the matrices of nn.MultiheadAttention in one, and cuts that where queries come from elsewhere than keys;
+experts in a loop take their matrices out of one by their number.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from onnx_quarot.discovery.shapes import FLOATS
 from onnx_quarot.load import unmap
 from onnx_quarot.sites import constant_array, constant_tensor, drop_unused, readers
 
-_CUTS = ("Split", "Slice")
+_CUTS = ("Gather", "Split", "Slice")
 
 
 def cut_weights(model: ir.Model) -> None:
