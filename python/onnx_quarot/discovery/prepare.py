@@ -17,6 +17,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx_quarot.discovery.batch_norm import fold_batch_norms
 from onnx_quarot.discovery.branches import resolve_branches
 from onnx_quarot.discovery.constants import Constant, constant, read_once, root_tensor, tensor_shape, uniform
+from onnx_quarot.discovery.einsum_layers import write_products
 from onnx_quarot.discovery.pieces import cut_weights
 from onnx_quarot.discovery.rope import unfuse_rope
 from onnx_quarot.discovery.rules.readers import absorb, has_bias, slots
@@ -58,6 +59,7 @@ def simplify(model: ir.Model) -> bool:
     before = list(model.graph)
     resolve_branches(model)
     cut_weights(model)
+    write_products(model)
     fold_batch_norms(model)
     for node in list(model.graph):
         _fold(model, node)

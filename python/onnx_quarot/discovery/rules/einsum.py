@@ -10,23 +10,23 @@ from onnx_quarot.discovery.constants import constant
 from onnx_quarot.discovery.rules.registry import describe, rule
 from onnx_quarot.discovery.typing import Def, Kind, Port, Slot, Typing, Use
 
-_REST = "\u2026"  # an ellipsis: however many axes there are besides
+REST = "\u2026"  # an ellipsis: however many axes there are besides
 
 
 def terms(node: ir.Node) -> tuple[list[str], str]:
     """The letters of every operand's axes and of the result's."""
-    equation = node.attributes.get_string("equation", "").replace(" ", "").replace("...", _REST)
+    equation = node.attributes.get_string("equation", "").replace(" ", "").replace("...", REST)
     left, arrow, right = equation.partition("->")
     if not arrow:
-        rest = _REST if _REST in left else ""
-        right = rest + "".join(sorted(c for c in set(left) - {",", _REST} if left.count(c) == 1))
+        rest = REST if REST in left else ""
+        right = rest + "".join(sorted(c for c in set(left) - {",", REST} if left.count(c) == 1))
     return left.split(","), right
 
 
 def _spelled(term: str, rank: int) -> str:
     """An ellipsis as digits, the last axis before the letters behind it always the same."""
     rest = rank - len(term) + 1
-    return term.replace(_REST, "0123456789"[10 - rest :]) if 0 <= rest <= 10 else term
+    return term.replace(REST, "0123456789"[10 - rest :]) if 0 <= rest <= 10 else term
 
 
 def einsum_slot(node: ir.Node, index: int) -> Slot | None:
@@ -37,7 +37,7 @@ def einsum_slot(node: ir.Node, index: int) -> Slot | None:
     letter = operands[index][-1:]
     weight = constant(node.inputs[other])
     shared = set(operands[index]) & set(operands[other])
-    if weight is None or len(weight.shape) != len(operands[other]) or len(weight.shape) < 2 or _REST in shared:
+    if weight is None or len(weight.shape) != len(operands[other]) or len(weight.shape) < 2 or REST in shared:
         return None
     if constant(node.inputs[index]) is not None or shared != {letter} or letter in result:
         return None
