@@ -93,3 +93,29 @@ def test_what_the_converter_refuses_is_named(tmp_path: Path) -> None:
     )
     with pytest.raises(ModelError, match=message):
         at_opset(load(source), 13)
+
+
+def test_layer_norms_that_onnx_runtime_wrote_into_an_old_model_are_known(tmp_path: Path) -> None:
+    """Its optimizer fuses them in any opset; ONNX has the operator, which is the same, from 17 on."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["h"], name="up"),
+        helper.make_node("LayerNormalization", ["h", "g", "o"], ["n"], name="norm"),
+        helper.make_node("MatMul", ["n", "b"], ["y"], name="down"),
+    ]
+    weights = {"a": (64, 96), "b": (96, 8), "g": (96,), "o": (96,)}
+    arrays = {n: RNG.standard_normal(shape).astype(np.float32) for n, shape in weights.items()}
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 9, 64])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 9, 8])],
+        [numpy_helper.from_array(w, n) for n, w in arrays.items()],
+    )
+    source, target = tmp_path / "m.onnx", tmp_path / "q.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 16)], ir_version=8), source)
+    feeds = [{"x": np.random.default_rng(i).standard_normal((3, 9, 64)).astype(np.float32)} for i in range(8)]
+    report = oq.quantize(source, target, feeds, scheme="a16w8")
+    assert report.plan is not None
+    assert {s.name: s.how for s in report.plan.sites} == {"up": "online", "down": "offline"}
+    expected, found = (oq.session(p).run(None, feeds[0])[0] for p in (source, target))
+    assert np.linalg.norm(found - expected) < 0.02 * np.linalg.norm(expected)

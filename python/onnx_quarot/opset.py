@@ -9,6 +9,7 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from onnx_quarot.errors import ModelError, first_line
 
+_APART = "onnx_quarot.as_it_is"  # the domain of nodes that the converter is to leave alone
 _SMALL = 1 << 12  # bytes of a constant that a conversion may have to know, such as axes that become an input
 
 
@@ -32,6 +33,12 @@ def at_opset(model: ir.Model, version: int) -> ir.Model:
         value = model.graph.initializers.pop(name)
         value.dtype, value.shape = tensor.dtype, ir.Shape(tensor.shape.numpy())
         model.graph.inputs.append(value)
+    early = [n for n in model.graph.all_nodes() if (n.domain, n.op_type) == ("", "LayerNormalization") and opset < 17]
+    for (
+        node
+    ) in early:  # ONNX Runtime's, which its optimizer writes into older models: the converter knows it from 17 on
+        node.domain = _APART
+        model.opset_imports[_APART] = 1
     try:
         converted = ir.from_proto(version_converter.convert_version(ir.to_proto(model), version))
     except Exception as error:  # the converter's exceptions share no base class
@@ -42,6 +49,9 @@ def at_opset(model: ir.Model, version: int) -> ir.Model:
             f"model: opset {opset} is too old, opset {version} is needed, and onnx.version_converter does not convert "
             f"the model ({why}); export it with opset {version} or later"
         ) from error
+    for node in converted.graph.all_nodes():
+        node.domain = "" if node.domain == _APART else node.domain
+    converted.opset_imports.pop(_APART, None)
     for value in [v for v in converted.graph.inputs if v.name in held]:
         converted.graph.inputs.remove(value)
         value.const_value = held[str(value.name)]

@@ -28,6 +28,7 @@ _MAX_TRACKED_ELEMENTS = 4096  # integer constants up to this size may be shapes,
 _MAX_TRACKED_FLOATS = 4  # sizes are scaled in floating point (the side of a square of patches)
 _GROWING = frozenset(("ConstantOfShape", "Expand", "OneHot", "Pad", "Range", "Resize", "Tile", "Upsample"))
 _MAX_GROWN_ELEMENTS = 1 << 20  # of their results: a few numbers can ask for any amount of memory
+_IN_EVERY_OPSET = {("", "LayerNormalization"): 17}  # to ONNX Runtime, whose optimizer writes it into old models
 _TRACKED_FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE})
 # Small ones first: a length beyond a model's table of positions would be cut.
 _PRIMES = ((3, 7, 13, 19, 29, 37, 43, 53, 61, 71, 79, 89), (5, 11, 17, 23, 31, 41, 47, 59, 67, 73, 83, 97))
@@ -338,7 +339,8 @@ class _Walk:
             proto.attribute.extend(kept)
             inputs = inputs[:3]
         try:
-            schema = onnx.defs.get_schema(proto.op_type, self.opsets.get(proto.domain, 1), proto.domain)
+            opset = max(self.opsets.get(proto.domain, 1), _IN_EVERY_OPSET.get((proto.domain, proto.op_type), 0))
+            schema = onnx.defs.get_schema(proto.op_type, opset, proto.domain)
         except onnx.defs.SchemaError:
             return {}
         try:
