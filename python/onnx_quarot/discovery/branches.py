@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from onnx_quarot.discovery.shapes import Shapes, by_name
+from onnx_quarot.discovery.shapes import Array, Shapes, by_name
 from onnx_quarot.editing import GraphNames, take_over
 
 # What only moves numbers about: every element of the result is one of the operands'.
@@ -24,7 +24,7 @@ _DECIDES = frozenset(
 def resolve_branches(model: ir.Model) -> None:
     """Put the branch that is always taken in place of its If, and again for what was inside."""
     while any(node.op_type == "If" and node.domain == "" for node in model.graph):
-        proof = _Proof(Shapes(model, (by_name,)))
+        proof = Proof(Shapes(model, (by_name,)))
         decided = [(node, taken) for node in model.graph if (taken := proof.branch(node)) is not None]
         if not decided:
             return
@@ -32,7 +32,7 @@ def resolve_branches(model: ir.Model) -> None:
             _inline(model.graph, node, taken)
 
 
-class _Proof:
+class Proof:
     """What holds for every length the model can be given. The walks behind ``shapes`` saw two lengths each: an equality
     of dimensions that is met by both is one of expressions, an inequality may be a coincidence.
     """
@@ -42,14 +42,16 @@ class _Proof:
 
     def branch(self, node: ir.Node) -> ir.Graph | None:
         condition = node.inputs[0] if node.op_type == "If" and node.domain == "" else None
-        if condition is None or not self._certain(condition):
-            return None
-        value = self._shapes.constants[condition]
-        if value.size != 1:
+        value = None if condition is None else self.number(condition)
+        if value is None or value.size != 1:
             return None
         return node.attributes["then_branch" if bool(value.flat[0]) else "else_branch"].as_graph()
 
-    def _certain(self, value: ir.Value) -> bool:
+    def number(self, value: ir.Value) -> Array | None:
+        """What the value is for every length; None where that is not certain."""
+        return self._shapes.constants[value] if self.certain(value) else None
+
+    def certain(self, value: ir.Value) -> bool:
         """The same for every length."""
         if value not in self._shapes.constants:
             return False
@@ -63,7 +65,7 @@ class _Proof:
         inputs = [v for v in node.inputs if v is not None]
         if node.op_type == "Equal" and self._shapes.constants[value].all() and all(map(self._dimensions, inputs)):
             return True
-        return all(map(self._certain, inputs))
+        return all(map(self.certain, inputs))
 
     def _selected(self, value: ir.Value) -> bool:
         """Made of dimensions and constants as they are: what is equal in both walks is no symbol."""

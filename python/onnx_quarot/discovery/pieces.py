@@ -14,8 +14,9 @@ import onnx
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
+from onnx_quarot.discovery.branches import Proof
 from onnx_quarot.discovery.constants import tensor_shape
-from onnx_quarot.discovery.shapes import FLOATS
+from onnx_quarot.discovery.shapes import FLOATS, Array, Shapes, by_name
 from onnx_quarot.load import unmap
 from onnx_quarot.sites import constant_array, constant_tensor, drop_unused, readers
 
@@ -24,14 +25,14 @@ _CUTS = ("Gather", "Split", "Slice")
 
 def cut_weights(model: ir.Model) -> None:
     """Where nothing else reads a weight, and its pieces take no more room than it did; they are cut when read."""
-    graph = model.graph
+    graph, bounds = model.graph, _Bounds(model)
     for whole in list(graph.initializers.values()):
         tensor, nodes = constant_tensor(whole), list(readers(whole))
         if tensor is None or tensor.dtype not in FLOATS - {ir.DataType.BFLOAT16} or whole.is_graph_output():
             continue
-        if not nodes or not all(node.graph is graph and _cuts(node, whole) for node in nodes):
+        if not nodes or not all(node.graph is graph and _cuts(node, whole, bounds) for node in nodes):
             continue
-        programs = [_program(model, node, tensor) for node in nodes]
+        programs = [_program(model, node, tensor, bounds) for node in nodes]
         shapes = [_shapes(program) for program in programs]
         if sum(math.prod(shape) for found in shapes for shape in found) > math.prod(tensor_shape(tensor)):
             continue
@@ -49,15 +50,29 @@ def cut_weights(model: ir.Model) -> None:
         drop_unused(graph, whole)
 
 
-def _cuts(node: ir.Node, whole: ir.Value) -> bool:
+class _Bounds:
+    """Where a weight is cut: constants, or what the graph works out of widths that are fixed."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._model = model
+        self._proof: Proof | None = None
+
+    def number(self, value: ir.Value) -> Array | None:
+        if (array := constant_array(value)) is not None:
+            return array
+        self._proof = self._proof or Proof(Shapes(self._model, (by_name,)))
+        return self._proof.number(value)
+
+
+def _cuts(node: ir.Node, whole: ir.Value, bounds: _Bounds) -> bool:
     if node.domain != "" or node.op_type not in _CUTS or node.inputs[0] is not whole:
         return False
-    if any(value is not None and constant_tensor(value) is None for value in node.inputs):
+    if any(value.is_graph_output() for value in node.outputs):
         return False
-    return not any(value.is_graph_output() for value in node.outputs)
+    return all(value is None or bounds.number(value) is not None for value in node.inputs[1:])
 
 
-def _program(model: ir.Model, node: ir.Node, tensor: ir.TensorProtocol) -> onnx.ModelProto:
+def _program(model: ir.Model, node: ir.Node, tensor: ir.TensorProtocol, bounds: _Bounds) -> onnx.ModelProto:
     """The node alone: of a tensor "whole" it makes one after the other its pieces."""
     make = onnx.helper
     how = [f"how{i}" if value is not None else "" for i, value in enumerate(node.inputs[1:])]
@@ -66,7 +81,7 @@ def _program(model: ir.Model, node: ir.Node, tensor: ir.TensorProtocol) -> onnx.
     held = [
         onnx.numpy_helper.from_array(array, name)
         for name, value in zip(how, node.inputs[1:], strict=True)
-        if (array := constant_array(value)) is not None
+        if value is not None and (array := bounds.number(value)) is not None
     ]
     fed = make.make_tensor_value_info("whole", int(tensor.dtype), tensor_shape(tensor))
     graph = make.make_graph([proto], "node", [fed], [onnx.ValueInfoProto(name=name) for name in proto.output], held)
