@@ -355,6 +355,15 @@ CASES: dict[str, tuple[Nodes, dict[str, np.ndarray], bool]] = {
         {"two": np.float32(2), "ax": i64(-1), "eps": np.float32(1e-5), "g": W32, "c": W32 - 1},
         True,
     ),
+    "decomposed layer norm of a mean of rows": (
+        [node("ReduceMean", "h rows", "r"),
+         node("ReduceMean", "r ax", "mu"), node("Sub", "r mu", "d"), node("Pow", "d two", "p"),
+         node("ReduceMean", "p ax", "v"), node("Add", "v eps", "ve"), node("Sqrt", "ve", "sd"),
+         node("Div", "d sd", "n"),
+         node("Mul", "n g", "q"), node("Add", "q c", "m")],
+        {"rows": i64(1), "two": np.float32(2), "ax": i64(-1), "eps": np.float32(1e-5), "g": W32, "c": W32 - 1},
+        True,
+    ),
     "a mean that is used": (
         [node("ReduceMean", "h ax", "mu"), node("Sub", "h mu", "d"), node("Tanh", "mu", "t"), node("Add", "d t", "m")],
         {"ax": i64(-1)},

@@ -21,6 +21,14 @@ SLICES = [
     node("Slice", "b one two axis", "bk"),
 ]
 STACKED = [node("Gather", f"{w} {i}", f"{w}{p}") for w in "wb" for i, p in (("first", "q"), ("second", "k"))]
+WIDTHS = [  # as torch's older exporter has it: the bounds are worked out of the width of the rows
+    node("Shape", "x", "shape"),
+    node("Gather", "shape last", "width"),
+    node("Add", "width width", "twice"),
+    node("Slice", "w zero width axis", "wq"),
+    node("Slice", "w width twice axis", "wk"),
+    *SLICES[2:],
+]
 SPLITS = [node("Split", "w sizes", "wq wk"), node("Split", "b sizes", "bq bk")]
 
 
@@ -47,10 +55,11 @@ def model(path: Path, cuts: Nodes, more: Nodes = ()) -> Path:
     )
     weights |= {"first": np.array(0), "second": np.array(-1)}
     bounds = {"zero": i64(0), "one": i64(WIDTH), "two": i64(2 * WIDTH), "axis": i64(0), "sizes": i64(WIDTH, WIDTH)}
+    bounds["last"] = i64(1)
     return save(path, nodes, [6, WIDTH], v=rand(WIDTH, 8), **weights, **bounds)
 
 
-@pytest.mark.parametrize("cuts", [SLICES, SPLITS, STACKED], ids=["Slice", "Split", "Gather"])
+@pytest.mark.parametrize("cuts", [SLICES, WIDTHS, SPLITS, STACKED], ids=["Slice", "Slice by width", "Split", "Gather"])
 @pytest.mark.parametrize("rotations", [None, ()], ids=["rotated", "as it is"])
 def test_pieces_of_a_matrix_are_layers(tmp_path: Path, cuts: Nodes, rotations: tuple[str, ...] | None) -> None:
     source, target = model(tmp_path / "m.onnx", cuts), tmp_path / "q.onnx"

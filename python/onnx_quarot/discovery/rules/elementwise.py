@@ -182,7 +182,7 @@ def _length(t: Typing, n: ir.Node) -> None:
 def _reduce(t: Typing, n: ir.Node) -> None:
     """Linear along the axes it leaves; along the others it mixes features (except for lengths and centring)."""
     x, y = Use(n, 0), Def(n.outputs[0])
-    if x.value in t.squares or any(_is_centring(t, u.node) for u in y.value.uses()):
+    if x.value in t.squares or any(u.idx == 1 and _is_centring(t, u.node) for u in y.value.uses()):
         return
     axes = _reduced_axes(t, n)
     if axes is None:
