@@ -20,6 +20,7 @@ from test_legality import CASES, node, save
 
 # Parts that map [2, 3, 32] to [2, 3, 32], in any order; the others change lengths or types on the way.
 _LENGTHS = (
+    "decomposed layer norm of a mean of rows",
     "gather positions",
     "layer norm, then a pad",
     "layer norm, then rows of something else",
