@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -36,6 +37,7 @@ class Builder:
         self._name_rotations()
         folds = Folds(self.t, self.labels, self.index)
         online = self._online()
+        self._warn_of_uneven_scales(folds.uneven)
         if "R3" in wanted and "R3" not in self.kinds.values():
             self.note("R3 was left out: no keys are cached that could be rotated, and none can be rotated for nothing")
         return Plan(
@@ -86,6 +88,15 @@ class Builder:
             # single feature, an outlier where there was none. Signs, the same in every model, spread it.
             rng = np.random.default_rng(leaf.length)
         return Rotation.make(leaf.length, block_size=block, rng=rng)
+
+    def _warn_of_uneven_scales(self, uneven: Mapping[str, float]) -> None:
+        if uneven:
+            worst = max(uneven, key=lambda name: uneven[name])
+            self.note(
+                f"{len(uneven)} norms scale a few features far more than others: rotated, the integer weights behind "
+                f"{worst!r} have about {uneven[worst]:.0f} times the errors; compare with rotations=(), and with "
+                "weights='gptq', which makes up for a part"
+            )
 
     def note(self, text: str) -> None:
         if text not in self.notes:

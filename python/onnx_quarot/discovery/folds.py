@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+import numpy as np
 import onnx_ir as ir
 
 from onnx_quarot.discovery.constants import constant
@@ -14,13 +15,16 @@ from onnx_quarot.plan import Addition
 
 Key = tuple[int, int]  # node, input
 
+_UNEVEN = 3.0  # root mean square of a scale by its median: trained models have up to 2
+
 
 class Folds:
     """Only where the stream ends up rotated: everything else stays as it is, and a tied table can stay tied.
 
     ``scales``: factors along an axis of a weight; ``adds``: what is added to a bias there is, ``new_biases`` to one
     there is not; ``ones``: scales that become ones; ``norms``: LayerNorms that become RMS norms; ``bypassed``: nodes
-    whose output is one of their inputs from now on.
+    whose output is one of their inputs from now on. ``uneven``: the nodes whose scales are far from even, and by how
+    much the errors of integer weights grow that they are folded into, as a rotation spreads the largest features'.
     """
 
     def __init__(self, t: Typing, labels: Labels, index: dict[ir.Node, int]) -> None:
@@ -32,6 +36,7 @@ class Folds:
         self.ones: list[Key] = []
         self.norms: list[int] = []
         self.bypassed: list[Key] = []
+        self.uneven: dict[str, float] = {}
         for scale in t.scales:
             if labels.any_rotated(scale.out, t.rank(scale.out) - 1):
                 self._scale(scale)
@@ -63,9 +68,20 @@ class Folds:
         if scale.data is not None or not uniform:
             for slot in scale.readers:
                 self.scales[self._index[slot.node], slot.weight].append((slot.axis, self._key(scale.factor)))
+            self._measure(scale.factor)
         if scale.bias is not None and not is_zero(scale.bias.value):
             for slot in scale.readers:
                 self._bias(scale.bias, slot)
+
+    def _measure(self, factor: Use) -> None:
+        view = constant(factor.value)
+        values = None if view is None else view.small()
+        if values is None or not values.any():
+            return
+        typical = float(np.median(np.abs(values))) or float(np.abs(values).mean())
+        growth = float(np.sqrt(np.mean(values**2))) / typical
+        if growth >= _UNEVEN:
+            self.uneven[factor.node.name or factor.node.outputs[0].name or ""] = growth
 
     def _bias(self, bias: Use, slot: Slot) -> None:
         """bias @ W with the original W, behind the linear layer: in the bias it has, or in a new one."""
