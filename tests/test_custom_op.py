@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ import onnxruntime as ort
 import pytest
 
 from onnx_quarot import _core
-from onnx_quarot.custom_op import DOMAIN, add_hadamard, register, session
+from onnx_quarot.custom_op import DOMAIN, add_hadamard, custom_op_library, register, session
 from onnx_quarot.errors import ModelError, OnnxQuarotError, OrderError
 from onnx_quarot.transform import hadamard, hadamard_matrix
 
@@ -282,6 +283,22 @@ def test_registering_again_and_sessions_made_and_dropped(tmp_path: Path) -> None
         check_close(got, x @ hadamard_matrix(64))
         (got,) = session(path).run(None, {"x0": x})
         check_close(got, x @ hadamard_matrix(64))
+
+
+def test_options_that_were_given_the_library_another_way(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    build(path, [{"size": 64}], [["b", 64]])
+    copy = tmp_path / Path(custom_op_library()).name  # as onnxruntime-genai has it, beside the model
+    shutil.copy(custom_op_library(), copy)
+    x = np.random.default_rng(10).standard_normal((2, 64))
+    for library in (Path(custom_op_library()), copy):
+        options = ort.SessionOptions()
+        options.register_custom_ops_library(str(library))
+        (got,) = session(path, session_options=options).run(None, {"x0": x})
+        check_close(got, x @ hadamard_matrix(64))
+        # They would run the operator, whatever is asked for.
+        with pytest.raises(OnnxQuarotError, match="use_library is False"):
+            session(path, session_options=options, use_library=False)
 
 
 @pytest.mark.parametrize("isa", _core.isas())

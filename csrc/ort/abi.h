@@ -75,6 +75,8 @@ inline constexpr Entry<93, void(Status*)> ReleaseStatus{};
 inline constexpr Entry<26, Status*(const char* domain, CustomOpDomain** out)> CreateCustomOpDomain{};
 inline constexpr Entry<27, Status*(CustomOpDomain*, const CustomOp*)> CustomOpDomain_Add{};
 inline constexpr Entry<28, Status*(SessionOptions*, CustomOpDomain*)> AddCustomOpDomain{};
+inline constexpr Entry<130, Status*(SessionOptions*, const char* key, const char* value)> AddSessionConfigEntry{};
+inline constexpr Entry<237, Status*(const SessionOptions*, const char* key, int* out)> HasSessionConfigEntry{};
 inline constexpr Entry<101, void(CustomOpDomain*)> ReleaseCustomOpDomain{};
 
 // Making a kernel. An absent attribute and one of another type both come back as a failure. Given null for `out`, the

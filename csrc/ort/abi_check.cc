@@ -13,6 +13,8 @@ CHECK_SLOT(ReleaseStatus);
 CHECK_SLOT(CreateCustomOpDomain);
 CHECK_SLOT(CustomOpDomain_Add);
 CHECK_SLOT(AddCustomOpDomain);
+CHECK_SLOT(AddSessionConfigEntry);
+CHECK_SLOT(HasSessionConfigEntry);
 CHECK_SLOT(ReleaseCustomOpDomain);
 CHECK_SLOT(KernelInfoGetAttribute_float);
 CHECK_SLOT(KernelInfoGetAttribute_int64);

@@ -22,6 +22,7 @@ namespace onnx_quarot::ort {
 namespace {
 
 constexpr const char* kDomain = "onnx_quarot";
+constexpr const char* kRegistered = "onnx_quarot.registered";
 
 // The domain and its operators. Session options only point at them, so they live as long as the process does.
 class Domain {
@@ -66,6 +67,16 @@ CustomOpDomain* domain_of(const Api* api) {
   return domain->handle();
 }
 
+// No session can be made from options that hold the same domain twice, be it of this file or of a copy of it, and they
+// cannot be asked what they hold. An entry in them says so, which is copied and released with them.
+void register_once(const Api* api, SessionOptions* options) {
+  int registered = 0;
+  check(api, HasSessionConfigEntry(api, options, kRegistered, &registered));
+  if (registered != 0) return;
+  check(api, AddCustomOpDomain(api, options, domain_of(api)));
+  check(api, AddSessionConfigEntry(api, options, kRegistered, "1"));
+}
+
 }  // namespace
 }  // namespace onnx_quarot::ort
 
@@ -73,7 +84,7 @@ extern "C" ONNX_QUAROT_EXPORT onnx_quarot::ort::Status* RegisterCustomOps(onnx_q
                                                                           const onnx_quarot::ort::ApiBase* base) {
   using namespace onnx_quarot::ort;
   if (const Api* api = base->GetApi(kApiVersion)) {
-    return guarded(api, [&] { check(api, AddCustomOpDomain(api, options, domain_of(api))); });
+    return guarded(api, [&] { register_once(api, options); });
   }
   const Api* oldest = base->GetApi(1);
   return guarded(oldest, [&] {

@@ -13,7 +13,6 @@ import functools
 import importlib.util
 import os
 import sys
-import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,7 @@ __all__ = ["DOMAIN", "OPSET_VERSION", "OP_TYPE", "add_hadamard", "custom_op_libr
 
 OP_TYPE = "Hadamard"
 
-# ONNX Runtime refuses options that hold the same operators twice, and cannot be asked what they hold.
-_registered: weakref.WeakSet[ort.SessionOptions] = weakref.WeakSet()
+_REGISTERED = "onnx_quarot.registered"  # an entry that the library leaves in options (csrc/ort/ops.cc)
 
 
 @functools.cache
@@ -55,19 +53,18 @@ def custom_op_library() -> str:
 
 
 def register(session_options: ort.SessionOptions) -> None:
-    """Make the compiled operators known to sessions made from ``session_options``. Safe to repeat.
+    """Make the compiled operators known to sessions made from ``session_options``.
+
+    Safe to repeat, also after ``register_custom_ops_library`` with this library or a copy of it.
 
     Raises:
         OnnxQuarotError: this ONNX Runtime cannot load the library.
     """
-    if session_options in _registered:
-        return
     library = custom_op_library()
     try:
         session_options.register_custom_ops_library(library)
     except Exception as error:
         raise OnnxQuarotError(f"{library} cannot be loaded: {_one_line(error)}") from error
-    _registered.add(session_options)
 
 
 def session(
@@ -93,6 +90,7 @@ def session(
 
     Raises:
         ModelError: the file is missing, or ONNX Runtime refuses it.
+        OnnxQuarotError: the library cannot be loaded, or is not wanted and in ``session_options`` already.
     """
     file = Path(path)
     if not file.is_file():
@@ -108,6 +106,8 @@ def session(
         options.add_session_config_entry("session.x64quantprecision", "1")
     if use_library:
         register(options)
+    elif _holds_library(options):
+        raise OnnxQuarotError("use_library is False, but session_options have the library registered: give others")
     try:
         return ort.InferenceSession(
             str(file), options, providers=["CPUExecutionProvider"] if providers is None else list(providers)
@@ -165,6 +165,14 @@ def _refuse_faults(file: Path) -> bool:
         return False  # ONNX Runtime says what is wrong with the file
     runtime_faults.refuse(model, str(file))
     return runtime_faults.ends_in_exact_mode(model)
+
+
+def _holds_library(options: ort.SessionOptions) -> bool:
+    try:
+        options.get_session_config_entry(_REGISTERED)
+    except RuntimeError:  # there is no such entry
+        return False
+    return True
 
 
 def _one_line(error: Exception) -> str:
