@@ -27,7 +27,7 @@ def ends_in_exact_mode(model: ir.Model) -> bool:
     """Whether ``session.x64quantprecision`` ends the process: on ONNX Runtime's own products in functions that run."""
     own = ("MatMulNBits", "DynamicQuantizeMatMul")
     nodes = (node for function in model.functions.values() for node in function)
-    return version() < (1, 32) and any(node.op_type in own for node in nodes)
+    return version() < (1, 30) and any(node.op_type in own for node in nodes)
 
 
 def _overloads(model: ir.Model, name: str) -> None:
