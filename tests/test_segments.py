@@ -97,6 +97,16 @@ def test_a_piece_that_cannot_run_is_named(tmp_path: Path) -> None:
         segments.run_in_segments(source, feeds, ["logits"], segment_bytes=1)
 
 
+def test_what_a_piece_fails_of_is_said_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    # ONNX Runtime logs what its kernels return, and verification may try several inputs.
+    source = small_llama.save(tmp_path / "a.onnx", CONFIG)
+    feeds = small_llama.decoder_feeds(CONFIG, np.random.default_rng(0))
+    feeds["input_ids"][:] = CONFIG.vocab
+    with pytest.raises(ModelError, match="out of data bounds"):
+        segments.run_in_segments(source, feeds, ["logits"], segment_bytes=1)
+    assert not capfd.readouterr().err
+
+
 def test_an_output_that_no_node_makes_is_named(tmp_path: Path) -> None:
     source = small_llama.save(tmp_path / "a.onnx", CONFIG, external=False)
     feeds = small_llama.decoder_feeds(CONFIG, np.random.default_rng(0))

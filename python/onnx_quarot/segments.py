@@ -138,7 +138,7 @@ def _run(
     for function in model.functions.values():
         proto.functions.append(ir.serde.serialize_function(function))
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors are raised, with the same words
     options.enable_cpu_mem_arena = False
     # The graph as written: folding would copy weights, packing would double them.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
