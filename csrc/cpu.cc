@@ -39,7 +39,9 @@ std::vector<Candidate> find_candidates() {
 #if defined(__x86_64__)
   static const Kernels converting = with_bfloat16(avx512_kernels);
   found.push_back({cpu.avx512bf16 ? &converting : &avx512_kernels, cpu.avx512, "avx512"});
-  const Kernels* const avx2 = cpu.plain_differences ? &avx2_kernels : &avx2_fused_kernels;
+  const Kernels* const avx2 = cpu.plain_differences ? &avx2_kernels
+                              : cpu.short_lookahead ? &avx2_turns_kernels
+                                                    : &avx2_fused_kernels;
   found.push_back({avx2, cpu.avx2, "avx2"});
   // Transforms have no use for its dot products, which QLinear has.
   found.push_back({avx2, cpu.avxvnni, "avxvnni"});
@@ -110,8 +112,8 @@ CpuFeatures detect_cpu() {
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return features;
   constexpr unsigned ymm = 0x6, zmm = 0xe6;
   const unsigned zen = zen_generation();
-  features.plain_differences = zen != 0;
-  features.several_streams = zen != 0 && zen < 4;
+  features.short_lookahead = zen != 0;
+  features.plain_differences = features.several_streams = zen != 0 && zen < 4;
   features.avx2 = (saved & ymm) == ymm && fma && f16c && (b & bit_AVX2) != 0;
   const unsigned wanted = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
   features.avx512 = features.avx2 && (saved & zmm) == zmm && (b & wanted) == wanted;

@@ -6,7 +6,8 @@ namespace onnx_quarot {
 
 struct CpuFeatures {
   bool avx2 = false;               // AVX2, FMA, F16C, and 256-bit registers saved by the system
-  bool plain_differences = false;  // multiply-adds and stores hinder each other, as on AMD's Zen 1 to 4
+  bool short_lookahead = false;    // few instructions ahead are looked at, as on AMD's Zen 1 to 4
+  bool plain_differences = false;  // and multiply-adds and stores hinder each other, as on Zen 1 to 3
   bool several_streams = false;    // memory gives most to several streams at a time, as on AMD's Zen 1 to 3
   bool avx512 = false;             // AVX-512 F, BW, DQ, VL, and 512-bit registers saved by the system
   bool avx512vnni = false;         // and its dot products of bytes

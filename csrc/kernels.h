@@ -77,7 +77,7 @@ struct Kernels {
 };
 
 extern const Kernels baseline_kernels;
-extern const Kernels avx2_kernels, avx2_fused_kernels;  // the same results; differences are multiply-adds in the latter
+extern const Kernels avx2_kernels, avx2_turns_kernels, avx2_fused_kernels;  // the same results; see CpuFeatures
 extern const Kernels avx512_kernels;
 extern const TypeKernels avx512_bfloat16_kernels;  // in place of those for bfloat16, where the CPU converts to it
 extern const Kernels neon_kernels;

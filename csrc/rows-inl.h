@@ -3,15 +3,15 @@
 namespace onnx_quarot {
 namespace {
 
-// Whether passes of short rows run beside each other: Interleaved, or in turn.
-template <class In, class Out>
-constexpr bool kMingled = kInterleaved && !In::paired && !Out::paired;
+// Whether passes of rows of R blocks run beside each other: Interleaved, or in turn.
+template <std::size_t R, class In, class Out>
+constexpr bool kMingled = kInterleaved && !In::paired && !Out::paired && !(kFusedDifference && R == 4);
 
 // Blocks and columns of eight that take turns. A CPU of Zen 1 to 4 looks few instructions ahead: what ends with eight
 // stores leaves its arithmetic idle until the next eight values are there. So the last stage of one is also the start
 // of the next, pair by pair, in the registers that its results leave.
 template <std::size_t R, class In, class Out>
-constexpr bool kTakesTurns = kMingled<In, Out> && R == kBlockVectors;
+constexpr bool kTakesTurns = kMingled<R, In, Out> && R == kBlockVectors;
 
 template <std::size_t R, class Out, class Next, class V>
 ONNX_QUAROT_INLINE void last_stage_and_next(V* x, Out out, std::size_t step, Next next, V one) {
@@ -64,7 +64,7 @@ template <class In, class Out, class C, class V>
 ONNX_QUAROT_INLINE void rows_in_turn(In in, const Rows<C>& rows, Out out, std::size_t count, std::size_t sign_step,
                                      V one) {
   constexpr std::size_t R = kBlockVectors, lanes = sizeof(V) / sizeof(C), block = R * lanes, n = R * block;
-  constexpr std::size_t fused = kFusedInColumns<R, false>;
+  constexpr std::size_t fused = fused_in_columns(R, false);
   V x[R];
 #pragma GCC unroll 64
   for (std::size_t i = 0; i < R; ++i) x[i] = BlockStart<In>{in.at(n, sign_step)}(i);
@@ -186,7 +186,7 @@ void two_pass_rows(In in, const Rows<C>& rows, Out out, std::size_t count, std::
       const Sink<C, Finish::none> to = row_sink(i);
       const Source<C, false> before{rows.at(i - 1), nullptr};
       const Out done = out.at((i - 1) * n, (i - 1) * sign_step);
-      if constexpr (kMingled<In, Out>) {
+      if constexpr (kMingled<R, In, Out>) {
         static_assert(R == 2 || R == 4);
         typename Out::Loop columns_to(done);
         const std::size_t share = kBlockVectors / R * lanes;

@@ -38,7 +38,7 @@ std::vector<const Kernels*> all_kernels() {
 #endif
   for (const std::string& name : available_isas()) all.push_back(&find_kernels(name.c_str()));
 #if defined(__x86_64__)
-  if (detect_cpu().avx2) all.push_back(detect_cpu().plain_differences ? &avx2_fused_kernels : &avx2_kernels);
+  if (detect_cpu().avx2) all.insert(all.end(), {&avx2_kernels, &avx2_turns_kernels, &avx2_fused_kernels});
   if (detect_cpu().avx512bf16) all.push_back(&avx512_kernels);
 #endif
   return all;
