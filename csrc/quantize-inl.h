@@ -36,16 +36,31 @@ constexpr bool adds_zero_point(Range range) { return range == Range::signed_byte
 [[maybe_unused]] constexpr float kMost = 0x1p30f;  // beyond 32 bits a conversion gives the least integer
 
 #if defined(__AVX2__) && ONNX_QUAROT_VECTOR_BYTES == 32
-template <Range range>
-ONNX_QUAROT_INLINE Bytes round_to_bytes(const Rounder& rounder, const Floats* x) {
+// The least 16-bit integer among converted values is also what those too large for 32 bits become: where there is none,
+// nothing had to be limited first.
+constexpr bool kLooksBack = true;
+class Least {
+ public:
+  ONNX_QUAROT_INLINE void add(__m256i v) { least_ = _mm256_min_epi16(least_, v); }
+  ONNX_QUAROT_INLINE bool reached() const {
+    return _mm256_movemask_epi8(_mm256_cmpeq_epi16(least_, _mm256_set1_epi16(-32768))) != 0;
+  }
+
+ private:
+  __m256i least_ = _mm256_setzero_si256();
+};
+
+template <Range range, bool Limited>
+ONNX_QUAROT_INLINE Bytes round_to_bytes(const Rounder& rounder, const Floats* x, Least& least) {
   const __m256i zero_point = _mm256_set1_epi16(static_cast<std::int16_t>(rounder.zero_point));
   const auto rounded_vector = [&](std::size_t i) {
-    const Floats v = range == Range::within ? x[i] : at_most(x[i], kMost);
+    const Floats v = Limited ? at_most(x[i], kMost) : x[i];
     return _mm256_cvtps_epi32(reinterpret_cast<__m256>(v));
   };
   // The zero point joins where sums saturate: in 32 bits the least integer would wrap around.
   const auto pair = [&](std::size_t i) {
     const __m256i both = _mm256_packs_epi32(rounded_vector(i), rounded_vector(i + 1));
+    if constexpr (!Limited && range != Range::within) least.add(both);
     return adds_zero_point(range) ? _mm256_adds_epi16(both, zero_point) : both;
   };
   const __m256i a = pair(0), b = pair(2);
@@ -55,11 +70,16 @@ ONNX_QUAROT_INLINE Bytes round_to_bytes(const Rounder& rounder, const Floats* x)
 }
 #elif defined(__AVX512BW__) && ONNX_QUAROT_VECTOR_BYTES == 64
 // The same on 512 bits; the masked forms, all lanes on, for gcc's warnings.
-template <Range range>
-ONNX_QUAROT_INLINE Bytes round_to_bytes(const Rounder& rounder, const Floats* x) {
+constexpr bool kLooksBack = false;
+struct Least {
+  static constexpr bool reached() { return false; }
+};
+
+template <Range range, bool Limited>
+ONNX_QUAROT_INLINE Bytes round_to_bytes(const Rounder& rounder, const Floats* x, Least&) {
   const __m512i zero_point = _mm512_set1_epi16(static_cast<std::int16_t>(rounder.zero_point));
   const auto rounded_vector = [&](std::size_t i) {
-    const Floats v = range == Range::within ? x[i] : at_most(x[i], kMost);
+    const Floats v = Limited ? at_most(x[i], kMost) : x[i];
     return _mm512_maskz_cvtps_epi32(0xffff, reinterpret_cast<__m512>(v));
   };
   const auto pair = [&](std::size_t i) {
@@ -74,9 +94,13 @@ ONNX_QUAROT_INLINE Bytes round_to_bytes(const Rounder& rounder, const Floats* x)
 #else
 // The nearest integer of each value of magnitude below 2^22 stands in the low bits of the sum with 1.5 * 2^23.
 constexpr float kRound = 12582912.0f;
+constexpr bool kLooksBack = false;
+struct Least {
+  static constexpr bool reached() { return false; }
+};
 
-template <Range range>
-ONNX_QUAROT_INLINE Bytes round_to_bytes(const Rounder& rounder, const Floats* x) {
+template <Range range, bool Limited>
+ONNX_QUAROT_INLINE Bytes round_to_bytes(const Rounder& rounder, const Floats* x, Least&) {
   const Floats low = Floats{} + static_cast<float>(rounder.low - rounder.zero_point);
   const float high = static_cast<float>(rounder.high - rounder.zero_point);
   const Words zero_point = Words{} + static_cast<std::uint32_t>(rounder.zero_point);
@@ -93,30 +117,43 @@ ONNX_QUAROT_INLINE Bytes round_to_bytes(const Rounder& rounder, const Floats* x)
 }
 #endif
 
-template <Range range, bool Scaled>
-ONNX_QUAROT_INLINE Bytes load_bytes(const Rounder& rounder, const float* in, Floats factor) {
+template <Range range, bool Limited, bool Scaled>
+ONNX_QUAROT_INLINE Bytes load_bytes(const Rounder& rounder, const float* in, Floats factor, Least& least) {
   Floats x[4];
 #pragma GCC unroll 4
   for (std::size_t i = 0; i < 4; ++i) {
     x[i] = load(in + i * kLanes<float>);
     if constexpr (Scaled) x[i] *= factor;
   }
-  return round_to_bytes<range>(rounder, x);
+  return round_to_bytes<range, Limited>(rounder, x, least);
+}
+
+// Whether values were not, but would have had to be, `Limited` to what a conversion can take.
+template <Range range, bool Limited, bool Scaled>
+ONNX_QUAROT_INLINE bool row_overflows(const QuantizeJob& job, const float* in, std::uint8_t* out, float scalar) {
+  const Rounder rounder{job.zero_point, job.low, job.high};
+  const Floats factor = Floats{} + scalar;
+  Least least;
+  std::size_t i = 0;
+  for (; i + kVectorBytes <= job.count; i += kVectorBytes) {
+    *reinterpret_cast<BytesAnywhere*>(out + i) = load_bytes<range, Limited, Scaled>(rounder, in + i, factor, least);
+  }
+  if (i < job.count) {
+    float rest[kVectorBytes] = {};
+    std::memcpy(rest, in + i, (job.count - i) * sizeof(float));
+    const Bytes bytes = load_bytes<range, Limited, Scaled>(rounder, rest, factor, least);
+    std::memcpy(out + i, &bytes, job.count - i);
+  }
+  return least.reached();
 }
 
 template <Range range, bool Scaled>
 ONNX_QUAROT_INLINE void quantize_row(const QuantizeJob& job, const float* in, std::uint8_t* out, float scalar) {
-  const Rounder rounder{job.zero_point, job.low, job.high};
-  const Floats factor = Floats{} + scalar;
-  std::size_t i = 0;
-  for (; i + kVectorBytes <= job.count; i += kVectorBytes) {
-    *reinterpret_cast<BytesAnywhere*>(out + i) = load_bytes<range, Scaled>(rounder, in + i, factor);
+  if constexpr (range == Range::within) {
+    row_overflows<range, false, Scaled>(job, in, out, scalar);
+  } else if (!kLooksBack || row_overflows<range, false, Scaled>(job, in, out, scalar)) {
+    row_overflows<range, true, Scaled>(job, in, out, scalar);
   }
-  if (i == job.count) return;
-  float rest[kVectorBytes] = {};
-  std::memcpy(rest, in + i, (job.count - i) * sizeof(float));
-  const Bytes bytes = load_bytes<range, Scaled>(rounder, rest, factor);
-  std::memcpy(out + i, &bytes, job.count - i);
 }
 
 template <Range range>

@@ -231,7 +231,8 @@ void check_quantize(std::mt19937& random) {
   for (std::size_t count = 0; count < 150; ++count) {
     std::vector<float> values(count);
     for (float& value : values) value = static_cast<float>(static_cast<int>(random() % 1201) - 600) / 4.0f;
-    if (count > 9) {
+    const bool beyond = count > 9 && count % 2 == 0;
+    if (beyond) {
       values[3] = 3e38f;
       values[5] = -3e38f;
     }
@@ -276,6 +277,26 @@ void check_quantize(std::mt19937& random) {
   }
 }
 
+// One value that 32 bits do not hold, in every place.
+void check_overflows() {
+  constexpr std::size_t count = 150;
+  const float factor = 1.0f;
+  for (const Kernels* kernels : all_kernels()) {
+    for (std::size_t place = 0; place < count; ++place) {
+      for (const float value : {2147483648.0f, -2147483648.0f, 40000.0f, -40000.0f, INFINITY}) {
+        std::vector<float> values(count, 5.0f);
+        values[place] = value;
+        Bytes bytes(count);
+        kernels->quantize({values.data(), bytes.data(), 1, count, &factor, 0, -128, 127, false});
+        Bytes wanted(count, 5);
+        wanted[place] = value > 0 ? 127 : 128;
+        expect(bytes == wanted, std::string(kernels->name) + ": " + std::to_string(value) + " at " +
+                                    std::to_string(place) + " becomes " + std::to_string(bytes[place]));
+      }
+    }
+  }
+}
+
 }  // namespace
 
 // An argument limits the sizes: under emulation and sanitizers the large ones take minutes.
@@ -283,6 +304,7 @@ int main(int argc, char** argv) {
   const std::size_t limit = argc > 1 ? std::strtoul(argv[1], nullptr, 10) : std::size_t{1} << 20;
   std::mt19937 random(1);
   check_quantize(random);
+  check_overflows();
   check_measured_rows();
   std::vector<std::size_t> sizes;
   for (std::size_t n = 1; n <= 65536; n *= 2) sizes.push_back(n);
