@@ -646,20 +646,21 @@ def test_heads_that_are_not_rotated_one_by_one_are_rotated_together(features: in
 
 @pytest.mark.parametrize("factor", [1.0, 40.0])
 def test_norms_that_scale_few_features_are_remarked_on(factor: float, tmp_path: Path) -> None:
-    scale = np.ones(64, np.float32) + 0.1 * rand(64)
+    rng = np.random.default_rng(0)  # of its own: what the note says is counted
+    scale = (1 + 0.1 * rng.standard_normal(64)).astype(np.float32)
     scale[5] = factor
     nodes = [
         node("MatMul", "x a", "h"), node("SimplifiedLayerNormalization", "h g", "n", name="norm", axis=-1),
         node("MatMul", "n b", "y"),
     ]  # fmt: skip
     # The feature is as much smaller in front of the norm, as trained models have it.
-    write = rand(16, 64)
+    write, read = (rng.standard_normal(shape).astype(np.float32) for shape in ((16, 64), (64, 8)))
     write[:, 5] /= factor
-    path = save(tmp_path / "m.onnx", nodes, [300, 16], a=write, b=rand(64, 8), g=scale)
+    path = save(tmp_path / "m.onnx", nodes, [300, 16], a=write, b=read, g=scale)
     notes = [note for note in decide(path).notes if "norms scale" in note]
     assert len(notes) == (factor > 1.0)
     assert all("behind 'norm' have about 5 times the errors" in note for note in notes)
-    x = np.random.default_rng(0).standard_normal((300, 16)).astype(np.float32)
+    x = rng.standard_normal((300, 16)).astype(np.float32)
     wanted, errors = oq.session(path).run(None, {"x": x})[0], []
     for rotations in (("R1",), ()):
         oq.quantize(path, tmp_path / "q.onnx", [{"x": x}], scheme="a16w8", rotations=rotations, layers={"h": None})

@@ -60,9 +60,8 @@ def bypass(model: ir.Model, node: ir.Node, index: int) -> None:
     model.graph.remove(node, safe=True)
 
 
-def subtract_mean(model: ir.Model, value: ir.Value) -> ir.Value:
-    """``value`` minus its mean over the last axis, made right behind it. Nobody reads the result yet."""
-    graph = model.graph
+def feature_mean(graph: ir.Graph, value: ir.Value) -> ir.Node:
+    """The mean of ``value`` over its last axis, which stays, with length 1; not in the graph yet, and without names."""
     attributes: dict[str, int | list[int]] = {"keepdims": 1}
     inputs: list[ir.Value] = [value]
     if graph.opset_imports.get("", 0) >= AXES_INPUT_OPSET:
@@ -74,7 +73,16 @@ def subtract_mean(model: ir.Model, value: ir.Value) -> ir.Value:
         inputs.append(graph.initializers[name])
     else:
         attributes["axes"] = [-1]
-    mean = ir.node("ReduceMean", inputs, attributes, name=f"{value.name}/mean")
+    mean = ir.node("ReduceMean", inputs, attributes)
+    mean.outputs[0].type = value.type
+    return mean
+
+
+def subtract_mean(model: ir.Model, value: ir.Value) -> ir.Value:
+    """``value`` minus its mean over the last axis, made right behind it. Nobody reads the result yet."""
+    graph = model.graph
+    mean = feature_mean(graph, value)
+    mean.name = f"{value.name}/mean"
     centred = ir.node("Sub", [value, mean.outputs[0]], name=f"{value.name}/centre")
     for node, suffix in ((mean, "mean"), (centred, "centred")):
         node.outputs[0].name = f"{value.name}.{suffix}"

@@ -18,6 +18,7 @@ from onnx_quarot.discovery.batch_norm import fold_batch_norms
 from onnx_quarot.discovery.branches import resolve_branches
 from onnx_quarot.discovery.constants import Constant, constant, read_once, root_tensor, tensor_shape, uniform
 from onnx_quarot.discovery.einsum_layers import write_products
+from onnx_quarot.discovery.expanded_norms import gather_norms
 from onnx_quarot.discovery.pieces import cut_weights
 from onnx_quarot.discovery.rope import unfuse_rope
 from onnx_quarot.discovery.rules.readers import absorb, has_bias, slots
@@ -39,6 +40,7 @@ def prepare(model: ir.Model, *, keys: bool = False) -> None:
     queries and keys can be rotated (R3).
     """
     simplify(model)
+    gather_norms(model)
     fold_batch_norms(model, behind=True)
     if keys:
         unfuse_rope(model)
