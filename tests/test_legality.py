@@ -654,7 +654,7 @@ def test_norms_that_scale_few_features_are_remarked_on(factor: float, tmp_path: 
         node("MatMul", "n b", "y"),
     ]  # fmt: skip
     # The feature is as much smaller in front of the norm, as trained models have it.
-    write, read = (rng.standard_normal(shape).astype(np.float32) for shape in ((16, 64), (64, 8)))
+    write, read = (rng.standard_normal(shape).astype(np.float32) for shape in ((16, 64), (64, 64)))
     write[:, 5] /= factor
     path = save(tmp_path / "m.onnx", nodes, [300, 16], a=write, b=read, g=scale)
     notes = [note for note in decide(path).notes if "norms scale" in note]
@@ -665,4 +665,4 @@ def test_norms_that_scale_few_features_are_remarked_on(factor: float, tmp_path: 
     for rotations in (("R1",), ()):
         oq.quantize(path, tmp_path / "q.onnx", [{"x": x}], scheme="a16w8", rotations=rotations, layers={"h": None})
         errors.append(np.linalg.norm(oq.session(tmp_path / "q.onnx").run(None, {"x": x})[0] - wanted))
-    assert (errors[0] > 3 * errors[1]) == (factor > 1.0)
+    assert (errors[0] > 2 * errors[1]) == (factor > 1.0)
