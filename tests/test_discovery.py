@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,6 +21,7 @@ from onnx_quarot.errors import ConfigError, ModelError
 from onnx_quarot.load import load
 from onnx_quarot.pipeline import quantize
 from onnx_quarot.plan import Plan
+from onnx_quarot.plan_options import recorded_options
 
 ROTATIONS = ("R1", "R2", "R4")
 
@@ -340,6 +342,46 @@ def test_no_transforms_are_made_for_convolutions_that_stay_in_floating_point(tmp
     assert plan is not None
     assert plan.summary()["online_ops"] == 2
     assert [(s.name, s.reason) for s in plan.declined] == [("conv", "a convolution stays in floating point")]
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [{"exclude": ["last"]}, {"layers": {"last": None}}, {"op_types": ["Gemm"]}],
+    ids=["exclude", "layers", "op_types"],
+)
+def test_no_transforms_are_made_for_layers_that_stay_in_floating_point(kept: dict[str, Any], tmp_path: Path) -> None:
+    """A layer beside it that is quantized and reads the same has one."""
+    nodes = [
+        helper.make_node("Gemm", ["x", "a"], ["h"], name="first"),
+        helper.make_node("Tanh", ["h"], ["t"]),
+        helper.make_node("MatMul", ["t", "b"], ["y"], name="last"),
+        helper.make_node("Sigmoid", ["h"], ["u"]),
+        helper.make_node("Gemm", ["u", "c"], ["v"], name="one"),
+        helper.make_node("Gemm", ["u", "d"], ["w"], name="other"),
+    ]
+    rng = np.random.default_rng(0)
+    shapes = {"a": (16, 32), "b": (32, 8), "c": (32, 8), "d": (32, 8)}
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 16])],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "yvw"],
+        [numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), n) for n, shape in shapes.items()],
+    )
+    source = tmp_path / "m.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), source)
+    data = [{"x": rng.standard_normal((64, 16)).astype(np.float32)}]
+    plan = quantize(source, tmp_path / "q.onnx", data, **kept).plan
+    assert plan is not None
+    assert {s.name: s.how for s in plan.sites} == {
+        "first": "online", "last": "none", "one": "online", "other": "online",
+    }  # fmt: skip
+    assert [s.reason for s in plan.declined] == ["it stays in floating point"]
+    assert plan.summary()["online_ops"] == 2
+    options = recorded_options(load(tmp_path / "q.onnx"))
+    assert options is not None
+    again = options.plan(load(source))
+    assert (again.sites, again.online) == (plan.sites, plan.online)
 
 
 @pytest.mark.parametrize(

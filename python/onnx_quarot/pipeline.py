@@ -176,7 +176,14 @@ def quantize(
         wide = widen_layers(model, sites, tables="Gather" in op_types)
         centred = kv_cache is not None and kv_cache.startswith("int4")  # which works behind RoPE
         options = PlanOptions.of(
-            wanted, block_size, plain_seed(seed), config, tied=tied, keys=centred, convolutions=False
+            wanted,
+            block_size,
+            plain_seed(seed),
+            config,
+            tied=tied,
+            keys=centred,
+            convolutions=False,
+            left=_left_in_floating_point(model, [*sites, *experts]),
         )
         plan = _plan(model, options, matrix_dim) if wanted or centred else None
         if not sites and not experts:
@@ -243,6 +250,13 @@ def _layers(
         others,
         [site.node_name for site in linear if site.node_name in kept],
     )
+
+
+def _left_in_floating_point(model: ir.Model, quantized: Sequence[LinearSite | ExpertSite]) -> list[str]:
+    """The layers that are not quantized, for which a transform would be made in vain."""
+    kept = {site.node_name for site in quantized}
+    every: list[LinearSite | ExpertSite] = [*linear_sites(model), *expert_sites(model)]
+    return [site.node_name for site in every if site.node_name not in kept]
 
 
 def _wanted(

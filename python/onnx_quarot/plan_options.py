@@ -28,6 +28,7 @@ class PlanOptions:
     tied: bool = False
     keys: bool = False
     convolutions: bool = True
+    left: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -40,10 +41,11 @@ class PlanOptions:
         tied: bool = False,
         keys: bool = False,
         convolutions: bool = True,
+        left: Iterable[str] = (),
     ) -> PlanOptions:
         """With ``config`` read. Raises ConfigError if it cannot be."""
         pairs = None if config is None else read_rotation_config(config)
-        return cls(tuple(rotations), block_size, seed, pairs, tied, keys, convolutions)
+        return cls(tuple(rotations), block_size, seed, pairs, tied, keys, convolutions, tuple(left))
 
     def plan(self, model: ir.Model) -> Plan:
         """The plan for ``model``; errors as :func:`onnx_quarot.discovery.discover_model`."""
@@ -56,6 +58,7 @@ class PlanOptions:
                 seed=self.seed,
                 keys=self.keys,
                 convolutions=self.convolutions,
+                left=self.left,
             )
         return discover_model(
             model,
@@ -65,6 +68,7 @@ class PlanOptions:
             tied=self.tied,
             keys=self.keys,
             convolutions=self.convolutions,
+            left=self.left,
         )
 
     def record(self, model: ir.Model) -> None:
@@ -84,6 +88,7 @@ def recorded_options(model: ir.Model) -> PlanOptions | None:
         pairs = data.pop("pairs")
         if pairs is not None:
             pairs = tuple(Pair(tuple(p["prev_nodes"]), p["norm_node"], tuple(p["next_nodes"])) for p in pairs)
-        return PlanOptions(tuple(data.pop("rotations")), pairs=pairs, **data)
+        left = tuple(data.pop("left", ()))
+        return PlanOptions(tuple(data.pop("rotations")), pairs=pairs, left=left, **data)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(f"model: its metadata entry {KEY!r} cannot be read ({error})") from error

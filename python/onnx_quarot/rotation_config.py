@@ -81,6 +81,7 @@ def plan_from_config(
     seed: int | None = None,
     keys: bool = False,
     convolutions: bool = True,
+    left: Iterable[str] = (),
 ) -> Plan:
     """R1 exactly as ``pairs`` say; the other rotations as discovered. The result is proven like any other plan."""
     others = discover_model(
@@ -90,6 +91,7 @@ def plan_from_config(
         seed=seed,
         keys=keys,
         convolutions=convolutions,
+        left=left,
     )
     return _ConfigPlan(model, others, block_size, seed).build(tuple(pairs))
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from onnx_quarot.discovery.builder import Builder
 from onnx_quarot.discovery.constants import root_tensor, tensor_shape
-from onnx_quarot.discovery.labels import Labels
+from onnx_quarot.discovery.labels import Labels, Worth
 from onnx_quarot.discovery.prepare import prepare
 from onnx_quarot.discovery.rope import fused_keys
 from onnx_quarot.discovery.rules import apply_rules
@@ -45,6 +45,7 @@ def discover_model(
     tied: bool = False,
     keys: bool = False,
     convolutions: bool = True,
+    left: Iterable[str] = (),
 ) -> Plan:
     """Decide what is rotated in ``model`` and how. The model is brought into a form that can be rotated (see
     :mod:`prepare`), which does not change its function.
@@ -55,11 +56,12 @@ def discover_model(
     the order of the graph; None for plain Hadamard matrices. tied: an embedding table that is also a linear layer's
     weight stays one matrix, at the price of one or two online transforms (see :mod:`tied`). keys: take RoPE, and norms
     in front of it, out of attention even where R3 is not asked for, for a cache that needs keys as they are compared.
-    convolutions: they are worth a transform too; False where they stay in floating point anyway.
+    convolutions: they are worth a transform too; False where they stay in floating point anyway. left: names of linear
+    layers that do.
 
     Raises ModelError when the model holds no linear layer, ConfigError for an unknown rotation or an impossible size.
     """
-    wanted = frozenset(rotations)
+    wanted, worth = frozenset(rotations), Worth(convolutions, frozenset(left))
     if unknown := wanted - set(ROTATIONS):
         raise ConfigError(f"rotations: {sorted(unknown)} unknown; choose among {', '.join(ROTATIONS)}")
     if block_size is not None and not has_order(block_size):
@@ -81,13 +83,13 @@ def discover_model(
             "the model has no linear layer (MatMul or Gemm with a constant matrix): nothing to rotate"
             f"{why_no_layers(model)}"
         )
-    labels, heads = _labels(typing, wanted, tied, convolutions)
+    labels, heads = _labels(typing, wanted, tied, worth)
     if torn := labels.torn():
         typing = _typed(model, torn)
-        labels, heads = _labels(typing, wanted, tied, convolutions)
+        labels, heads = _labels(typing, wanted, tied, worth)
     if not agree(typing, labels, heads):
         typing = _typed(model, torn)
-        labels, heads = _labels(typing, wanted, tied, convolutions, apart=True)
+        labels, heads = _labels(typing, wanted, tied, worth, apart=True)
     builder = Builder(model, typing, labels, block_size, seed)
     if quantized:
         builder.note(
@@ -113,11 +115,11 @@ def _typed(model: ir.Model, apart: frozenset[Slot] = frozenset()) -> Typing:
 
 
 def _labels(
-    typing: Typing, wanted: frozenset[str], tied: bool, convolutions: bool, *, apart: bool = False
+    typing: Typing, wanted: frozenset[str], tied: bool, worth: Worth, *, apart: bool = False
 ) -> tuple[Labels, list[TiedHead]]:
     heads = tied_heads(typing) if tied else []
     (keep_basis if apart else share_basis)(typing, heads)
-    return Labels(typing, wanted, convolutions), heads
+    return Labels(typing, wanted, worth), heads
 
 
 def fingerprint(model: ir.Model) -> str:

@@ -9,6 +9,7 @@ source side is taken, so that nothing is rotated that no linear layer gains from
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from math import log2
 
 import networkx as nx
@@ -29,12 +30,26 @@ _MIN_LEAF = 4  # a rotation of fewer features spreads nothing
 _MIN_ONLINE = 16  # one of fewer spreads too little for a transform, which takes about as long as so small a layer
 
 
+@dataclass(frozen=True)
+class Worth:
+    """Which layers are worth a transform: not those that stay in floating point."""
+
+    convolutions: bool = True
+    left: frozenset[str] = frozenset()
+
+    def refusal(self, node: ir.Node) -> str | None:
+        """Why a layer is not worth one; None for one that is."""
+        if not self.convolutions and is_convolution(node):
+            return "a convolution stays in floating point"
+        return "it stays in floating point" if (node.name or node.outputs[0].name) in self.left else None
+
+
 class Labels:
     """The decision: :meth:`rotated` for every port, axis and leaf; :meth:`why` for what was declined."""
 
-    def __init__(self, typing: Typing, rotations: frozenset[str], convolutions: bool = True) -> None:
+    def __init__(self, typing: Typing, rotations: frozenset[str], worth: Worth) -> None:
         self.typing = typing
-        self._convolutions = convolutions
+        self._worth = worth
         self._sets = DisjointSets()
         self._leaves: dict[tuple[ir.Value, int], list[Segment]] = {}
         self._reasons: dict[object, str] = {}
@@ -78,14 +93,10 @@ class Labels:
     def kind(self, leaf: Segment) -> str:
         return self.kind_of.get(leaf, "R4")
 
-    def gains(self, node: ir.Node) -> bool:
-        """Whether a linear layer is worth a transform."""
-        return self._convolutions or not is_convolution(node)
-
     def why(self, port: Port, axis: int) -> str:
         """Why this axis was left alone."""
-        if isinstance(port, Use) and not self.gains(port.node):
-            return "a convolution stays in floating point"
+        if isinstance(port, Use) and (reason := self._worth.refusal(port.node)) is not None:
+            return reason
         leaves = self.leaves(port.value, axis)
         for leaf in leaves:
             if (kind := self.kind(leaf)) not in self._enabled:
@@ -241,7 +252,7 @@ class Labels:
         for root in self._reasons:
             add(node(self._sets.find(root)), "sink", None)
         for read in self.typing.reads:
-            if not self.gains(read.slot.node):
+            if self._worth.refusal(read.slot.node) is not None:
                 continue
             for leaf, variable in self._of(read.port, read.axis).items():
                 add("source", node(self._sets.find(variable)), _REWARD if _pays(leaf.length) else _TOKEN)
