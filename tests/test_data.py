@@ -98,6 +98,9 @@ def test_npz_faults(tmp_path: Path) -> None:
     (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 not really")
     with pytest.raises(DataError, match=r"broken\.npz"):
         list(as_batches(tmp_path / "broken.npz", SPECS))
+    (tmp_path / "text.npz").write_text("words")
+    with pytest.raises(DataError, match=r"text\.npz is no \.npz file: it is no zip archive"):
+        list(as_batches(tmp_path / "text.npz", SPECS))
     with pytest.raises(DataError, match=r"absent\.npz"):
         list(as_batches(tmp_path / "absent.npz", SPECS))
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -265,6 +266,8 @@ def _open_path_or_text(
 
 
 def _npz_batches(path: str, inputs: Sequence[InputSpec]) -> Iterator[Batch]:
+    if Path(path).is_file() and not zipfile.is_zipfile(path):
+        raise DataError(f"data: {path} is no .npz file: it is no zip archive")
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}

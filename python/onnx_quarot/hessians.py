@@ -131,7 +131,7 @@ def solve_weights(
     reasons = {name: _shortage(seen[name].rows, by_input[name][0]) for name in few}
     for name, reason in reasons.items():
         if seen[name].rows * _FAR_MORE > most:
-            raise DataError(f"calibration: {reason}")
+            raise DataError(f"calibration: {reason}; weights='rtn' needs none")
     reasons |= {name: f"the inputs of {by_input[name][0].node_name!r} are zero throughout" for name in nothing}
     if nothing and not solved:
         raise DataError(f"calibration: {reasons[nothing[0]]}; gptq has nothing to go by")
