@@ -65,9 +65,7 @@ def test_few_tokens_for_gptq(tmp_path: Path, scheme: str) -> None:
         source, [batch(40)], scheme=scheme
     )
     assert "gptq saw" not in remarks(source, [batch(64)], scheme=scheme)
-    with pytest.raises(
-        DataError, match="1 rows reach 'first', which has 64 input features; gptq needs at least 7.*weights='rtn'"
-    ):
+    with pytest.raises(DataError, match=r"1 rows reach 'first', which has 64 .* needs at least 7, .*weights='rtn'"):
         remarks(source, [batch(1)], scheme=scheme)
 
 
