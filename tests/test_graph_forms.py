@@ -195,7 +195,7 @@ def test_layers_in_subgraphs_are_spoken_of(tmp_path: Path) -> None:
     onnx.save(build(nodes, {"a": WEIGHTS["a"]}), tmp_path / "m.onnx")
     with pytest.raises(ModelError, match="2 are inside subgraphs"):
         oq.discover(tmp_path / "m.onnx")
-    with pytest.raises(ModelError, match="2 are inside subgraphs"):
+    with pytest.raises(ModelError, match=r"2 are inside subgraphs \(If\), which are left alone: of a decoder"):
         oq.quantize(tmp_path / "m.onnx", tmp_path / "q.onnx", feeds(np.float32), rotations=())
 
 
@@ -253,3 +253,13 @@ def test_a_gemm_that_transposes_its_rows_is_refused_before_any_work(tmp_path: Pa
     for scheme in ("a8w4-block", "a8w8-dynamic"):
         with pytest.raises(ModelError, match=r"'h/Gemm'.*transA"):
             oq.quantize(tmp_path / "m.onnx", tmp_path / "q.onnx", feeds(np.float32), scheme=scheme)
+
+
+def test_a_decoder_inside_a_search_is_spoken_of(tmp_path: Path) -> None:
+    """ONNX Runtime's BeamSearch, GreedySearch and Sampling hold the model whose tokens they search."""
+    value = helper.make_tensor_value_info("one", TensorProto.FLOAT, None)
+    held = helper.make_graph([node("MatMul", "x a", "one")], "decoder", [], [value])
+    search = helper.make_node("GreedySearch", ["x", "n"], ["y"], domain="com.microsoft", decoder=held)
+    onnx.save(build([search], {"a": WEIGHTS["a"], "n": np.int32([4])}), tmp_path / "m.onnx")
+    with pytest.raises(ModelError, match=r"subgraphs \(GreedySearch\), which are left alone: take the model that was"):
+        oq.discover(tmp_path / "m.onnx")

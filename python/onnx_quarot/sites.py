@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from .editing import has_subgraphs
 from .errors import ConfigError
 from .load import unmap
 
@@ -122,10 +123,13 @@ def why_no_layers(model: ir.Model) -> str:
     nodes = [node for node in model.graph.all_nodes() if node.op_type in LINEAR_OPS and node.domain == ""]
     inner = sum(node.graph is not model.graph and _site(node) is not None for node in nodes)
     if inner:
-        return (
-            f"; {inner} are inside subgraphs (If, Loop, Scan), which are left alone: of a decoder that was merged from "
-            "one for the first token and one for further ones, take these two"
+        holders = sorted({node.op_type for node in model.graph if has_subgraphs(node)})
+        advice = (
+            "of a decoder that was merged from one for the first token and one for further ones, take these two"
+            if holders == ["If"]
+            else "take the model that was put into it, and put the result in its place"
         )
+        return f"; {inner} are inside subgraphs ({', '.join(holders)}), which are left alone: {advice}"
     weights = [node.inputs[1] for node in nodes if len(node.inputs) > 1]
     given = sum(v is not None and v.is_initializer() and v.is_graph_input() for v in weights)
     if given:

@@ -235,6 +235,14 @@ class Builder:
         for s in self.t.states:
             if placements := self._placements(Def(s.past), s.axis):
                 found.append(State(str(s.past.name), str(s.present.name), placements[0].rotation))
+        if found:
+            which = f"the cache {found[0].past!r} is" if len(found) == 1 else f"{len(found)} caches are"
+            self.note(f"{which} in a new basis: begin empty, or with what this model wrote, not with another's")
+        elif self.t.begun is not None:
+            self.note(
+                f"caches keep their basis: {self.t.begun.name!r} holds keys or values that this model never writes, "
+                "and the model that does may begin the caches too"
+            )
         return tuple(found)
 
     def _bases(self) -> dict[str, tuple[Placement, ...]]:

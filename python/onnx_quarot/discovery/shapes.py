@@ -120,12 +120,20 @@ def _one_length(value: ir.Value, axis: int, name: str) -> tuple[str, ...]:
 
 
 def _past_and_length(value: ir.Value, axis: int, name: str) -> tuple[str, ...]:
-    """The mask covers the cache and the tokens, which are the first input."""
+    """The mask covers the cache and the tokens, which are the first input; what else is as long as these is named so. A
+    cache may hold keys and values, in front of the batch.
+    """
     rank = 0 if value.shape is None else len(value.shape)
-    if axis == 2 and rank == 4:
+    if rank in (4, 5) and axis == rank - 2:
         return ("past",)
+    if rank == 5 and axis == 1:
+        return ("axis 0",)
+    tokens = None if value.graph is None else value.graph.inputs[0]
+    first = None if tokens is None else tokens.shape
+    if first is not None and len(first) > 1 and axis and name == str(first[1]):
+        return ("length",)
     if axis == 1 and rank == 2:
-        return ("length",) if value.graph is not None and value is value.graph.inputs[0] else ("past", "length")
+        return ("length",) if value is tokens else ("past", "length")
     return _as_named(value, axis, name)
 
 

@@ -163,6 +163,8 @@ class Typing:
     written: list[Written] = field(default_factory=list)
     expansions: list[Expansion] = field(default_factory=list)
     states: list[StatePair] = field(default_factory=list)
+    renewed: set[ir.Value] = field(default_factory=set)  # caches that come out again, whatever their basis
+    begun: ir.Value | None = None  # keys or values that another model writes, which may begin the caches too
     kinds: list[tuple[Segment, str]] = field(default_factory=list)
     packed: set[ir.Value] = field(default_factory=set)  # the last axis has a basis for every index of another
     squares: set[ir.Value] = field(default_factory=set)  # only their sum over the last axis is used

@@ -43,6 +43,7 @@ def apply_rules(t: Typing) -> None:
         else:
             t.block_node(node, f"{node.op_type} {node.name!r} is not in the table")
     _block_inner_uses(t)
+    _keep_begun_caches(t)
 
 
 def _may_be_float(t: Typing, port: Port) -> bool:
@@ -55,3 +56,24 @@ def _block_inner_uses(t: Typing) -> None:
         for use in value.uses():
             if use.node.graph is not t.graph:
                 t.block(Use(use.node, use.idx), axis, f"captured by a subgraph ({use.node.op_type} {use.node.name!r})")
+
+
+def _keep_begun_caches(t: Typing) -> None:
+    """Caches keep their basis in a model that also reads keys or values which it never writes: those of an encoder.
+
+    Whatever model writes these may begin the others too, as the decoder of the first token does, and knows of no basis.
+    """
+    pasts = {state.past for state in t.states}
+    heads = {leaf for segment, kind in t.kinds if kind in ("R2", "R3") for leaf in segment.leaves()}
+    layouts = {(t.size(Def(past), 1), t.size(Def(past), 3)) for past in pasts}
+    for value in t.graph.inputs:
+        port = Def(value)
+        if value in pasts | t.renewed or not t.known(port) or t.rank(port) != 4:
+            continue
+        segment = t.segment(port, 3)
+        if segment is None or not heads & set(segment.leaves()):
+            continue
+        if (t.size(port, 1), t.size(port, 3)) in layouts:  # and no mask that is as wide as a head
+            t.states.clear()
+            t.begun = value
+            return

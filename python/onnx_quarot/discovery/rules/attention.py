@@ -73,9 +73,10 @@ class _Attention:
                 self._tie(heads, _Heads(port, 3, 0, 1), why)
             else:
                 t.block_port(port, describe(n, "a cache of another layout"))
-        if len(places) == 2 and why is None:
+        if len(places) == 2:
             before, after = places[0].value, places[1].value
-            if before.is_graph_input() and after.is_graph_output():
+            t.renewed.add(before)
+            if why is None and before.is_graph_input() and after.is_graph_output():
                 t.states.append(StatePair(before, after, 3))
 
     def parameters(self, *indices: int) -> None:
