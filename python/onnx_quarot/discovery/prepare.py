@@ -19,6 +19,7 @@ from onnx_quarot.discovery.branches import resolve_branches
 from onnx_quarot.discovery.constants import Constant, constant, read_once, root_tensor, tensor_shape, uniform
 from onnx_quarot.discovery.einsum_layers import write_products
 from onnx_quarot.discovery.expanded_norms import gather_norms
+from onnx_quarot.discovery.fused_layers import part_fused_layers
 from onnx_quarot.discovery.pieces import cut_weights
 from onnx_quarot.discovery.rope import unfuse_rope
 from onnx_quarot.discovery.rules.readers import absorb, has_bias, slots
@@ -60,6 +61,7 @@ def simplify(model: ir.Model) -> bool:
     """
     before = list(model.graph)
     resolve_branches(model)
+    part_fused_layers(model)
     cut_weights(model)
     write_products(model)
     fold_batch_norms(model)

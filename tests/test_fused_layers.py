@@ -1,0 +1,129 @@
+"""Layers inside ONNX Runtime's fused operators: found, rotated and quantized like those outside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import onnx_quarot as oq
+from onnx_quarot.layers import compare_layers
+from onnx_quarot.sensitivity import measure_sensitivity
+from test_legality import MS, Nodes, node
+
+HEADS, SIZE = 2, 16
+WIDTH = HEADS * SIZE
+RNG = np.random.default_rng(0)
+FLOAT, INT32 = TensorProto.FLOAT, TensorProto.INT32
+Inputs = dict[str, tuple[int, list[Any], np.ndarray]]
+
+
+def rand(*shape: int) -> np.ndarray:
+    return (RNG.standard_normal(shape) / shape[0] ** 0.5).astype(np.float32)
+
+
+def attention(inputs: str, outputs: str = "a", **attributes: Any) -> Nodes:
+    return [node("Attention", inputs, outputs, MS, num_heads=HEADS, **attributes)]
+
+
+X: Inputs = {"x": (FLOAT, ["batch", "length", WIDTH], RNG.standard_normal((2, 5, WIDTH)).astype(np.float32))}
+PAST: Inputs = {
+    "past": (FLOAT, [2, "batch", HEADS, "past", SIZE], RNG.standard_normal((2, 2, HEADS, 3, SIZE)).astype(np.float32))
+}
+MASK: Inputs = {"m": (INT32, ["batch", "total"], np.array([[1, 1, 1, 1, 0], [1] * 5], np.int32))}
+WHOLE: Inputs = {"m": (INT32, ["batch", "total"], np.ones((2, 8), np.int32))}
+ENDS: Inputs = {"m": (INT32, ["batch"], np.array([4, 5], np.int32))}
+WEIGHTS = {"w": rand(WIDTH, 3 * WIDTH), "b": rand(3 * WIDTH), "wo": rand(WIDTH, 8)}
+NARROW = {**WEIGHTS, "w": rand(WIDTH, 2 * WIDTH + 2 * 8), "b": rand(2 * WIDTH + 2 * 8), "wo": rand(16, 8)}
+# Each case: nodes from x to "a", inputs besides x, constants, outputs besides y.
+Case = tuple[Nodes, Inputs, dict[str, np.ndarray], str]
+CASES: dict[str, Case] = {
+    "attention": (attention("x w b"), {}, WEIGHTS, ""),
+    "attention without a bias": (attention("x w"), {}, WEIGHTS, ""),
+    "a mask": (attention("x w b m", mask_filter_value=-100.0), MASK, WEIGHTS, ""),
+    "lengths": (attention("x w b m"), ENDS, WEIGHTS, ""),
+    "causal": (attention("x w b m", unidirectional=1, scale=0.3), MASK, WEIGHTS, ""),
+    "narrow values": (attention("x w b", qkv_hidden_sizes=[WIDTH, WIDTH, 16]), {}, NARROW, ""),
+    "a cache": (attention("x w b m past", "a p", unidirectional=1), {**WHOLE, **PAST}, WEIGHTS, "p"),
+    "a cache that begins": (attention("x w b", "a p", unidirectional=1), {}, WEIGHTS, "p"),
+    "a product with a factor": (
+        [node("FusedMatMul", "x e", "a", MS, transB=1, alpha=0.5)],
+        {}, {"e": rand(WIDTH, WIDTH), "wo": rand(WIDTH, 8)}, ""
+    ),
+    "an activation": (
+        [
+            node("Reshape", "x flat", "r"),
+            node("FusedGemm", "r e f", "g", MS, transB=1, activation="LeakyRelu", activation_alpha=0.2),
+            node("Reshape", "g back", "a"),
+        ],
+        {}, {"e": rand(WIDTH, WIDTH), "f": rand(WIDTH), "wo": rand(WIDTH, 8), "flat": np.array([-1, WIDTH]),
+             "back": np.array([-1, 1, WIDTH])}, ""
+    ),
+}  # fmt: skip
+
+
+def build(path: Path, case: str, opset: int, dtype: type = np.float32) -> tuple[Path, dict[str, np.ndarray]]:
+    nodes, others, weights, more = CASES[case]
+    inputs = {**X, **others}
+    nodes = [*nodes, node("MatMul", "a wo", "y")]
+    read = {name for n in nodes for name in n.input}
+    kind = {FLOAT: helper.np_dtype_to_tensor_dtype(np.dtype(dtype))}
+    held = {k: w.astype(dtype) if w.dtype == np.float32 else w for k, w in weights.items() if k in read}
+    graph = helper.make_graph(
+        nodes,
+        "fused",
+        [helper.make_tensor_value_info(k, kind.get(t, t), shape) for k, (t, shape, _) in inputs.items()],
+        [helper.make_tensor_value_info(k, kind[FLOAT], None) for k in ["y", *more.split()]],
+        [numpy_helper.from_array(w, k) for k, w in held.items()],
+    )
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid(MS, 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
+    return path, {k: x.astype(dtype) if t == FLOAT else x for k, (t, _, x) in inputs.items()}
+
+
+def results(path: Path, feeds: dict[str, np.ndarray], *, plain: bool = False) -> list[np.ndarray]:
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    session = ort.InferenceSession(path, options) if plain else oq.session(path)
+    return [x.astype(np.float32) for x in session.run(None, feeds)]
+
+
+@pytest.mark.parametrize("opset", [12, 17])
+@pytest.mark.parametrize("case", CASES)
+def test_they_are_rotated_and_quantized(case: str, opset: int, tmp_path: Path) -> None:
+    source, feeds = build(tmp_path / "m.onnx", case, opset)
+    expected = results(source, feeds)
+    report = oq.rotate(source, tmp_path / "r.onnx")
+    assert report.plan is not None
+    assert {s.how for s in report.plan.sites} <= {"offline", "online"}
+    assert len(report.plan.sites) == 2
+    for a, b in zip(expected, results(tmp_path / "r.onnx", feeds), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+    for scheme in ("a8w8", "a8w8-dynamic", "a8w4-block"):
+        report = oq.quantize(source, tmp_path / "q.onnx", [feeds], scheme=scheme)
+        assert len(report.quantized) == 2
+        for plain in (False, True):
+            for a, b in zip(expected, results(tmp_path / "q.onnx", feeds, plain=plain), strict=True):
+                assert np.linalg.norm(a - b) <= (0.2 if "w4" in scheme else 0.03) * np.linalg.norm(a)
+
+
+@pytest.mark.parametrize("case", ["a mask", "a cache"])
+def test_in_half_precision_too(case: str, tmp_path: Path) -> None:
+    source, feeds = build(tmp_path / "m.onnx", case, 17, np.float16)
+    expected = results(source, feeds)
+    assert len(oq.quantize(source, tmp_path / "q.onnx", [feeds]).quantized) == 2
+    for a, b in zip(expected, results(tmp_path / "q.onnx", feeds), strict=True):
+        assert np.linalg.norm(a - b) <= 0.03 * np.linalg.norm(a)
+
+
+def test_what_is_quantized_can_be_compared_with_what_it_was_made_from(tmp_path: Path) -> None:
+    source, feeds = build(tmp_path / "m.onnx", "a mask", 17)
+    oq.quantize(source, tmp_path / "q.onnx", [feeds])
+    found = measure_sensitivity(source, tmp_path / "q.onnx", feeds)
+    assert len(found.layers) == 2
+    assert len(compare_layers(source, tmp_path / "q.onnx", (feeds, feeds))) >= 1
