@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.shape_inference
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
@@ -70,8 +71,15 @@ def test_norms_and_sums_become_parts_of_it(shaped: Path, tmp_path: Path) -> None
     summed = [node for node in linears if len(node.input) > 3 and node.input[3] and node.input[3] not in constants]
     assert len(summed) == 3
     assert sum(any(a.name == "epsilon" for a in node.attribute) for node in linears) == 4
-    used = {node.overload for node in linears}
-    assert {function.overload for function in model.functions if function.name == "QLinear"} == used
+    used = {(node.op_type, node.overload) for node in model.graph.node if node.domain == "onnx_quarot"}
+    assert {(function.name, function.overload) for function in model.functions} == used
+
+
+def test_shapes_are_inferred_strictly_of_a_model_that_states_none(llama: Path, tmp_path: Path) -> None:
+    oq.quantize(llama, tmp_path / "q.onnx", batches(1), scheme="a8w8-dynamic")
+    model = onnx.load(tmp_path / "q.onnx")
+    assert any(node.op_type == "GroupQueryAttention" and node.domain == "onnx_quarot" for node in model.graph.node)
+    onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
 
 
 def test_a_stream_of_unknown_shape_stays_outside(llama: Path, tmp_path: Path) -> None:

@@ -62,6 +62,8 @@ def _replace(model: ir.Model, node: ir.Node) -> None:
     model.graph.insert_before(node, made)
     for old, new in zip(node.outputs, made.outputs, strict=False):
         take_over(old, new)
+        # ONNX's own shape inference does not know what is in the function, but goes into those of the readers.
+        new.dtype = new.dtype or ir.DataType.FLOAT
     model.graph.remove(node, safe=True)
 
 

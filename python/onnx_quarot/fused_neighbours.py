@@ -35,7 +35,7 @@ def absorb_neighbours(model: ir.Model, made: Mapping[ir.Node, QLinearSpec]) -> N
         elif (node.domain, node.op_type) == ("", "SimplifiedLayerNormalization"):
             nodes.absorb_norm(node)
     used = {node.op_identifier() for node in ir.traversal.RecursiveGraphIterator(model.graph)}
-    for identifier in [key for key in model.functions if key[:2] == (DOMAIN, OP_TYPE) and key not in used]:
+    for identifier in [key for key in model.functions if key[0] == DOMAIN and key not in used]:  # transforms, too
         del model.functions[identifier]
 
 
