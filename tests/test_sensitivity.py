@@ -56,8 +56,10 @@ def test_alone_is_what_the_model_with_one_layer_quantized_shows(
 ) -> None:
     if scheme == "a8w4-dynamic" and RUNTIME < (1, 32):
         pytest.skip(f"GroupQueryAttention of ONNX Runtime {ort.__version__} takes a key of unknown shape for none")
-    options = {"scheme": scheme, "seed": 3, "op_types": ("MatMul",), **options}
-    oq.quantize(source, tmp_path / "q.onnx", [feeds()], **options)
+    options = {"scheme": scheme, "op_types": ("MatMul",), **options}
+    turned: dict[str, Any] = {"seed": 3, "rotations": options.pop("rotations", ("R1", "R2", "R4"))}
+    oq.quantize(source, tmp_path / "q.onnx", [feeds()], **options, **turned, tied=False)
+    oq.rotate(source, tmp_path / "rotated.onnx", **turned)  # quantizing one layer alone rotates for that one
     found = measure_sensitivity(source, tmp_path / "q.onnx", feeds())
     names = [site.node_name for site in linear_sites(load(source))]
     assert [name for layer in found.layers for name in layer.name.split(", ")] == names
@@ -67,7 +69,7 @@ def test_alone_is_what_the_model_with_one_layer_quantized_shows(
     assert found.all == pytest.approx(distance(source, tmp_path / "q.onnx"), rel=2e-2)
     for layer in (found.layers[4], found.layers[-1]):
         others = {name: None for name in names if name not in layer.name.split(", ")}
-        oq.quantize(source, tmp_path / "one.onnx", [feeds()], **options, layers=others)
+        oq.quantize(tmp_path / "rotated.onnx", tmp_path / "one.onnx", [feeds()], **options, rotations=(), layers=others)
         assert layer.error == pytest.approx(distance(source, tmp_path / "one.onnx"), rel=2e-2), layer.name
 
 
