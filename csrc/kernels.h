@@ -10,8 +10,8 @@ namespace onnx_quarot {
 // One step of order K: columns of K elements are multiplied by +-H_K.
 struct OrderStep {
   std::size_t order;
-  const std::uint64_t* codes;  // as in Order
-  bool halved;                 // codes are those of half the order, as Order says
+  const std::uint64_t* codes[2];  // as in Order, for one column and for two side by side
+  bool halved;                    // codes are those of half the order, as Order says
 };
 
 // A row is `blocks` adjacent blocks of `order` * `power` elements. Distances are in elements.

@@ -89,12 +89,13 @@ ONNX_QUAROT_INLINE const std::uint64_t* round_sums(const std::uint64_t* batch, s
   }
 }
 
-// W vectors of each of n inputs times a matrix of +-1, given by its codes. input(i, v) gives the vectors of input i;
-// finish(i, v) takes those of output i, once all inputs have been read.
-template <std::size_t W, class V, class Input, class Finish>
+// Vectors of each of n inputs, of each of some columns, times a matrix of +-1, given by its codes for so many of both.
+// input(i, v) gives those of input i; finish(i, v) takes those of output i, once all inputs have been read.
+template <std::size_t Vectors, std::size_t Columns, class V, class Input, class Finish>
 ONNX_QUAROT_INLINE void table_product(std::size_t n, const std::uint64_t* codes, V* table, V* sums, V one,
                                       const Input& input, const Finish& finish) {
-  const std::size_t groups = group_count(n), step = round_groups(groups, W), zeros = leading_zeros(n);
+  constexpr std::size_t W = Vectors * Columns;
+  const std::size_t groups = group_count(n), step = round_groups(groups, Vectors), zeros = leading_zeros(n);
   for (std::size_t w = 0; w < W; ++w) table[w] = V{};
   for (std::size_t done = 0; done < groups; done += step) {
     const std::size_t end = done + step < groups ? done + step : groups;
@@ -112,6 +113,20 @@ ONNX_QUAROT_INLINE void table_product(std::size_t n, const std::uint64_t* codes,
   }
 }
 
+// Columns side by side times the matrix. Codes take as long to read as sums to load: with two columns, half of that.
+template <std::size_t Columns, class C, class V>
+ONNX_QUAROT_INLINE void table_columns(C* column, std::size_t step, const OrderStep& order, V* table, V* sums, V scale,
+                                      V one) {
+  constexpr std::size_t lanes = sizeof(V) / sizeof(C);
+  const auto input = [&](std::size_t i, V* x) {
+    for (std::size_t c = 0; c < Columns; ++c) x[c] = load(column + i * step + c * lanes);
+  };
+  const auto finish = [&](std::size_t i, const V* sum) {
+    for (std::size_t c = 0; c < Columns; ++c) store(column + i * step + c * lanes, sum[c] * scale);
+  };
+  table_product<1, Columns>(order.order, order.codes[Columns - 1], table, sums, one, input, finish);
+}
+
 // Any order, from the codes of its matrix.
 template <class C, class V>
 __attribute__((noinline)) void table_order(C* values, std::size_t step, const OrderStep& order, char* table_bytes,
@@ -119,27 +134,29 @@ __attribute__((noinline)) void table_order(C* values, std::size_t step, const Or
   constexpr std::size_t lanes = sizeof(V) / sizeof(C);
   V* table = reinterpret_cast<V*>(table_bytes);
   V* sums = reinterpret_cast<V*>(sums_bytes);
+  if (!order.halved) {
+    constexpr std::size_t most = most_columns(sizeof(V));
+    std::size_t j = 0;
+    for (; j + most * lanes <= step; j += most * lanes)
+      table_columns<most>(values + j, step, order, table, sums, scale, one);
+    if (j < step) table_columns<1>(values + j, step, order, table, sums, scale, one);
+    return;
+  }
   for (std::size_t j = 0; j < step; j += lanes) {
     C* column = values + j;
-    if (order.halved) {
-      const auto input = [&](std::size_t i, V* x) {
-        const V a = load(column + 2 * i * step), b = load(column + (2 * i + 1) * step);
-        x[0] = a + b;
-        x[1] = difference(a, b, one);
-      };
-      const auto finish = [&](std::size_t i, const V* sum) {
-        C* even = column + 2 * i * step;
-        C* odd = even + step;
-        const V a = load(even), b = load(odd);
-        store(even, (sum[0] - (b + b)) * scale);
-        store(odd, (sum[1] - (a + a)) * scale);
-      };
-      table_product<2>(order.order / 2, order.codes, table, sums, one, input, finish);
-    } else {
-      const auto input = [&](std::size_t i, V* x) { x[0] = load(column + i * step); };
-      const auto finish = [&](std::size_t i, const V* sum) { store(column + i * step, sum[0] * scale); };
-      table_product<1>(order.order, order.codes, table, sums, one, input, finish);
-    }
+    const auto input = [&](std::size_t i, V* x) {
+      const V a = load(column + 2 * i * step), b = load(column + (2 * i + 1) * step);
+      x[0] = a + b;
+      x[1] = difference(a, b, one);
+    };
+    const auto finish = [&](std::size_t i, const V* sum) {
+      C* even = column + 2 * i * step;
+      C* odd = even + step;
+      const V a = load(even), b = load(odd);
+      store(even, (sum[0] - (b + b)) * scale);
+      store(odd, (sum[1] - (a + a)) * scale);
+    };
+    table_product<2, 1>(order.order / 2, order.codes[0], table, sums, one, input, finish);
   }
 }
 

@@ -55,7 +55,7 @@ void append_round(Codes& codes, const std::vector<Terms>& terms, std::size_t siz
 }  // namespace
 
 std::vector<std::uint64_t> order_codes(const std::int8_t* h, std::size_t n, std::size_t row, std::size_t column,
-                                       std::size_t vectors) {
+                                       std::size_t vectors, std::size_t columns) {
   const std::size_t groups = group_count(n), step = round_groups(groups, vectors), zeros = leading_zeros(n);
   Codes codes;
   for (std::size_t done = 0; done < groups; done += step) {
@@ -76,7 +76,7 @@ std::vector<std::uint64_t> order_codes(const std::int8_t* h, std::size_t n, std:
         (sign[0] > 0 ? terms[b].plus : terms[b].minus).push_back(1 + (g - done) * kGroupSums + sum);
       }
     }
-    append_round(codes, terms, kBatchVectors / vectors);
+    append_round(codes, terms, kBatchVectors / vectors / columns);
   }
   return codes;
 }

@@ -306,18 +306,28 @@ std::vector<std::size_t> product(std::size_t k, std::size_t least) {
 struct Store {
   std::mutex mutex;
   std::map<std::size_t, std::unique_ptr<const Order>> orders;
-  std::map<std::size_t, std::array<std::vector<std::uint64_t>, 2>> codes;  // by order: of H and of H^T
+  struct Codes {
+    std::vector<std::uint64_t> one_column, two_columns;
+  };
+  std::map<std::size_t, std::array<Codes, 2>> codes;  // by order: of H and of H^T
 };
 
 OrderStep make_step(Store& store, std::size_t k, bool transpose) {
   const bool halved = construction(k) == Construction::paley2;
-  std::array<std::vector<std::uint64_t>, 2>& codes = store.codes[k];
-  if (codes[0].empty()) {
+  std::array<Store::Codes, 2>& codes = store.codes[k];
+  if (codes[0].one_column.empty()) {
     const Matrix h = construct(k);
-    codes[0] = halved ? order_codes(h.data(), k / 2, 2 * k, 2, 2) : order_codes(h.data(), k, k, 1, 1);
-    codes[1] = halved ? codes[0] : order_codes(h.data(), k, 1, k, 1);
+    const auto made = [&](std::size_t row, std::size_t column) {
+      return Store::Codes{order_codes(h.data(), k, row, column, 1, 1), order_codes(h.data(), k, row, column, 1, 2)};
+    };
+    if (halved) {
+      codes[0] = codes[1] = {order_codes(h.data(), k / 2, 2 * k, 2, 2, 1), {}};
+    } else {
+      codes = {made(k, 1), made(1, k)};
+    }
   }
-  return {k, codes[transpose ? 1 : 0].data(), halved};
+  const Store::Codes& found = codes[transpose ? 1 : 0];
+  return {k, {found.one_column.data(), found.two_columns.data()}, halved};
 }
 
 }  // namespace

@@ -19,7 +19,8 @@ namespace onnx_quarot {
 //   codes   of its matrix, as order_codes.h says
 //   halved  set for Paley's second construction, of 2 x 2 cells: with P the symmetric matrix of the cells' first
 //           entries, y[2 j] = (P s)[j] - 2 x[2 j + 1] and y[2 j + 1] = (P d)[j] - 2 x[2 j], where s and d are the sums
-//           and differences of pairs of inputs. The codes are those of P, of order k / 2: half the work.
+//           and differences of pairs of inputs. The codes are those of P, of order k / 2: half the work. One column is
+//           two vectors then, and there are no codes for two columns.
 struct Order {
   std::size_t k = 0;
   std::vector<std::size_t> factors;  // ascending; the first is the outermost

@@ -30,13 +30,24 @@ constexpr std::size_t padded(std::size_t bytes) {
   return (bytes + kScratchAlignment - 1) / kScratchAlignment * kScratchAlignment;
 }
 
-// The step of order K works on one or two vectors at a time: a zero, and the sums of a round.
-constexpr std::size_t table_bytes(std::size_t vector_bytes) { return (2 + kRoundSums) * vector_bytes; }
+// Columns of a step of order K that are worked on together: the sums of two are to stay in first-level cache.
+constexpr std::size_t most_columns(std::size_t vector_bytes) { return vector_bytes < 64 ? 2 : 1; }
+
+constexpr std::size_t step_vectors(const OrderStep& step) { return step.halved ? 2 : 1; }
+constexpr std::size_t step_columns(const OrderStep& step, std::size_t vector_bytes) {
+  return step.halved ? 1 : most_columns(vector_bytes);
+}
+
+// A zero, and the sums of a round, of each vector and column.
+constexpr std::size_t table_bytes(const OrderStep& step, std::size_t vector_bytes) {
+  const std::size_t vectors = step_vectors(step), groups = round_groups(group_count(step.order / vectors), vectors);
+  return (1 + groups * kGroupSums) * vectors * step_columns(step, vector_bytes) * vector_bytes;
+}
 
 // Outputs of a step are kept only while rounds are left: one vector for each element of a column.
 constexpr std::size_t sums_bytes(const OrderStep& step, std::size_t vector_bytes) {
-  const std::size_t vectors = step.halved ? 2 : 1, groups = group_count(step.order / vectors);
-  return round_groups(groups, vectors) < groups ? step.order * vector_bytes : 0;
+  const std::size_t vectors = step_vectors(step), groups = group_count(step.order / vectors);
+  return round_groups(groups, vectors) < groups ? step.order * step_columns(step, vector_bytes) * vector_bytes : 0;
 }
 
 inline ScratchLayout scratch_layout(const Job& job, std::size_t element_bytes, std::size_t compute_bytes,
@@ -44,16 +55,19 @@ inline ScratchLayout scratch_layout(const Job& job, std::size_t element_bytes, s
   const std::size_t lanes = vector_bytes / compute_bytes;
   const bool packs = job.power < lanes;
   const std::size_t elements = job.order * (packs ? lanes : job.power);
-  std::size_t sums = 0;
-  for (std::size_t i = 0; i < job.step_count; ++i) {
-    const std::size_t bytes = sums_bytes(job.steps[i], vector_bytes);
-    if (bytes > sums) sums = bytes;
-  }
+  const auto largest = [&](std::size_t (*bytes)(const OrderStep&, std::size_t)) {
+    std::size_t most = 0;
+    for (std::size_t i = 0; i < job.step_count; ++i) {
+      const std::size_t needed = bytes(job.steps[i], vector_bytes);
+      if (needed > most) most = needed;
+    }
+    return padded(most);
+  };
   ScratchLayout layout{};
   const std::size_t row_bytes = packs || element_bytes != compute_bytes ? padded(elements * compute_bytes) : 0;
   layout.table = job.order == 1 && row_bytes <= kTwoRowsBytes ? 2 * row_bytes : row_bytes;
-  layout.sums = layout.table + (job.order > 1 ? padded(table_bytes(vector_bytes)) : 0);
-  layout.gathered = layout.sums + padded(sums);
+  layout.sums = layout.table + largest(table_bytes);
+  layout.gathered = layout.sums + largest(sums_bytes);
   layout.scattered = layout.gathered + (packs ? padded(elements * element_bytes) : 0);
   layout.signs = layout.scattered + (packs ? padded(elements * element_bytes) : 0);
   layout.total = layout.signs + (packs ? padded(elements * sizeof(float)) : 0);
