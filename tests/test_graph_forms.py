@@ -263,3 +263,43 @@ def test_a_decoder_inside_a_search_is_spoken_of(tmp_path: Path) -> None:
     onnx.save(build([search], {"a": WEIGHTS["a"], "n": np.int32([4])}), tmp_path / "m.onnx")
     with pytest.raises(ModelError, match=r"subgraphs \(GreedySearch\), which are left alone: take the model that was"):
         oq.discover(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT, TensorProto.INT64])
+def test_a_pipeline_of_scikit_learn_is_rotated_behind_its_scaler(kind: int, tmp_path: Path) -> None:
+    scaler = helper.make_node(
+        "Scaler", ["x"], ["n"], domain="ai.onnx.ml", name="scaler", offset=[0.5] * 32, scale=[2.0] * 32
+    )
+    graph = helper.make_graph(
+        [scaler, node("MatMul", "n a", "h"), node("Relu", "h", "r"), node("MatMul", "r b", "y")],
+        "pipeline",
+        [helper.make_tensor_value_info("x", kind, [None, 32])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [
+            numpy_helper.from_array(np.random.default_rng(0).standard_normal(shape).astype(np.float32), name)
+            for name, shape in (("a", (32, 64)), ("b", (64, 4)))
+        ],
+    )
+    opsets = [helper.make_opsetid("", 15), helper.make_opsetid("ai.onnx.ml", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "m.onnx")
+    report = oq.rotate(tmp_path / "m.onnx", tmp_path / "r.onnx")
+    assert report.plan is not None
+    assert [site.how for site in report.plan.sites] == ["online", "online"]
+
+
+def test_maps_are_refused_by_name(tmp_path: Path) -> None:
+    """Classifiers of scikit-learn give a map of labels to numbers, unless they are told not to."""
+    number = helper.make_tensor_type_proto(TensorProto.FLOAT, [])
+    maps = helper.make_sequence_type_proto(helper.make_map_type_proto(TensorProto.INT64, number))
+    zipped = helper.make_node("ZipMap", ["h"], ["y"], domain="ai.onnx.ml", classlabels_int64s=[0, 1])
+    graph = helper.make_graph(
+        [node("MatMul", "x a", "h"), zipped],
+        "classifier",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, 32])],
+        [onnx.ValueInfoProto(name="y", type=maps)],
+        [numpy_helper.from_array(np.ones((32, 2), np.float32), "a")],
+    )
+    opsets = [helper.make_opsetid("", 15), helper.make_opsetid("ai.onnx.ml", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "m.onnx")
+    with pytest.raises(ModelError, match=r"its value 'y' is a map .* 'zipmap': False"):
+        oq.discover(tmp_path / "m.onnx")

@@ -32,6 +32,11 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     try:
         model = ir.load(path)
     except Exception as error:  # whatever the parser stumbled over in this file
+        if (held := _maps(path)) is not None:
+            raise ModelError(
+                f"model: its value {held!r} is a map or a list of maps, and only tensors are understood; "
+                "of a classifier made by skl2onnx, convert it with the option 'zipmap': False"
+            ) from error
         raise ModelError(f"model: {str(path)!r} is not a readable ONNX model ({_told(_root(error))})") from error
     if not path.stat().st_size:
         raise ModelError(f"model: {str(path)!r} is empty")
@@ -291,6 +296,19 @@ def _root(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
     return error
+
+
+def _maps(path: Path) -> str | None:
+    """The first value of a model that is no tensor but a map; None without one, or if nothing can be read."""
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+    except Exception:  # the error that is told is the one from before
+        return None
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        kind = value.type.sequence_type.elem_type if value.type.HasField("sequence_type") else value.type
+        if kind.HasField("map_type"):
+            return str(value.name)
+    return None
 
 
 def _told(error: BaseException) -> str:

@@ -1,4 +1,6 @@
-"""Shapes of operators that ONNX itself does not know: a function of a few lines each, from shapes to shapes."""
+"""Shapes of operators that ONNX itself does not know, or infers nothing of: a function of a few lines each, from shapes
+to shapes.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ import onnx_ir as ir
 
 Shape = tuple[int, ...]
 MICROSOFT = "com.microsoft"
+CLASSIC = "ai.onnx.ml"
 
 ContribRule = Callable[[ir.Node, dict[ir.Value, Shape]], "list[Shape | None]"]
 
@@ -98,10 +101,13 @@ _LIKE_FIRST = (
     *("SimplifiedLayerNormalization", "RotaryEmbedding", "GroupNorm", "MoE", "QMoE"),
     *("FastGelu", "Gelu", "BiasGelu", "QuickGelu", "BiasSoftmax", "BiasAdd"),
 )
+# What stands in front of a network in a pipeline of scikit-learn; the results are float32, whatever enters.
+_SCALERS = ("Normalizer", "Scaler")
 CONTRIB: dict[tuple[str, str], ContribRule] = {
     ("", "SimplifiedLayerNormalization"): _same_as_first,
     ("onnx_quarot", "Hadamard"): _same_as_first,
     **{(MICROSOFT, name): _same_as_first for name in _LIKE_FIRST},
+    **{(CLASSIC, name): _same_as_first for name in _SCALERS},
     (MICROSOFT, "SkipSimplifiedLayerNormalization"): _skip_norm,
     (MICROSOFT, "SkipLayerNormalization"): _skip_norm,
     (MICROSOFT, "GroupQueryAttention"): _group_query_attention,

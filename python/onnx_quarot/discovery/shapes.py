@@ -19,7 +19,7 @@ from onnx.reference import ReferenceEvaluator
 
 from onnx_quarot.discovery.basis import DisjointSets
 from onnx_quarot.discovery.constants import tensor_shape
-from onnx_quarot.discovery.contrib_shapes import CONTRIB, MICROSOFT, Shape
+from onnx_quarot.discovery.contrib_shapes import CLASSIC, CONTRIB, MICROSOFT, Shape
 from onnx_quarot.editing import has_subgraphs
 
 Array = np.ndarray[Any, Any]
@@ -269,7 +269,9 @@ class _Walk:
                     st.shape[value] = result
                     # The features' type: the first input of an embedding is a number of a token.
                     source = next((v for v in inputs if st.dtype.get(v) in FLOATS), node.inputs[0])
-                    if source in st.dtype:
+                    if node.domain == CLASSIC:
+                        st.dtype[value] = ir.DataType.FLOAT
+                    elif source in st.dtype:
                         st.dtype[value] = st.dtype[source]
             return
         if node.op_type == "If" and node.domain == "":
