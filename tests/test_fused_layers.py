@@ -12,6 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import onnx_quarot as oq
+from onnx_quarot.data import input_specs
 from onnx_quarot.layers import compare_layers
 from onnx_quarot.sensitivity import measure_sensitivity
 from test_legality import MS, Nodes, node
@@ -127,3 +128,68 @@ def test_what_is_quantized_can_be_compared_with_what_it_was_made_from(tmp_path: 
     found = measure_sensitivity(source, tmp_path / "q.onnx", feeds)
     assert len(found.layers) == 2
     assert len(compare_layers(source, tmp_path / "q.onnx", (feeds, feeds))) >= 1
+
+
+ROWS = 2048  # of a table that is large enough to be quantized
+
+
+def embedded(path: Path, opset: int, *, places: bool, segments: bool, counted: bool = False) -> Path:
+    """Tokens -> embedding, norm -> two layers, beside the sum that the norm read -> norm -> y. counted: lengths of a
+    mask are read as well.
+    """
+    inputs = "ids " + ("which " if segments else "_ ") + "words positions " + ("kinds " if segments else "_ ") + "g b"
+    inputs += " m" if counted else " _"
+    nodes = [
+        node("EmbedLayerNormalization", inputs + (" places" if places else ""), "n lengths s", MS, epsilon=1e-5),
+        node("MatMul", "n first", "h"), node("Relu", "h", "r"), node("MatMul", "r second", "k"),
+        node("SkipLayerNormalization", "s k g b", "t", MS), node("MatMul", "t wo", "y"),
+    ]  # fmt: skip
+    read = {name for n in nodes for name in n.input}
+    weights = {
+        "words": RNG.standard_normal((ROWS, WIDTH)).astype(np.float32), "positions": rand(16, WIDTH),
+        "kinds": rand(2, WIDTH), "g": 1 + 0.2 * rand(WIDTH), "b": rand(WIDTH), "first": rand(WIDTH, 64),
+        "second": rand(64, WIDTH), "wo": rand(WIDTH, 8),
+    }  # fmt: skip
+    graph = helper.make_graph(
+        nodes,
+        "embedded",
+        [helper.make_tensor_value_info(n, INT32, ["b", "l"]) for n in ("ids", "which", "m", "places") if n in read],
+        [helper.make_tensor_value_info("y", FLOAT, None)]
+        + [helper.make_tensor_value_info("lengths", INT32, None)] * counted,
+        [numpy_helper.from_array(w.astype(np.float32), k) for k, w in weights.items() if k in read],
+    )
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid(MS, 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
+    return path
+
+
+@pytest.mark.parametrize("opset", [12, 17])
+@pytest.mark.parametrize(("places", "segments"), [(False, True), (True, False), (False, False)])
+def test_embeddings_and_their_norm_come_apart(opset: int, places: bool, segments: bool, tmp_path: Path) -> None:
+    source = embedded(tmp_path / "m.onnx", opset, places=places, segments=segments)
+    report = oq.rotate(source, tmp_path / "r.onnx")
+    assert report.plan is not None
+    assert [site.how for site in report.plan.sites] == ["offline", "online", "offline"]
+    rng = np.random.default_rng(1)
+    feeds = {"ids": rng.integers(0, ROWS, (2, 7)).astype(np.int32)}
+    feeds |= {"which": rng.integers(0, 2, (2, 7)).astype(np.int32)} if segments else {}
+    feeds |= {"places": rng.integers(0, 16, (2, 7)).astype(np.int32)} if places else {}
+    (expected,) = results(source, feeds)
+    np.testing.assert_allclose(results(tmp_path / "r.onnx", feeds)[0], expected, atol=1e-4)
+    report = oq.quantize(source, tmp_path / "q.onnx", [feeds])
+    assert len(report.quantized) == 3
+    assert [table.rows for table in report.tables] == [ROWS]
+    (found,) = results(tmp_path / "q.onnx", feeds)
+    assert np.linalg.norm(found - expected) <= 0.03 * np.linalg.norm(expected)
+
+
+def test_embeddings_that_count_a_mask_stay_whole(tmp_path: Path) -> None:
+    source = embedded(tmp_path / "m.onnx", 17, places=False, segments=False, counted=True)
+    report = oq.rotate(source, tmp_path / "r.onnx")
+    assert report.plan is not None
+    assert {site.how for site in report.plan.sites} == {"online"}
+
+
+def test_what_they_look_up_is_fed_whole_tables(tmp_path: Path) -> None:
+    specs = {s.name: s.rows for s in input_specs(embedded(tmp_path / "m.onnx", 17, places=True, segments=True))}
+    assert specs == {"ids": ROWS, "which": 2, "places": 16}

@@ -33,6 +33,7 @@ Dim = int | str | None
 
 _NAMED = 5
 _VIEWS = ("Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")
+_EMBEDDED = {0: 2, 1: 4, 8: 3}  # inputs of ONNX Runtime's EmbedLayerNormalization: what selects rows of which table
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,10 @@ def _table_rows(value: ir.Value) -> int | None:
                 table = constant_root(node.inputs[0])
                 if table is not None:
                     rows.append(view_shape(*table)[node.attributes.get_int("axis", 0)])
+            elif node.op_type == "EmbedLayerNormalization" and index in _EMBEDDED:
+                table = constant_root(node.inputs[_EMBEDDED[index]])
+                if table is not None:
+                    rows.append(view_shape(*table)[0])
             elif node.op_type in _VIEWS and node.domain == "" and index == 0:
                 pending += [v for v in node.outputs if v not in seen]
                 seen.update(node.outputs)

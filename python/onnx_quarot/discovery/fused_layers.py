@@ -1,11 +1,12 @@
-"""Linear layers inside ONNX Runtime's fused operators become nodes of their own, which can be quantized.
+"""Layers and tables inside ONNX Runtime's fused operators become nodes of their own, which can be quantized.
 
     Attention(x, w, b, mask)   ->  MultiHeadAttention(Split(MatMul(x, w) + b), mask)
     FusedMatMul(x, w)          ->  MatMul(x, Transpose(w)) * alpha
     FusedGemm(x, w, b)         ->  Relu(Gemm(x, w, b)), or whatever its activation is
+    EmbedLayerNormalization    ->  LayerNormalization(Gather(words, ids) + positions + Gather(segments, which))
 
-Its transformer optimizer writes the first, its session the others, where an optimized model is saved. Results are the
-same, to the last bit of attention, and so is the time they take.
+Its transformer optimizer writes the first and the last, its session the others, where an optimized model is saved.
+Results are the same, to the last bit of attention, and so is the time they take.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ def part_fused_layers(model: ir.Model) -> None:
     """Where the matrix is a constant, and what is left of the operator can be said without it."""
     edit: _Edit | None = None
     for node in list(model.graph):
+        if node.domain == MICROSOFT and node.op_type == "EmbedLayerNormalization":
+            edit = edit or _Edit(model)
+            edit.embedding(node)
+            continue
         weight = constant(node.inputs[1]) if node.domain == MICROSOFT and len(node.inputs) > 1 else None
         if weight is None or len(weight.shape) != 2 or constant(node.inputs[0]) is not None:
             continue
@@ -118,6 +123,40 @@ class _Edit:
         result = self._add(node, node.attributes.get_string("activation", "Relu"), [result], "activation", after)
         take_over(node.outputs[0], result)
         self._model.graph.remove(node, safe=True)
+
+    def embedding(self, node: ir.Node) -> None:
+        ids, which, words, positions, segments, scale, bias, _, places = (*node.inputs, *[None] * 9)[:9]
+        y, counted, total = (*node.outputs, *[None] * 3)[:3]
+        if counted is not None and (counted.uses() or counted.is_graph_output()):
+            return  # the lengths of a mask
+        if y is None or ids is None or words is None or any(constant(v) is None for v in (words, positions, scale)):
+            return
+        rows = self._add(node, "Gather", [words, ids], "words")
+        if places is not None:
+            first = self._add(node, "Gather", [positions, places], "positions")
+        else:
+            first = self._first_rows(node, positions, ids)
+        rows = self._add(node, "Add", [rows, first], "placed")
+        if segments is not None:
+            rows = self._add(node, "Add", [rows, self._add(node, "Gather", [segments, which], "segments")], "sum")
+        attributes = {"axis": -1, "epsilon": node.attributes.get_float("epsilon", 1e-12)}
+        parameters = [scale] if bias is None else [scale, bias]
+        result = self._add(node, "LayerNormalization", [rows, *parameters], "norm", attributes, name=node.name)
+        if total is not None and total.name:
+            take_over(total, rows)
+        take_over(y, result)
+        self._model.graph.remove(node, safe=True)
+
+    def _first_rows(self, node: ir.Node, table: ir.Value | None, ids: ir.Value) -> ir.Value:
+        """As many rows of a table as there are tokens."""
+        index = ir.TensorType(ir.DataType.INT64)
+        one, zero = (
+            self._names.initializer(ir.tensor(np.array([n], np.int64)), f"{node.outputs[0].name}.{n}") for n in (1, 0)
+        )
+        shape = self._add(node, "Shape", [ids], "shape")
+        length = self._add(node, "Gather", [shape, one], "length", {"axis": 0})
+        shape.type = length.type = index
+        return self._add(node, "Slice", [table, zero, length, zero], "positions")
 
     def _split(self, node: ir.Node, value: ir.Value, sizes: list[int]) -> list[ir.Value]:
         attributes: dict[str, Any] = {"axis": 2}
