@@ -126,6 +126,12 @@ struct Sink {
   }
 };
 
+// Elements behind the last boundary of a vector.
+template <class C>
+ONNX_QUAROT_INLINE std::size_t elements_past_boundary(const C* values) {
+  return reinterpret_cast<std::uintptr_t>(values) % kVectorBytes / sizeof(C);
+}
+
 constexpr std::size_t kEveryRow = ~std::size_t{0}, kTwoRows = 1;
 
 // Where rows stay between passes: row i at `values` + i `step`, or every second row in the same place.
@@ -228,7 +234,7 @@ __attribute__((noinline)) void last_pass(In in, Out out, std::size_t step, V one
     // In place and off the boundaries of vectors, every access would touch two cache lines: columns are taken from the
     // first boundary on. Those before it and behind the last one are whole vectors that overlap their neighbours, and
     // start from what these were.
-    const std::size_t past = reinterpret_cast<std::uintptr_t>(in.values) % sizeof(V) / sizeof(one[0]);
+    const std::size_t past = elements_past_boundary(in.values);
     if (in.values == out.values && past != 0 && step >= 32 * lanes) {
       V first[R], last[R];
       for (std::size_t i = 0; i < R; ++i) {
