@@ -36,10 +36,12 @@ X: Inputs = {"x": (FLOAT, ["batch", "length", WIDTH], RNG.standard_normal((2, 5,
 PAST: Inputs = {
     "past": (FLOAT, [2, "batch", HEADS, "past", SIZE], RNG.standard_normal((2, 2, HEADS, 3, SIZE)).astype(np.float32))
 }
+MANY: Inputs = {"past": (FLOAT, [2, "batch", 4, "past", SIZE], RNG.standard_normal((2, 2, 4, 3, SIZE)).astype("f4"))}
 MASK: Inputs = {"m": (INT32, ["batch", "total"], np.array([[1, 1, 1, 1, 0], [1] * 5], np.int32))}
 WHOLE: Inputs = {"m": (INT32, ["batch", "total"], np.ones((2, 8), np.int32))}
 ENDS: Inputs = {"m": (INT32, ["batch"], np.array([4, 5], np.int32))}
 WEIGHTS = {"w": rand(WIDTH, 3 * WIDTH), "b": rand(3 * WIDTH), "wo": rand(WIDTH, 8)}
+WIDE = {"w": rand(WIDTH, 3 * 4 * SIZE), "b": rand(3 * 4 * SIZE), "wo": rand(4 * SIZE, 8)}
 NARROW = {**WEIGHTS, "w": rand(WIDTH, 2 * WIDTH + 2 * 8), "b": rand(2 * WIDTH + 2 * 8), "wo": rand(16, 8)}
 # Each case: nodes from x to "a", inputs besides x, constants, outputs besides y.
 Case = tuple[Nodes, Inputs, dict[str, np.ndarray], str]
@@ -51,6 +53,7 @@ CASES: dict[str, Case] = {
     "causal": (attention("x w b m", unidirectional=1, scale=0.3), MASK, WEIGHTS, ""),
     "narrow values": (attention("x w b", qkv_hidden_sizes=[WIDTH, WIDTH, 16]), {}, NARROW, ""),
     "a cache": (attention("x w b m past", "a p", unidirectional=1), {**WHOLE, **PAST}, WEIGHTS, "p"),
+    "a cache of many heads": ([node("Attention", "x w b _ past", "a p", MS, num_heads=4)], MANY, WIDE, "p"),
     "a cache that begins": (attention("x w b", "a p", unidirectional=1), {}, WEIGHTS, "p"),
     "a product with a factor": (
         [node("FusedMatMul", "x e", "a", MS, transB=1, alpha=0.5)],
@@ -193,3 +196,9 @@ def test_embeddings_that_count_a_mask_stay_whole(tmp_path: Path) -> None:
 def test_what_they_look_up_is_fed_whole_tables(tmp_path: Path) -> None:
     specs = {s.name: s.rows for s in input_specs(embedded(tmp_path / "m.onnx", 17, places=True, segments=True))}
     assert specs == {"ids": ROWS, "which": 2, "places": 16}
+
+
+def test_a_cache_is_not_transformed_where_a_row_a_token_would_do(tmp_path: Path) -> None:
+    """The cache grows with every token; what attention makes of its values is one row."""
+    plan = oq.discover(build(tmp_path / "m.onnx", "a cache of many heads", 17)[0])
+    assert [online.value for online in plan.online] == ["x", "a"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import log2
+from math import log2, prod
 
 import networkx as nx
 import onnx_ir as ir
@@ -23,8 +23,8 @@ from onnx_quarot.discovery.rules.readers import is_convolution, is_matmul
 from onnx_quarot.discovery.typing import Def, Out, Port, Slot, Typing, Use
 
 Variable = tuple[Port, int, Segment]
-_REWARD = 1 << 40  # of a rotated linear layer or key cache: any number of online transforms in front of it is worth it
-_COPY = 1 << 30  # of a weight that layers share: dearer than online transforms, cheaper than leaving a layer alone
+_REWARD = 1 << 70  # of a rotated linear layer or key cache: any number of online transforms in front of it is worth it
+_COPY = 1 << 50  # of a weight that layers share: dearer than online transforms, cheaper than leaving a layer alone
 _TOKEN = 1  # of keys that are not cached, of narrow layers: less than a transform costs, so only where it is free
 _MIN_LEAF = 4  # a rotation of fewer features spreads nothing
 _MIN_ONLINE = 16  # one of fewer spreads too little for a transform, which takes about as long as so small a layer
@@ -193,6 +193,14 @@ class Labels:
             return False
         return self.kind(leaf) in self._enabled
 
+    def _cost(self, value: ir.Value, leaf: Segment) -> int:
+        """Of a transform, in additions, for one row of every axis whose length is not fixed: a head of many is one row
+        of as many, and a cache of keys and values is two.
+        """
+        shapes = self.typing.shapes
+        fixed = (size for size, same in zip(shapes.shape[value], shapes.static[value], strict=True) if same)
+        return max(1, int(prod(fixed) * log2(leaf.length)))
+
     def _unavailable(self, leaf: Segment) -> str | None:
         if leaf.length < _MIN_LEAF:
             return f"only {leaf.length} features travel together"
@@ -262,7 +270,7 @@ class Labels:
         for root, reward in self._keys().items():
             add("source", node(root), reward)
         for value, axis, leaf, source, ends in self._soft:
-            cost = int(self.typing.shapes.shape[value][axis] * log2(leaf.length))
+            cost = self._cost(value, leaf)
             producer = node(self._sets.find((source, axis, leaf)))
             consumers = [node(self._sets.find((end, axis, leaf))) for end in ends]
             if len(consumers) == 1:
