@@ -44,8 +44,12 @@ def to_rms_norm(model: ir.Model, node: ir.Node) -> None:
         new = ir.node(op_type, node.inputs[:2], {**epsilon, "axis": -1, "stash_type": 1})
     new.name = node.name
     model.graph.insert_before(node, new)
+    x, scale = node.inputs[0], node.inputs[2 if skip else 1]
+    assert x is not None and scale is not None
     for old, made in zip(node.outputs, new.outputs, strict=False):
-        name, made.type, made.shape = old.name, old.type or node.inputs[0].type, old.shape  # type: ignore[union-attr]
+        # Said where nobody did: what goes by ONNX's shape inference would know nothing behind operators it lacks.
+        kind = old.type or x.type or (None if scale.dtype is None else ir.TensorType(scale.dtype))
+        name, made.type, made.shape = old.name, kind, old.shape
         old.name, made.name = None, name
         old.replace_all_uses_with(made, replace_graph_outputs=True)
     model.graph.remove(node, safe=True)
