@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-import forms_model
 import onnx_quarot as oq
 from exports import RUNTIME
-from onnx_quarot import _core
 from onnx_quarot.calibrate import open_model
 from onnx_quarot.custom_op import add_hadamard
 from onnx_quarot.errors import ModelError
@@ -101,22 +98,3 @@ def test_a_broken_file_is_onnxruntimes_to_explain(tmp_path: Path, monkeypatch: p
     with pytest.raises(ModelError) as old:
         oq.session(broken)
     assert str(old.value) == str(now.value)
-
-
-@pytest.mark.skipif(RUNTIME < (1, 30), reason="this ONNX Runtime has the fault")
-@pytest.mark.parametrize(
-    ("version", "library", "exact"), [("1.29.0", False, False), ("1.29.0", True, True), ("1.30.0", False, True)]
-)
-def test_exact_mode_is_left_out_only_where_it_ends_the_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, library: bool, exact: bool
-) -> None:
-    # Products of ONNX Runtime's own are in functions, which run without the library.
-    source, model = forms_model.save(tmp_path / "float.onnx"), tmp_path / "m.onnx"
-    oq.quantize(source, model, [{"x": rand(8, forms_model.DEPTH)}], scheme="a8w4-block", weights="rtn")
-    assert ir.load(model).functions
-    monkeypatch.setattr(_core, "has_vnni", lambda: False)
-    monkeypatch.setattr("onnxruntime.__version__", version)
-    options = ort.SessionOptions()
-    oq.session(model, session_options=options, use_library=library)
-    with nullcontext() if exact else pytest.raises(RuntimeError):
-        assert options.get_session_config_entry("session.x64quantprecision") == "1"

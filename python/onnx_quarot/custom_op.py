@@ -95,13 +95,13 @@ def session(
     file = Path(path)
     if not file.is_file():
         raise ModelError(f"model is {str(file)!r}: there is no such file")
-    ends_if_exact = _refuse_faults(file)
+    _refuse_faults(file)
     options = ort.SessionOptions() if session_options is None else session_options
     if threads is not None:
         if threads < 1:
             raise OnnxQuarotError(f"threads is {threads}: it must be at least 1")
         options.intra_op_num_threads = threads
-    if exact and not _core.has_vnni() and (use_library or not ends_if_exact):
+    if exact and not _core.has_vnni():
         # With VNNI nothing saturates, and this would halve the speed: it makes all weights uint8.
         options.add_session_config_entry("session.x64quantprecision", "1")
     if use_library:
@@ -155,16 +155,14 @@ def add_hadamard(
     return ir.node(OP_TYPE, inputs, attributes, domain=DOMAIN, overload=overload, outputs=[output], name=name)
 
 
-def _refuse_faults(file: Path) -> bool:
-    """Whether, of a model that is not refused, exact mode is to be left out where functions run."""
+def _refuse_faults(file: Path) -> None:
     if not runtime_faults.any_known():
-        return False
+        return
     try:
         model = ir.load(file)
     except Exception:
-        return False  # ONNX Runtime says what is wrong with the file
+        return  # ONNX Runtime says what is wrong with the file
     runtime_faults.refuse(model, str(file))
-    return runtime_faults.ends_in_exact_mode(model)
 
 
 def _holds_library(options: ort.SessionOptions) -> bool:

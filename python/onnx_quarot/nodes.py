@@ -45,7 +45,8 @@ def to_rms_norm(model: ir.Model, node: ir.Node) -> None:
     new.name = node.name
     model.graph.insert_before(node, new)
     x, scale = node.inputs[0], node.inputs[2 if skip else 1]
-    assert x is not None and scale is not None
+    assert x is not None
+    assert scale is not None
     for old, made in zip(node.outputs, new.outputs, strict=False):
         # Said where nobody did: what goes by ONNX's shape inference would know nothing behind operators it lacks.
         kind = old.type or x.type or (None if scale.dtype is None else ir.TensorType(scale.dtype))

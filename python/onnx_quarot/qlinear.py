@@ -264,7 +264,8 @@ def _multiply_at_once(
     if spec.block is None:
         matrix = _sides_apart(body, spec, _integers(body, spec, packed), [spec.depth], [])
         scales = _sides_apart(body, spec, scales, [], [])
-        operands = [rows, body.cast(matrix, ir.DataType.INT8), scales]
+        # The zero point could be left out, but ONNX Runtime before 1.30 goes by it where sums are to be exact.
+        operands = [rows, body.cast(matrix, ir.DataType.INT8), scales, body.constant(np.zeros(1, np.int8))]
         return body.node("DynamicQuantizeMatMul", operands, domain=_MICROSOFT)
     blocks = -(-spec.depth // spec.block)
     codes = _pairs(body, _halves(body, packed), 8)

@@ -23,13 +23,6 @@ def refuse(model: ir.Model, name: str) -> None:
         _attention_without_bias(model, name)
 
 
-def ends_in_exact_mode(model: ir.Model) -> bool:
-    """Whether ``session.x64quantprecision`` ends the process: on ONNX Runtime's own products in functions that run."""
-    own = ("MatMulNBits", "DynamicQuantizeMatMul")
-    nodes = (node for function in model.functions.values() for node in function)
-    return version() < (1, 30) and any(node.op_type in own for node in nodes)
-
-
 def _overloads(model: ir.Model, name: str) -> None:
     # Functions are known by domain and name alone: of several overloads one is run for all, and where their types and
     # inputs agree the result is wrong without a word.
