@@ -233,3 +233,31 @@ def test_a_model_that_takes_no_short_inputs(tmp_path: Path, capfd: pytest.Captur
     assert [site.how for site in report.plan.sites] != ["none", "none"]
     assert report.verification is not None
     assert "onnxruntime" not in capfd.readouterr().err
+
+
+def test_outputs_without_a_number_prove_nothing(tmp_path: Path) -> None:
+    """A square root of what is positive in use, and of random numbers' sum now and then: one in a row makes the row."""
+    rng = np.random.default_rng(0)
+    weights = {"a": rng.standard_normal((32, 32)), "c": rng.standard_normal((32, 8))}
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["h"]),
+        helper.make_node("ReduceMin", ["x"], ["least"], keepdims=1),
+        helper.make_node("Sqrt", ["least"], ["root"]),
+        helper.make_node("Add", ["h", "root"], ["s"]),
+        helper.make_node("MatMul", ["s", "c"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 32])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(w.astype(np.float32), name) for name, w in weights.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
+    with pytest.raises(oq.VerificationError, match=r"output 'y' .* so that they prove nothing"):
+        oq.rotate(tmp_path / "m.onnx", tmp_path / "r.onnx")
+    assert not (tmp_path / "r.onnx").exists()
+    data = [{"x": rng.uniform(0, 1, (64, 32)).astype(np.float32)}]
+    report = oq.quantize(tmp_path / "m.onnx", tmp_path / "q.onnx", data)
+    assert report.verification is not None
+    assert 0.0 < report.verification.worst < 1e-4

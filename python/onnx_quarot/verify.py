@@ -7,7 +7,7 @@ their inner tensors exposed, and the message names the one where the error begin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -151,11 +151,24 @@ def _reference(
     for make in attempts:
         try:
             feeds = make()
-            return feeds, _run(original, feeds, names)
+            found = _run(original, feeds, names)
+            _refuse_nothing(names, found)
+            return feeds, found
         except (VerificationError, ModelError) as error:
             refused = refused or error
     assert refused is not None
     raise refused
+
+
+def _refuse_nothing(names: Sequence[str], found: Sequence[Array]) -> None:
+    """Outputs without a single number, as masks of random numbers may make them, are equal whatever was done."""
+    for name, array in zip(names, found, strict=True):
+        if array.dtype.kind == "f" and array.size and np.isnan(array).all():
+            raise VerificationError(
+                f"model: output {name!r} of the model as given is not a number on random inputs, so that they "
+                "prove nothing; is there a weight that is not finite? If not, quantize with calibration data, which "
+                "is fed instead (or verify=False); nothing was written"
+            )
 
 
 def _by_place(specs: list[InputSpec]) -> list[InputSpec]:
