@@ -12,6 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import onnx_quarot as oq
+from exports import RUNTIME
 from onnx_quarot.data import input_specs
 from onnx_quarot.layers import compare_layers
 from onnx_quarot.sensitivity import measure_sensitivity
@@ -100,6 +101,8 @@ def results(path: Path, feeds: dict[str, np.ndarray], *, plain: bool = False) ->
 @pytest.mark.parametrize("opset", [12, 17])
 @pytest.mark.parametrize("case", CASES)
 def test_they_are_rotated_and_quantized(case: str, opset: int, tmp_path: Path) -> None:
+    if case == "attention without a bias" and RUNTIME < (1, 32):
+        pytest.skip("this ONNX Runtime dies of Attention without a bias, and is refused (test_runtime_faults)")
     source, feeds = build(tmp_path / "m.onnx", case, opset)
     expected = results(source, feeds)
     report = oq.rotate(source, tmp_path / "r.onnx")
