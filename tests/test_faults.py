@@ -56,6 +56,27 @@ def test_a_data_file_without_its_model_goes_with_the_next_save(
     assert {p.name for p in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["as it was", "another of its name"])
+def test_the_data_of_a_model_that_was_replaced_goes_with_the_next_save(tmp_path: Path, again: bool) -> None:
+    """A kill between the new model's rename and the end of the old one's data."""
+    target, source = tmp_path / "b.onnx", small_llama.save(tmp_path / "a.onnx")
+    faults.save_in_two_files(source, target)
+    folder, lock = partial.claim(target)
+    for name in ("b.onnx", "b.onnx.1.data"):
+        (folder / name).write_bytes(b"new")
+    partial.announce(folder, "b.onnx.1.data", [tmp_path / "b.onnx.data"])
+    for name in ("b.onnx.1.data", "b.onnx"):
+        (folder / name).replace(tmp_path / name)
+    os.close(lock)
+    if again:
+        (tmp_path / "other").write_bytes(b"other")
+        (tmp_path / "other").replace(tmp_path / "b.onnx.data")
+    with workspace(target):
+        pass
+    left = {"a.onnx", "b.onnx", "b.onnx.1.data", *(["b.onnx.data"] if again else [])}
+    assert {p.name for p in tmp_path.iterdir()} == left
+
+
 @pytest.mark.parametrize("moment", ["announced", "data moved", "model moved"])
 def test_what_a_process_removes_that_ends_in_the_middle(tmp_path: Path, moment: str) -> None:
     target = tmp_path / "b.onnx"

@@ -5,17 +5,18 @@ A killed process cannot clean up. Its lock goes with it, though, and that is how
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 _LOCK = "lock"
-_ANNOUNCED = "publishing"  # holds the name of the data file that is being moved beside the target
+_ANNOUNCED = "publishing"  # says which file comes beside the target, and which go
 
 _live: set[Path] = set()
 
@@ -58,9 +59,21 @@ def disposable(folder: Path) -> Iterator[Path]:
         _live.discard(folder)
 
 
-def announce(folder: Path, data_name: str) -> None:
-    """Note that ``data_name`` is about to appear beside the target, before the model that needs it."""
-    (folder / _ANNOUNCED).write_text(data_name, encoding="utf-8")
+def announce(folder: Path, data_name: str | None, replaced: Iterable[Path] = ()) -> None:
+    """Note what is about to happen beside the target: ``data_name`` appears, if any, then the model that needs it; the
+    files ``replaced``, which the old model needed, go after that.
+    """
+    note = {"data": data_name, "replaced": {p.name: _identity(p) for p in replaced}}
+    (folder / _ANNOUNCED).write_text(json.dumps(note), encoding="utf-8")
+
+
+def _identity(path: Path) -> list[int] | None:
+    """Tells a file from another that came under its name; None if there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return [found.st_ino, found.st_mtime_ns]
 
 
 def remove_abandoned(target: Path) -> None:
@@ -76,7 +89,7 @@ def remove_abandoned(target: Path) -> None:
         if lock is not None:
             abandoned = _try_lock(lock) is True
             if abandoned:
-                retract(folder, target)
+                settle(folder, target)
             os.close(lock)
             if not abandoned:
                 continue
@@ -87,19 +100,31 @@ def remove_live() -> None:
     """Remove the folders of this process, which is about to end in the middle of its work."""
     for folder in list(_live):
         target = folder.parent / folder.name[1:].rsplit(".", 2)[0]
-        retract(folder, target)
+        settle(folder, target)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def retract(folder: Path, target: Path) -> None:
-    """Remove the announced data file if it was moved and its model was not: it belongs to nothing."""
+def settle(folder: Path, target: Path) -> None:
+    """Leave one model beside the target, with its own data alone: the new one's where the model was moved, else the old
+    one's.
+    """
     try:
-        name = (folder / _ANNOUNCED).read_text(encoding="utf-8")
-    except (OSError, ValueError):
+        note = json.loads((folder / _ANNOUNCED).read_text(encoding="utf-8"))
+        name, replaced = note["data"], note["replaced"]
+    except (OSError, ValueError):  # not yet written, or not whole: nothing was moved
         return
-    ours = re.fullmatch(re.escape(target.name) + r"(\.\d+)?\.data", name)
-    if ours and (folder / target.name).exists() and not (folder / name).exists():
-        (target.parent / name).unlink(missing_ok=True)
+    if (folder / target.name).exists():
+        if name is not None and _is_data_of(target, name) and not (folder / name).exists():
+            (target.parent / name).unlink(missing_ok=True)
+        return
+    for name, identity in replaced.items():
+        path = target.parent / name
+        if _is_data_of(target, name) and _identity(path) == identity:
+            path.unlink(missing_ok=True)
+
+
+def _is_data_of(target: Path, name: str) -> bool:
+    return re.fullmatch(re.escape(target.name) + r"(\.\d+)?\.data", name) is not None
 
 
 if sys.platform == "win32":

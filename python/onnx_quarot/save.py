@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnx_quarot.cut_files import refuse_cut_files
 from onnx_quarot.errors import ModelError, OnnxQuarotError, SaveError
 from onnx_quarot.load import external_files
-from onnx_quarot.partial import announce, claim, release, remove_abandoned, retract
+from onnx_quarot.partial import announce, claim, release, remove_abandoned, settle
 
 _INLINE_BYTES = 1024  # constants up to this size stay in the .onnx file
 _SINGLE_FILE_BYTES = 64 << 20  # models below this size are one file
@@ -162,16 +162,13 @@ class Staged:
         stale = _data_files(self.target, source)
         _sync(folder)
         data = folder / self.data_name
+        announce(folder, self.data_name if data.exists() else None, stale)
         try:
             if data.exists():
-                announce(folder, self.data_name)
                 os.replace(data, place / self.data_name)
             os.replace(self.path, self.target)
-        except BaseException:
-            retract(folder, self.target)  # also after an interrupt
-            raise
-        for path in stale:
-            path.unlink(missing_ok=True)
+        finally:
+            settle(folder, self.target)  # also after an interrupt
 
 
 def stage(
