@@ -94,8 +94,7 @@ def run_bench(*, largest: int = 2**20, seconds: float = 0.05, progress: Progress
         for n in (64, 128, 1024, 4096):
             if n <= largest:
                 bench.rows.append(_power_of_two(n, 512, seconds))
-        per_element = {row.n: row.nanoseconds["onnx-quarot"] / row.n for row in bench.rows[: len(sizes)]}
-        bench.figures |= _mixed(per_element, seconds) | _types(seconds) | _quantized(seconds) | _calls(seconds)
+        bench.figures |= _mixed(largest, seconds) | _types(seconds) | _quantized(seconds) | _calls(seconds)
     return bench
 
 
@@ -191,23 +190,23 @@ def _size_of(order: int) -> int:
     return order * max(p for p in powers if p == 16 or _core.factorize(order * p) == (order, p.bit_length() - 1))
 
 
-def _mixed(per_element: dict[int, float], seconds: float) -> dict[str, float]:
-    """Cost of an element over that in the powers of two on both sides, their geometric mean."""
+def _mixed(largest: int, seconds: float) -> dict[str, float]:
+    """Cost of an element over that in the powers of two on both sides, their geometric mean; measured beside them."""
     figures = {}
     sizes = {_size_of(order): f"K = {order}" for order in ORDERS}
     sizes |= dict.fromkeys(MODEL_SIZES, "a model's size")
     for n, kind in sizes.items():
         below = 2 ** int(np.log2(n))
-        if 2 * below not in per_element:
+        if 2 * below > largest:
             continue
-        rows = max(1, BATCH_BYTES // 4 // n)
-        x = _zeros((rows, n))
-        best = fastest({"x": _in_place(x), "call": _in_place(np.zeros((1, 2), np.float32))}, seconds)
-        cost = _cost(best, "x", "call") * 1e9 / x.size
+        arrays = {str(size): _zeros((max(1, BATCH_BYTES // 4 // size), size)) for size in (n, below, 2 * below)}
+        calls = {name: _in_place(x) for name, x in arrays.items()}
+        best = fastest(calls | {"call": _in_place(np.zeros((1, 2), np.float32))}, seconds)
+        cost, under, over = (_cost(best, name, "call") / x.size for name, x in arrays.items())
         order = _core.factorize(n)[0]
         factors = " x ".join(str(factor) for factor in _core.order_factors(order))
         name = f"n = {n} ({kind}: {factors} x {n // order}), an element's cost over powers of two"
-        figures[name] = cost / float(np.sqrt(per_element[below] * per_element[2 * below]))
+        figures[name] = cost / float(np.sqrt(under * over))
     return figures
 
 
