@@ -1,7 +1,7 @@
-// The step of order K: columns of K elements, `step` apart, multiplied by H_K in place. All forms build, for a few
-// inputs at a time, their sums with all signs once, and let every output pick one sum a group (the method of four
-// Russians). Included by kernel-inl.h.
-#include "unrolled_order-inl.h"
+// The step of order K: columns of K elements, `step` apart, multiplied by H_K in place. All forms but that of order 12
+// build, for a few inputs at a time, their sums with all signs once, and let every output pick one sum a group (the
+// method of four Russians). Included by kernel-inl.h.
+#include "order12-inl.h"
 
 namespace onnx_quarot {
 namespace {
@@ -166,7 +166,7 @@ ONNX_QUAROT_INLINE void order_step(float* values, std::size_t step, const OrderS
                                    char* sums, Floats scale, Floats one) {
   switch (order.order) {
     case 12:
-      return williamson_order<3>(values, step, transpose, scale, one);
+      return order12(values, step, transpose, scale, one);
     case 20:
       return williamson_order<5>(values, step, transpose, scale, one);
     case 28:

@@ -300,6 +300,17 @@ struct UppersCleared {
   }
 };
 
+// Keeps the compiler from reading vectors again, as operands in memory, for every use: loads may be what is scarce.
+template <class V>
+ONNX_QUAROT_INLINE void in_registers(V& a, V& b, V& c, V& d) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) __asm__("" : "+v"(a), "+v"(b), "+v"(c), "+v"(d));
+#elif defined(__AVX__)
+  if constexpr (sizeof(V) == 32) __asm__("" : "+x"(a), "+x"(b), "+x"(c), "+x"(d));
+#endif
+  (void)a, (void)b, (void)c, (void)d;
+}
+
 // A factor the compiler cannot see through. Multiplying by an opaque 1 turns a subtraction into a fused multiply-add,
 // which some CPUs run beside the additions instead of after them.
 template <class V>

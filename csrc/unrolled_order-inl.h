@@ -1,5 +1,5 @@
 // Steps of orders that models have often, by matrices known at compile time: every sum is an instruction of its own,
-// and no codes are read. Included by order-inl.h, which says what a step is.
+// and no codes are read. Included by order12-inl.h; order-inl.h says what a step is.
 
 namespace onnx_quarot {
 namespace {
