@@ -45,6 +45,13 @@ def insert_behind(graph: ir.Graph, value: ir.Value, nodes: list[ir.Node]) -> Non
         graph.insert_before(graph[0], nodes)
 
 
+def numbered(graph: ir.Graph) -> list[ir.Node]:
+    """The nodes of a graph in their order, and behind them those of the graphs inside (If, Loop, Scan), which read what
+    the graph makes: a plan's numbers of nodes.
+    """
+    return [*graph, *(node for node in graph.all_nodes() if node.graph is not graph)]
+
+
 def has_subgraphs(node: ir.Node) -> bool:
     """Whether a node holds graphs of its own: If, Loop, Scan."""
     kinds = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)

@@ -5,23 +5,23 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from onnx_quarot.editing import insert_behind
+from onnx_quarot.editing import GraphNames, insert_behind
 
 _RMS_NORM_OPSET = 23
 AXES_INPUT_OPSET = 18  # of reductions
 
 
-def add_behind(model: ir.Model, node: ir.Node, bias: ir.Value) -> None:
+def add_behind(names: GraphNames, node: ir.Node, bias: ir.Value) -> None:
     """Add ``bias`` to output 0 of ``node``; all readers see the sum, which takes over the output's name."""
     old = node.outputs[0]
-    add = ir.node("Add", [old, bias], name=f"{old.name}/bias")  # nodes may be without names, values are not
+    add = ir.node("Add", [old, bias], name=names.unique(f"{old.name}/bias"))  # nodes may be without names
     new = add.outputs[0]
     new.type, new.shape = old.type or ir.TensorType(bias.dtype), old.shape  # type: ignore[arg-type]
-    name, old.name = old.name, f"{old.name}.product"
+    name, old.name = old.name, names.unique(f"{old.name}.product")
     new.name = name
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     add.replace_input_with(0, old)
-    model.graph.insert_after(node, add)
+    names.graph.insert_after(node, add)
 
 
 def to_rms_norm(model: ir.Model, node: ir.Node) -> None:
@@ -83,14 +83,14 @@ def feature_mean(graph: ir.Graph, value: ir.Value) -> ir.Node:
     return mean
 
 
-def subtract_mean(model: ir.Model, value: ir.Value) -> ir.Value:
+def subtract_mean(names: GraphNames, value: ir.Value) -> ir.Value:
     """``value`` minus its mean over the last axis, made right behind it. Nobody reads the result yet."""
-    graph = model.graph
+    graph = names.graph
     mean = feature_mean(graph, value)
-    mean.name = f"{value.name}/mean"
-    centred = ir.node("Sub", [value, mean.outputs[0]], name=f"{value.name}/centre")
+    mean.name = names.unique(f"{value.name}/mean")
+    centred = ir.node("Sub", [value, mean.outputs[0]], name=names.unique(f"{value.name}/centre"))
     for node, suffix in ((mean, "mean"), (centred, "centred")):
-        node.outputs[0].name = f"{value.name}.{suffix}"
+        node.outputs[0].name = names.unique(f"{value.name}.{suffix}")
         node.outputs[0].type = value.type
     centred.outputs[0].shape = value.shape
     insert_behind(graph, value, [mean, centred])

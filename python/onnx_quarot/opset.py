@@ -33,10 +33,7 @@ def at_opset(model: ir.Model, version: int) -> ir.Model:
         value = model.graph.initializers.pop(name)
         value.dtype, value.shape = tensor.dtype, ir.Shape(tensor.shape.numpy())
         model.graph.inputs.append(value)
-    early = [n for n in model.graph.all_nodes() if (n.domain, n.op_type) == ("", "LayerNormalization") and opset < 17]
-    for (
-        node
-    ) in early:  # ONNX Runtime's, which its optimizer writes into older models: the converter knows it from 17 on
+    for node in [n for n in model.graph.all_nodes() if n.domain == "" and _is_of_the_runtime(n.op_type, opset)]:
         node.domain = _APART
         model.opset_imports[_APART] = 1
     try:
@@ -61,3 +58,10 @@ def at_opset(model: ir.Model, version: int) -> ir.Model:
     converted.ir_version = max(converted.ir_version, find_min_ir_version_for([make_opsetid("", version)]))
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(converted)
     return converted
+
+
+def _is_of_the_runtime(op_type: str, opset: int) -> bool:
+    """Whether an operator in ONNX's domain is ONNX Runtime's, the same in every opset: its optimizer and its model
+    builder write them into models of any. The converter knows LayerNormalization from 17 on.
+    """
+    return op_type == "SimplifiedLayerNormalization" or (op_type == "LayerNormalization" and opset < 17)

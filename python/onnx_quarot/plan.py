@@ -80,8 +80,8 @@ class NewBias:
 class Online:
     """One transform at run time on the last axis of ``value``, in front of ``consumers`` (node, input).
 
-    A consumer (-1, i) is output i of the graph. ``dtype`` names the ONNX type, ``width`` the length of the axis.
-    ``centre``: the mean over the axis is subtracted first.
+    A consumer (-1, i) is output i of the graph; nodes of subgraphs are numbered behind all others. ``dtype`` names the
+    ONNX type, ``width`` the length of the axis. ``centre``: the mean over the axis is subtracted first.
     """
 
     value: str

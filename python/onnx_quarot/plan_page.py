@@ -110,7 +110,7 @@ def _rows(model: ir.Model, plan: Plan) -> list[_Row]:
         block = plan.rotations[online.rotation].block_size
         blocks = "" if block == online.width else f", blocks of {block}"
         verb = "undoes" if online.inverse else "applies"
-        consumer = min((n if n >= 0 else len(nodes)) for n, _ in online.consumers)
+        consumer = min((n if 0 <= n < len(nodes) else len(nodes)) for n, _ in online.consumers)
         before[consumer].append(
             _Row("Hadamard", online.value, f"{online.width}{blocks}", notes=[verb], online=online.rotation)
         )

@@ -24,7 +24,8 @@ from onnx_quarot.custom_op import add_hadamard
 from onnx_quarot.discovery import fingerprint
 from onnx_quarot.discovery.constants import Constant, constant, root_tensor
 from onnx_quarot.discovery.prepare import prepare
-from onnx_quarot.editing import GraphNames
+from onnx_quarot.discovery.shapes import FLOATS
+from onnx_quarot.editing import GraphNames, numbered
 from onnx_quarot.errors import ConfigError
 from onnx_quarot.load import unmap
 from onnx_quarot.nodes import add_behind, bypass, subtract_mean, to_rms_norm
@@ -33,6 +34,7 @@ from onnx_quarot.transform import Rotation, hadamard
 from onnx_quarot.wide_products import HALVES
 
 Array = np.ndarray[Any, Any]
+_FLOATS = frozenset(kind.numpy() for kind in FLOATS)
 _SLICE_ELEMENTS = 1 << 17  # of a weight, converted to float64 at a time: 1 MB, which stays in the cache
 _SLICE_WIDTH = 32  # at least: narrower columns of a matrix would read every cache line several times
 _THREADS = min(4, os.cpu_count() or 1)
@@ -48,13 +50,14 @@ def rotate_model(model: ir.Model, plan: Plan, *, unrounded: bool = False) -> Non
     prepare(model, keys=plan.keys)
     if plan.fingerprint != fingerprint(model):
         raise ConfigError("plan: it was made for another model (the graphs differ)")
-    nodes = list(model.graph)
-    biases = _Weights(model, plan, nodes, unrounded).rewrite()
+    nodes = numbered(model.graph)
+    weights = _Weights(model, plan, nodes, unrounded)
+    biases = weights.rewrite()
     for number, online in enumerate(plan.online):
-        _insert_online(model, plan.rotations[online.rotation], online, nodes, number)
+        _insert_online(model, weights.names, plan.rotations[online.rotation], online, nodes, number)
     # Whatever was put behind a value so far reads the value with its bias.
     for node, bias in biases:
-        add_behind(model, node, bias)
+        add_behind(weights.names, node, bias)
     for index in plan.norms:
         to_rms_norm(model, nodes[index])
     for index, which in plan.bypassed:
@@ -302,7 +305,8 @@ class _Recipe:
 
 def _copy(source: Array, target: Array) -> None:
     """target[...] = source, one of them float64; matrices by the compiled copy, which is faster at turning them."""
-    if source.ndim == 2 and source.flags.aligned and target.flags.aligned:
+    floats = source.dtype in _FLOATS and target.dtype in _FLOATS  # not integers behind a Cast
+    if floats and source.ndim == 2 and source.flags.aligned and target.flags.aligned:
         _core.convert(source, target)
     else:
         target[...] = source
@@ -354,7 +358,9 @@ def _inverse(permutation: Sequence[int]) -> tuple[int, ...]:
 # Activations.
 
 
-def _insert_online(model: ir.Model, rotation: Rotation, online: Online, nodes: Sequence[ir.Node], number: int) -> None:
+def _insert_online(
+    model: ir.Model, names: GraphNames, rotation: Rotation, online: Online, nodes: Sequence[ir.Node], number: int
+) -> None:
     """Put one transform behind the producer of a value, in front of the consumers the plan names."""
     graph = model.graph
     value = _produced(graph, nodes, online)
@@ -362,7 +368,7 @@ def _insert_online(model: ir.Model, rotation: Rotation, online: Online, nodes: S
         value.dtype = ir.DataType[online.dtype]
     before = value.producer()
     if online.centre:
-        value = subtract_mean(model, value)
+        value = subtract_mean(names, value)
         before = value.producer()
     node = add_hadamard(
         model,
@@ -371,8 +377,9 @@ def _insert_online(model: ir.Model, rotation: Rotation, online: Online, nodes: S
         block_size=rotation.block_size,
         signs=None if rotation.signs is None else np.tile(rotation.signs, online.width // rotation.size),
         transpose=online.inverse,
-        name=f"{value.name}/Hadamard_{number}",
+        name=names.unique(f"{value.name}/Hadamard_{number}"),
     )
+    node.outputs[0].name = names.unique(str(node.outputs[0].name))
     if before is None:
         graph.insert_before(graph[0], node)
     else:
@@ -383,7 +390,7 @@ def _insert_online(model: ir.Model, rotation: Rotation, online: Online, nodes: S
             nodes[consumer].replace_input_with(index, result)
         else:  # the graph's output keeps its name
             name = value.name
-            value.name, result.name = f"{name}.rotated", name
+            value.name, result.name = names.unique(f"{name}.rotated"), name
             graph.outputs[index] = result
 
 

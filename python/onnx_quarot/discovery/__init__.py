@@ -19,7 +19,7 @@ from onnx_quarot.discovery.rules import apply_rules
 from onnx_quarot.discovery.shapes import Shapes
 from onnx_quarot.discovery.tied import TiedHead, agree, keep_basis, share_basis, tied_heads
 from onnx_quarot.discovery.typing import Slot, Typing
-from onnx_quarot.editing import has_subgraphs
+from onnx_quarot.editing import has_subgraphs, numbered
 from onnx_quarot.errors import ConfigError, ModelError
 from onnx_quarot.plan import DEFAULT_ROTATIONS, ROTATIONS, Plan
 from onnx_quarot.sites import linear_sites, why_no_layers
@@ -125,7 +125,7 @@ def _labels(
 def fingerprint(model: ir.Model) -> str:
     """Identifies the graph (not the weights' values): operators, wiring, and the shapes of constants."""
     digest = hashlib.sha256()
-    for node in model.graph:
+    for node in numbered(model.graph):
         names = [v.name if v is not None else "" for v in node.inputs]
         digest.update(repr((node.domain, node.op_type, names, [v.name for v in node.outputs])).encode())
     for name, value in sorted(model.graph.initializers.items()):

@@ -46,7 +46,16 @@ class Segment:
         root = self.root()
         if root._parts is None:
             return [root]
-        return [leaf for part in root._parts for leaf in part.leaves()]
+        found: list[Segment] = []
+        pending = root._parts[::-1]
+        while pending:
+            part = pending.pop().root()
+            if part._parts is None:
+                found.append(part)
+            else:
+                pending += part._parts[::-1]
+        root._parts = found  # else parts would nest as deep as there are cuts, one behind the other
+        return list(found)
 
     def spans(self) -> Iterator[tuple[int, Segment]]:
         """Pairs (offset, leaf)."""
@@ -66,12 +75,10 @@ class Segment:
         if root._parts is None:
             root._parts = [Segment(position), Segment(root.length - position)]
             return
-        offset = 0
-        for part in root._parts:
-            if offset < position < offset + part.length:
-                part.cut(position - offset)
+        for offset, leaf in root.spans():
+            if offset < position < offset + leaf.length:
+                leaf.cut(position - offset)
                 return
-            offset += part.length
 
     def piece(self, low: int, high: int) -> Segment:
         """The features ``low`` to ``high`` as a segment of their own that shares its leaves with this one."""

@@ -14,6 +14,7 @@ from onnx_quarot.discovery.folds import Folds
 from onnx_quarot.discovery.labels import Labels
 from onnx_quarot.discovery.rules.readers import is_convolution
 from onnx_quarot.discovery.typing import Def, Expansion, Out, Port, Read, Slot, Typing, Use
+from onnx_quarot.editing import numbered
 from onnx_quarot.plan import AxisChange, NewBias, Online, Placement, Plan, Rebase, Site, State
 from onnx_quarot.transform import Rotation, largest_block
 
@@ -27,7 +28,9 @@ class Builder:
         self.model, self.t, self.labels = model, typing, labels
         self.block_size = block_size
         self.rng = None if seed is None else np.random.default_rng(seed)
+        nodes = numbered(model.graph)
         self.index = {node: i for i, node in enumerate(model.graph)}
+        self._inner = {node: i for i, node in enumerate(nodes) if i >= len(self.index)}
         self.ids: dict[Segment, str] = {}
         self.rotations: dict[str, Rotation] = {}
         self.kinds: dict[str, str] = {}
@@ -192,7 +195,8 @@ class Builder:
     def _consumer(self, end: Use | Out) -> tuple[int, int]:
         if isinstance(end, Out):
             return -1, list(self.model.graph.outputs).index(end.value)
-        return self.index[end.node], end.index
+        number = self.index.get(end.node)
+        return (self._inner[end.node] if number is None else number), end.index
 
     def _sites(self, online: tuple[Online, ...]) -> tuple[Site, ...]:
         paid = {consumer for o in online for consumer in o.consumers}

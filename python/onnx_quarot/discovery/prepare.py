@@ -25,7 +25,7 @@ from onnx_quarot.discovery.rope import unfuse_rope
 from onnx_quarot.discovery.rules.readers import absorb, has_bias, slots
 from onnx_quarot.discovery.rules.registry import MICROSOFT
 from onnx_quarot.discovery.shapes import FLOATS, Shapes
-from onnx_quarot.discovery.typing import Typing
+from onnx_quarot.discovery.typing import Typing, has_input
 from onnx_quarot.load import unmap
 from onnx_quarot.sites import drop_unused
 
@@ -176,9 +176,9 @@ def unfuse_skip_norm(model: ir.Model, node: ir.Node) -> None:
         total.type = node.outputs[0].type or (ir.TensorType(operand.dtype) if operand.dtype else None)
         made.append(add)
     parameters = [node.inputs[2]]
-    if bias is not None:
+    if bias is not None and has_input(node, bias):
         parameters.append(node.inputs[bias])
-    attributes = {"axis": -1, "epsilon": node.attributes.get_float("epsilon", 1e-5)}
+    attributes = {"axis": -1, "epsilon": node.attributes.get_float("epsilon", 1e-12)}  # not that of other norms
     op_type = "LayerNormalization" if bias is not None else "SimplifiedLayerNormalization"
     outputs = node.outputs[:3] if bias is not None else node.outputs[:1]
     norm = ir.node(op_type, [total, *parameters], attributes, num_outputs=len(outputs), name=node.name)

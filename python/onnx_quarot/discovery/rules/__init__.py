@@ -43,6 +43,7 @@ def apply_rules(t: Typing) -> None:
         else:
             t.block_node(node, f"{node.op_type} {node.name!r} is not in the table")
     _block_inner_uses(t)
+    _keep_other_states(t)
     _keep_begun_caches(t)
 
 
@@ -56,6 +57,15 @@ def _block_inner_uses(t: Typing) -> None:
         for use in value.uses():
             if use.node.graph is not t.graph:
                 t.block(Use(use.node, use.idx), axis, f"captured by a subgraph ({use.node.op_type} {use.node.name!r})")
+
+
+def _keep_other_states(t: Typing) -> None:
+    """An input that comes out again with something behind it is a cache only if attention reads it as keys or values:
+    an image, or a spectrogram, that a model gives back beside its result is fed by whoever knows of no basis.
+    """
+    heads = {leaf for segment, kind in t.kinds if kind in ("R2", "R3") for leaf in segment.leaves()}
+    segments = {state: t.segment(Def(state.past), state.axis) for state in t.states if t.known(Def(state.past))}
+    t.states[:] = [s for s, segment in segments.items() if segment is not None and heads.issuperset(segment.leaves())]
 
 
 def _keep_begun_caches(t: Typing) -> None:

@@ -54,8 +54,9 @@ def _refusal(t: Typing, n: ir.Node, last: int, scale: int, bias: int | None) -> 
         return "it normalises several axes together"
     if view is None or view.size != t.shapes.shape[n.outputs[0]][last]:
         return "its scale is not a constant vector"
-    if bias is not None and constant(n.inputs[bias]) is None:
-        return "its bias is not a constant"
+    added = None if bias is None else constant(n.inputs[bias])
+    if bias is not None and (added is None or added.size != view.size):
+        return "its bias is not a constant vector"
     if any(has_output(n, i) for i in (1, 2)):
         return "its statistics are used"
     if _trivial(n, scale, bias):

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from onnx_quarot.discovery.constants import constant, uniform
 from onnx_quarot.discovery.rules.einsum import einsum_slot
 from onnx_quarot.discovery.rules.registry import MICROSOFT
+from onnx_quarot.discovery.rules.selecting import slice_bounds
 from onnx_quarot.discovery.typing import Slot, Typing, Use
 
 _KEEPS = frozenset(
@@ -190,7 +191,23 @@ def _keeps_last_axis(t: Typing, node: ir.Node) -> bool:
         return node.attributes.get_ints("perm", [0])[-1] == len(before) - 1
     if node.op_type == "Pad":
         return _pads_nothing(t, node)
+    if node.op_type == "Slice":  # which may take them in another order
+        taken = slice_bounds(t, node, len(before)).get(len(before) - 1, (0, before[-1], 1))
+        return taken is not None and slice(*taken).indices(before[-1]) == (0, before[-1], 1)
+    if node.op_type == "Cast":  # which rounds to integers
+        return t.shapes.is_float(y)
+    if node.op_type == "Dropout":
+        return not drops(node)
     return node.op_type in _KEEPS
+
+
+def drops(node: ir.Node) -> bool:
+    """Whether a Dropout may do what it does in training: leave features out by chance."""
+    training = node.inputs[2] if len(node.inputs) > 2 else None
+    if training is None:
+        return False
+    view = constant(training)
+    return view is None or bool(view.numpy().any())
 
 
 def _pads_nothing(t: Typing, node: ir.Node) -> bool:

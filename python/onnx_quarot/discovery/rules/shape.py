@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from onnx_quarot.discovery.basis import Segment
 from onnx_quarot.discovery.constants import constant
+from onnx_quarot.discovery.rules.readers import drops
 from onnx_quarot.discovery.rules.registry import describe, rule
 from onnx_quarot.discovery.rules.selecting import integers, keep, packed_axis, slice_bounds, unpack
 from onnx_quarot.discovery.typing import Def, StatePair, Typing, Use, defs, has_input, ports, uses
@@ -29,6 +30,9 @@ def _filled(t: Typing, n: ir.Node) -> None:
 
 @rule("Identity", "Cast", "Dropout", "Neg")
 def _elementwise_linear(t: Typing, n: ir.Node) -> None:
+    if n.op_type == "Dropout" and drops(n):
+        t.block_node(n, describe(n, "leaves features out by chance"))
+        return
     for axis in range(t.rank(Def(n.outputs[0]))):
         t.tie(Use(n, 0), axis, Def(n.outputs[0]), axis)
 
