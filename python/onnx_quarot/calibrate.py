@@ -95,14 +95,19 @@ def _tracked(batches: Iterable[Mapping[str, Array]], progress: Any, name: str) -
 def run(session: ort.InferenceSession, names: list[str], batch: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
     """Each of the outputs `names` in turn; one that was taken is held no longer here."""
     arrays = {value.name: _fed(batch, value.name) for value in session.get_inputs()}
+    outputs: list[Any]
     try:
-        feeds = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
-        outputs = session.run_with_ort_values(names, feeds)
+        if any(array.dtype.kind in "OSU" for array in arrays.values()):  # strings cannot be handed over as they are
+            outputs = session.run(names, arrays)
+        else:
+            feeds = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
+            outputs = session.run_with_ort_values(names, feeds)
     except Exception as error:  # ONNX Runtime's own exceptions share no base class
         raise ModelError(f"model: does not run on the calibration data: {first_line(error)}") from None
     outputs.reverse()
     for name in names:
-        yield name, outputs.pop().numpy()
+        taken = outputs.pop()
+        yield name, taken if isinstance(taken, np.ndarray) else taken.numpy()
 
 
 def run_all(session: ort.InferenceSession, names: list[str], batch: Mapping[str, Array]) -> list[Array]:
@@ -190,6 +195,8 @@ def _prune(model: ir.Model, names: list[str]) -> list[str]:
     passes.RemoveUnusedNodesPass()(model)
     for value in [v for v in graph.initializers.values() if not v.uses()]:
         del graph.initializers[value.name or ""]
+        if value.is_graph_input():  # which nobody has to give
+            graph.inputs.remove(value)
     return computed
 
 

@@ -80,6 +80,8 @@ def input_specs(model: ir.Model | str | os.PathLike[str]) -> list[InputSpec]:
         name = value.name or ""
         if name in model.graph.initializers:
             continue
+        if isinstance(value.type, ir.SequenceType):
+            raise ModelError(f"input {name!r}: it is a list of tensors, and data is only understood as one an input")
         if value.dtype in (None, ir.DataType.UNDEFINED):
             raise ModelError(f"input {name}: the model does not say its element type")
         shape = (

@@ -29,6 +29,8 @@ def relative_error(a: Array, b: Array) -> float:
         return float("inf")
     if a.size == 0:
         return 0.0
+    if a.dtype.kind in "OSU":  # text
+        return 0.0 if np.array_equal(a, b) else float("inf")
     x, y = a.astype(np.float64), b.astype(np.float64)
     if np.array_equal(x, y, equal_nan=True):
         return 0.0
@@ -155,6 +157,8 @@ def _moved(nodes: list[ir.Node], plan: Plan) -> set[str]:
 
 
 def _verdict(x: Array, y: Array, placements: Iterable[Placement] | None, plan: Plan, allowed: float) -> _Verdict:
+    if not isinstance(x, np.ndarray) or not isinstance(y, np.ndarray):  # sequences
+        return _Verdict.UNKNOWN
     if x.dtype.kind != "f":
         return _Verdict.SAME if np.array_equal(x, y) else _Verdict.OTHER
     if placements is not None:

@@ -21,7 +21,8 @@ def keep_judged_outputs(model: ir.Model) -> list[str]:
 
     Their names; ModelError if there is none.
     """
-    kept = [value for value in model.graph.outputs if value.dtype in FLOATS and not _is_cache(value)]
+    tensors = [value for value in model.graph.outputs if isinstance(value.type, ir.TensorType)]  # no sequences
+    kept = [value for value in tensors if value.dtype in FLOATS and not _is_cache(value)]
     if not kept:
         raise ModelError("model: has no floating-point output to measure sensitivity by")
     model.graph.outputs.clear()

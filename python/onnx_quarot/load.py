@@ -37,6 +37,8 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
                 f"model: its value {held!r} is a map or a list of maps, and only tensors are understood; "
                 "of a classifier made by skl2onnx, convert it with the option 'zipmap': False"
             ) from error
+        if (found := _sparse(path)) is not None:
+            raise _sparse_error(found) from error
         raise ModelError(f"model: {str(path)!r} is not a readable ONNX model ({_told(_root(error))})") from error
     if not path.stat().st_size:
         raise ModelError(f"model: {str(path)!r} is empty")
@@ -45,7 +47,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     with blamed_on(path):
         _check_versions(model)
         _check_inputs(model)
-        _check_order(model)
+        _check_order(model, path)
         _open_dimensions(model)
         to_plain_form(model)
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
@@ -69,8 +71,9 @@ def blamed_on(path: str | os.PathLike[str]) -> Iterator[None]:
         complaint = _complaint(path)
         if complaint is not None:
             raise ModelError(f"model: {str(path)!r} is not a valid ONNX model ({complaint})") from error
+        told = _told(_root(error))
         raise ModelError(
-            f"model: {str(path)!r} is not understood ({_told(error)}); if onnxruntime runs it, please report this"
+            f"model: {str(path)!r} is not understood ({told}); if onnxruntime runs it, please report this"
         ) from error
 
 
@@ -78,8 +81,9 @@ def _complaint(path: str | os.PathLike[str]) -> str | None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:
-        # ONNX Runtime has operators of its own in ONNX's domain: no fault of the model's.
-        return None if "No Op registered for" in str(error) else _told(error)
+        # ONNX Runtime has operators of its own in ONNX's domain, and needs no shapes: no faults of the model's.
+        alright = ("No Op registered for", "Field 'shape' of 'type' is required")
+        return None if any(words in str(error) for words in alright) else _told(error)
     return None
 
 
@@ -110,7 +114,7 @@ def _check_inputs(model: ir.Model) -> None:
                 raise ModelError(f"model: {node.op_type} {node.name!r} lacks its input {index}")
 
 
-def _check_order(model: ir.Model) -> None:
+def _check_order(model: ir.Model, path: Path) -> None:
     """Every tensor is made before it is read; nodes in another order are sorted."""
     made: set[ir.Value] = set()
     sorted_already = True
@@ -119,6 +123,8 @@ def _check_order(model: ir.Model) -> None:
             if value is None:
                 continue
             if value.producer() is None and not value.is_graph_input() and not value.is_initializer():
+                if (found := _sparse(path)) is not None:  # they are left out in reading
+                    raise _sparse_error(found)
                 raise ModelError(f"model: {node.op_type} {node.name!r} reads {value.name!r}, which nothing produces")
             sorted_already &= value.producer() is None or value in made
         made.update(node.outputs)
@@ -309,6 +315,24 @@ def _maps(path: Path) -> str | None:
         if kind.HasField("map_type"):
             return str(value.name)
     return None
+
+
+def _sparse(path: Path) -> str | None:
+    """The first sparse tensor of a model; None without one, or if nothing can be read."""
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+    except Exception:  # the error that is told is the one from before
+        return None
+    for tensor in graph.sparse_initializer:
+        return str(tensor.values.name)
+    for node in graph.node:
+        if any(attribute.type == onnx.AttributeProto.SPARSE_TENSOR for attribute in node.attribute):
+            return str(node.output[0] if node.output else node.name)
+    return None
+
+
+def _sparse_error(name: str) -> ModelError:
+    return ModelError(f"model: its constant {name!r} is a sparse tensor, which is not understood; store it dense")
 
 
 def _told(error: BaseException) -> str:

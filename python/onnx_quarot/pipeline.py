@@ -163,7 +163,7 @@ def quantize(
     chosen = parse_scheme(scheme).with_method(method).with_options(block=block, weights=weights, normalize=normalize)
     check_cache(kv_cache)
     wanted, fitted, unused = _wanted(rotations, kv_cache)
-    with clock.step("discover"):
+    with clock.step("discover"), blamed_on(source):
         model = load(source)
         check_apart(model, path)
         given, needed = model.opset_imports.get("", 0), needed_opset(chosen, layers or {}, mixed)
@@ -190,6 +190,7 @@ def quantize(
             raise ModelError(
                 f"the model has no linear layer left to quantize (op types {', '.join(op_types)}){why_no_layers(model)}"
             )
+    with clock.step("discover"):
         batches = as_batches(calibration, specs, tokenizer=tokenizer, window=window, limit=windows)
         first = next(batches)  # data that does not fit is found before any work is done
     with workspace(path) as folder:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from .discovery.shapes import Shapes
 from .editing import GraphNames, insert_behind, take_over
 from .errors import ConfigError, ModelError
 from .normalize import NOTE, UnitRows
@@ -85,7 +86,7 @@ def quantize_linears(
     """
     schemes = {site.node_name: (overrides or {}).get(site.node_name, scheme) for site in sites}
     _check(model, sites, ranges, schemes)
-    editor = _Editor(model.graph, ranges, schemes, solved or {}, tied)
+    editor = _Editor(model.graph, ranges, schemes, solved or {}, tied, _ranks(model, sites))
     order = {node: index for index, node in enumerate(model.graph)}
     ordered = sorted(sites, key=lambda site: order[site.node])
     editor.readers.update(editor.weight_key(site) for site in ordered)
@@ -155,8 +156,10 @@ class _Editor:
         schemes: Mapping[str, Scheme],
         solved: Mapping[str, SolvedWeight],
         tied: Collection[ir.Value],
+        ranks: Mapping[ir.Value, int],
     ) -> None:
         self.graph, self.ranges, self.schemes, self.solved = graph, ranges, schemes, solved
+        self.ranks = ranks
         self.tied = tied
         self.shared: dict[ir.Value, SharedWeight] = {}
         self.activations: dict[tuple[str, TensorSpec, Range], tuple[np.float32, int, ir.Value]] = {}
@@ -334,8 +337,10 @@ class _Editor:
             return
         bias = add.inputs[1 - index]
         array = constant_array(bias)
-        rank = _rank(product)
+        rank = self.ranks.get(product)
         if array is not None and bias is not None and _is_vector(array, site.channels):
+            if array.ndim > 1 and (rank is None or rank < array.ndim):
+                return  # the sum has more axes than the product, so that nothing becomes a Gemm
             self.replaced.append(bias)
             if rank is not None and rank > 2:
                 shape = [1] * (rank - 1) + [array.size]
@@ -376,5 +381,20 @@ def _is_vector(array: Array, channels: int) -> bool:
     return array.size == 1 or (array.shape[-1] == channels and array.size == channels)
 
 
-def _rank(value: ir.Value) -> int | None:
-    return None if value.shape is None else len(value.shape)
+def _ranks(model: ir.Model, sites: Sequence[LinearSite]) -> dict[ir.Value, int]:
+    """The ranks of the sites' results. Those that the file does not state are looked for where a constant that has
+    axes of its own is added.
+    """
+    made = [site.node.outputs[0] for site in sites]
+    ranks = {value: len(value.shape) for value in made if value.shape is not None}
+    added = (
+        constant_array(other)
+        for value in made
+        for reader, _ in value.uses()
+        if value not in ranks and reader.op_type == "Add"
+        for other in reader.inputs
+    )
+    if any(array is not None and array.ndim > 1 for array in added):
+        shapes = Shapes(model)
+        ranks |= {value: len(shapes.shape[value]) for value in made if value not in ranks and shapes.known(value)}
+    return ranks

@@ -59,6 +59,10 @@ def run_in_segments(
         for name in [name for name in values if last_use.get(name, -1) <= number]:
             del values[name]
     for name in outputs:
+        constant = model.graph.initializers.get(name)
+        if name not in values and constant is not None and constant.const_value is not None:
+            array = constant.const_value.numpy()
+            values[name] = _widened(array) if wide else array
         if name not in values:
             raise ModelError(f"{path}: no node makes {name!r}, which is an output")
     return [values[name] for name in outputs]
@@ -126,6 +130,10 @@ def _run(
         if value is not None and name not in inputs:
             graph.initializer.append(_tensor(value, folder, wide))
     for name, array in inputs.items():
+        if isinstance(array, list):
+            kind = ir.DataType.from_numpy(array[0].dtype) if array else ir.DataType.FLOAT
+            graph.input.append(onnx.helper.make_tensor_sequence_value_info(name, kind, None))
+            continue
         kind = ir.DataType.from_numpy(array.dtype)
         # Lengths stay open: ONNX Runtime 1.28 to 1.31 carries known ones through Shape and Cast with the wrong type.
         graph.input.append(onnx.helper.make_tensor_value_info(name, kind, [None] * array.ndim))

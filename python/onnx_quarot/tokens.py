@@ -43,6 +43,11 @@ def check_tokens(model: ir.Model, sites: Sequence[LinearSite], schemes: Mapping[
         block = block_of(site, scheme)
         if not shapes.known(site.input):
             raise ModelError(f"node {site.node_name!r}: the rank of its input {site.activation!r} is not known")
+        if len(shapes.shape[site.input]) < 2:
+            raise ModelError(
+                f"node {site.node_name!r}: its input {site.activation!r} is a vector, and {scheme.name} has a scale "
+                "for each row and block; exclude the layer"
+            )
         if site.depth % block:
             fitting = [size for size in (64, 32, 16) if site.depth % size == 0]
             remedy = f"use block={fitting[0]}" if fitting else "no block does: exclude the layer"
@@ -104,7 +109,7 @@ def quantize_tokens(
 def coarse(rows: Array, spec: TensorSpec, block: int) -> Array:
     """What the graph's quantizer and dequantizer leave of `rows` [rows, features], float32."""
     first, last = spec.bounds
-    blocks = rows.reshape(len(rows), -1, block).astype(np.float32, copy=False)
+    blocks = rows.reshape(len(rows), rows.shape[1] // block, block).astype(np.float32, copy=False)
     if spec.symmetric:
         scale = np.abs(blocks).max(axis=2, keepdims=True) / np.float32((last - first) / 2)
         offset: Array = np.full_like(scale, (first + last + 1) // 2)

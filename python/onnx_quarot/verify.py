@@ -20,6 +20,7 @@ from onnx_quarot.custom_op import session
 from onnx_quarot.data import Dim, InputSpec, input_specs
 from onnx_quarot.differences import first_difference, into_basis, out_of_basis, relative_error
 from onnx_quarot.discovery.rope import has_fused_norms
+from onnx_quarot.discovery.rules.readers import drops
 from onnx_quarot.errors import ModelError, VerificationError, first_line
 from onnx_quarot.load import load, total_bytes
 from onnx_quarot.plan import Plan
@@ -32,6 +33,9 @@ _TOLERANCE = {"float64": 1e-8, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1.5
 _ROUNDED = 0.15  # what rounding of weights may make of any output, once the rest is proven
 _WHOLE_BYTES = 1 << 30  # models with more weights than this run piece by piece
 _MOST_ELEMENTS = 1 << 28  # of an input: random values of it take 2 GiB
+_DRAWN = frozenset(
+    ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
+)
 _LENGTHS = {"batch": 1, "sequence": 8, "past": 4}
 _LONG = 256  # for images that are halved up to eight times, and sounds that are cut into overlapping pieces
 
@@ -84,7 +88,7 @@ def verify(
     run: Callable[[Path, dict[str, Array], list[str]], list[Array]] = _run
 
     def errors(path: Path) -> list[float]:
-        result = run(path, turned, names)
+        result = map(_plain, run(path, turned, names))
         return [relative_error(a, out_of_basis(n, b, plan)) for n, a, b in zip(names, reference, result, strict=True)]
 
     found = errors(candidate)
@@ -94,7 +98,7 @@ def verify(
         # ONNX Runtime's optimizations round in other places in either model, and deep models make much of that: the
         # graphs as they are written decide.
         run, optimized = run_in_segments, reference
-        reference = run(original, feeds, names)
+        reference = [_plain(a) for a in run(original, feeds, names)]
         found = errors(candidate)
         off = [i for i, error in enumerate(found) if not error <= limits[i]]
         noise = max(map(relative_error, optimized, reference))
@@ -108,6 +112,11 @@ def verify(
             found = proof
         else:
             exact, limits = max(proof), [_ROUNDED] * len(names)
+    if off and (drawn := _drawn(model)) is not None:
+        raise VerificationError(
+            f"model: {drawn.op_type} {drawn.name!r} draws other numbers in every run, so that nothing can be proven; "
+            "give it a seed in the file (or verify=False); nothing was written"
+        )
     if off:
         name, error, limit = names[off[0]], found[off[0]], limits[off[0]]
         if reference[off[0]].dtype.kind == "f" and np.isnan(reference[off[0]]).any():
@@ -122,6 +131,15 @@ def verify(
         )
     last = max(range(len(names)), key=lambda i: (found[i], i))
     return Verification(found[last], names[last], limits[last], len(names), exact)
+
+
+def _drawn(model: ir.Model) -> ir.Node | None:
+    """The first node whose results are left to chance, and not the same by chance: it has no seed."""
+    for node in model.graph.all_nodes():
+        chance = node.op_type in _DRAWN or (node.op_type == "Dropout" and drops(node))
+        if chance and node.domain == "" and "seed" not in node.attributes:
+            return node
+    return None
 
 
 def _weight_tolerance(model: ir.Model) -> float:
@@ -151,13 +169,21 @@ def _reference(
     for make in attempts:
         try:
             feeds = make()
-            found = _run(original, feeds, names)
+            found = [_plain(a) for a in _run(original, feeds, names)]
             _refuse_nothing(names, found)
             return feeds, found
         except (VerificationError, ModelError) as error:
             refused = refused or error
     assert refused is not None
     raise refused
+
+
+def _plain(value: Array | list[Array]) -> Array:
+    """An output as an array: of a sequence, its tensors' numbers one after the other."""
+    if isinstance(value, np.ndarray):
+        return value
+    parts = [np.asarray(part).reshape(-1) for part in value or ()]
+    return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
 
 def _refuse_nothing(names: Sequence[str], found: Sequence[Array]) -> None:
