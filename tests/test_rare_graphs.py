@@ -89,7 +89,7 @@ def feeds(model: onnx.ModelProto, count: int = 4) -> list[dict[str, Array]]:
             if value.name in given:
                 continue
             if kind.elem_type == TensorProto.STRING:
-                batch[value.name] = rng.choice(np.array(["one", "two", "three"], object), shape)
+                batch[value.name] = rng.choice(np.array(["one", "two", "three"]), shape)
             elif kind.elem_type == TensorProto.BOOL:
                 batch[value.name] = np.ones(shape, np.bool_)
             else:
@@ -177,6 +177,19 @@ def test_a_constant_comes_out_of_a_model_of_half_precision(tmp_path: Path) -> No
     weights = {name: WEIGHTS[name].astype(np.float16) for name in ("a", "u", "c")}
     outputs = {"y": (kind, None), "c": (kind, [64])}
     check(build(nodes, weights, {"x": (kind, ["batch", 9, 32])}, outputs), tmp_path, STATIC)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_comes_out_in_double_precision_may_be_no_more_exact_than_what_it_is_made_of(
+    inside: bool, tmp_path: Path
+) -> None:
+    double = TensorProto.DOUBLE
+    weights = {name: w.astype(np.float64) for name, w in WEIGHTS.items()} if inside else {}
+    nodes = [node("MatMul", "x a", "h"), node("Cast", "h", "k", to=TensorProto.FLOAT), node("Relu", "k", "q")]
+    nodes += [node("Cast", "q", "w", to=double), node("MatMul", "w u", "y")] if inside else []
+    nodes += [] if inside else [node("MatMul", "q u", "w"), node("Cast", "w", "y", to=double)]
+    inputs = {"x": (double if inside else TensorProto.FLOAT, ["batch", 9, 32])}
+    check(build(nodes, weights, inputs, {"y": (double, None)}), tmp_path, STATIC)
 
 
 def test_a_bias_that_may_be_given_need_not_be(tmp_path: Path) -> None:

@@ -299,6 +299,8 @@ def _npz_batches(path: str, inputs: Sequence[InputSpec]) -> Iterator[Batch]:
 
 
 def _check_array(array: Array, spec: InputSpec, where: str) -> Array:
+    if spec.dtype.kind == "O" and array.dtype.kind in "SU":
+        array = array.astype(object)  # text, however numpy stores it
     if array.dtype != spec.dtype:
         raise DataError(
             f"data: {where}, input {spec.name!r} has element type {array.dtype}; the model takes {spec.dtype}"

@@ -222,18 +222,24 @@ def _concat(t: Typing, n: ir.Node) -> None:
 def _split(t: Typing, n: ir.Node) -> None:
     x = Use(n, 0)
     axis = n.attributes.get_int("axis", 0) % t.rank(x)
-    offset = 0
+    whole, offset = t.segment(x, axis), 0
+    single: list[tuple[int, int]] = []  # runs of features that are cut off one by one, as columns of a table are
     for y in defs(n):
         for a in range(t.rank(x)):
             if a != axis:
                 keep(t, n, x, a, y, a)
-        if t.segment(x, axis) is not None:
-            high = offset + t.size(y, axis)
-            if t.segment(y, axis) is not None:
-                t.tie_piece(x, axis, offset, high, y, axis)
-            else:
-                t.block(x, axis, describe(n, "cuts off a single feature"), t.segment(x, axis).piece(offset, high))  # type: ignore[union-attr]
-        offset += t.size(y, axis)
+        low, offset = offset, offset + t.size(y, axis)
+        if whole is None:
+            continue
+        if t.segment(y, axis) is not None:
+            t.tie_piece(x, axis, low, offset, y, axis)
+        elif single and single[-1][1] == low:
+            single[-1] = single[-1][0], offset
+        else:
+            single.append((low, offset))
+    if whole is not None:
+        for low, high in single:
+            t.block(x, axis, describe(n, "cuts off a single feature"), whole.piece(low, high))
 
 
 @rule("Slice")
