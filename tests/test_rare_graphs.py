@@ -179,6 +179,20 @@ def test_a_constant_comes_out_of_a_model_of_half_precision(tmp_path: Path) -> No
     check(build(nodes, weights, {"x": (kind, ["batch", 9, 32])}, outputs), tmp_path, STATIC)
 
 
+@pytest.mark.parametrize("shape", [["batch", "tokens", "features"], ["batch", None], ["a", "a", "a"]])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_matrix_says_how_many_features_there_are(shape: list[Any], transposed: bool, tmp_path: Path) -> None:
+    first = node("Gemm", "x a", "h", transB=1) if transposed else node("MatMul", "x a", "h")
+    if transposed and len(shape) > 2:
+        pytest.skip("a Gemm multiplies matrices")
+    nodes = [first, norm("h", "n"), node("MatMul", "n u", "y")]
+    weights = {"a": rand(64, 32)} if transposed else {}
+    onnx.save(build(nodes, weights, {"x": (TensorProto.FLOAT, shape)}), tmp_path / "m.onnx")
+    assert [site.how for site in oq.discover(tmp_path / "m.onnx").sites] == ["online", "offline"]
+    oq.rotate(tmp_path / "m.onnx", tmp_path / "r.onnx")
+    oq.quantize(tmp_path / "m.onnx", tmp_path / "q.onnx", [{"x": rand(*[3] * (len(shape) - 1), 32)}] * 3)
+
+
 @pytest.mark.parametrize("inside", [False, True])
 def test_what_comes_out_in_double_precision_may_be_no_more_exact_than_what_it_is_made_of(
     inside: bool, tmp_path: Path

@@ -122,15 +122,17 @@ def _window(value: ir.Value) -> int | None:
 
 def _implied_sizes(model: ir.Model) -> dict[tuple[ir.Value, int], int]:
     """Sizes of the symbolic last dimensions of inputs, where the graph's own weights determine them."""
+    from .discovery.shapes import FLOATS, Shapes  # two walks over the graph: only where they are needed
+
     open_ends = [
         (value, len(value.shape) - 1)
         for value in model.graph.inputs
-        if value.shape is not None and len(value.shape) > 2 and not isinstance(value.shape[-1], int)
+        if value.shape is not None
+        and len(value.shape) > (1 if value.dtype in FLOATS else 2)
+        and not isinstance(value.shape[-1], int)
     ]
     if not open_ends:
         return {}
-    from .discovery.shapes import Shapes  # two walks over the graph: only where they are needed
-
     shapes = Shapes(model)
     return {
         (value, axis): shapes.shape[value][axis]

@@ -371,7 +371,8 @@ class _Walk:
 
     def _merge_conflicting(self, node: ir.Node, inputs: Sequence[ir.Value]) -> None:
         """Exporters give one dimension several symbols; where two meet and differ, they are the same. Where one meets a
-        number (the head size of a cache), it is that number. No proof: either may be a length of 1, broadcast.
+        number (the head size of a cache, the rows of a matrix), it is that number. No proof: either may be a length of
+        1, broadcast.
         """
         if self.guess is by_name:
             return
@@ -383,6 +384,11 @@ class _Walk:
             length = shapes[0][node.attributes.get_int("axis", 0)]  # that of the pieces together
             if length in by_prime:
                 self.merged.bound[by_prime[length]] = int(self.state.values[inputs[-1]].sum())
+                raise _Conflict
+        if (summed := _summed(node, shapes)) is not None and summed[0] in by_prime:
+            symbol, number = summed
+            if all(number % prime for prime in by_prime):
+                self.merged.bound[by_prime[symbol]] = number
                 raise _Conflict
         joins = node.op_type == "Concat"
         axis = node.attributes.get_int("axis", 0) - (len(shapes[0]) if node.attributes.get_int("axis", 0) >= 0 else 0)
@@ -412,6 +418,16 @@ def _is_convolved(value: ir.Value) -> bool:
                 pending += [v for v in node.outputs if v not in seen]
                 seen.update(node.outputs)
     return False
+
+
+def _summed(node: ir.Node, shapes: Sequence[Shape]) -> tuple[int, int] | None:
+    """The lengths of the axes that a product sums over, of its first operand and of its second."""
+    if node.domain != "" or node.op_type not in ("MatMul", "Gemm") or any(not shape for shape in shapes[:2]):
+        return None
+    first, second = shapes[:2]
+    rows = node.attributes.get_int("transA", 0) if len(first) > 1 else 0
+    columns = node.attributes.get_int("transB", 0) if len(second) > 1 else 1
+    return first[-2 if rows else -1], second[-1 if columns else -2]
 
 
 def _may_be_a_size(dtype: ir.DataType, elements: int) -> bool:
